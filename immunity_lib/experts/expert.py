@@ -1,0 +1,102 @@
+"""What every expert has in common: a normalisation, a list of stages and a linear classifier.
+
+Shapes: B images, C classes, K channels, (u, v) feature grid.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# The paper takes "the last convolutional layer with dimensions exceeding 8*8" for Grad-CAM.
+# Both readings of "exceeding", as the smallest admissible side of the feature grid.
+HEATMAP_LAYERS = {"larger-than-8x8": 9, "at-least-8x8": 8}
+IMAGE_SIZE = 32
+SMALLEST_CHANNEL_COUNT = 4
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """Channel count of a layer in a network of the given width, at least 4."""
+    return max(SMALLEST_CHANNEL_COUNT, round(channels * width))
+
+
+class Normalise(nn.Module):
+    """(images - mean) / std per colour channel. Both are buffers: saved, never trained."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class Expert(nn.Module):
+    """An image classifier that also shows the activations its Grad-CAM heat map is made of.
+
+    The network is a sequence of named stages. The *head* is the normalisation and every stage up
+    to the Grad-CAM layer, the *tail* is the rest: logits = tail(head(images)).
+
+    The Grad-CAM layer is the last stage whose feature grid, for a 32x32 image, is large enough
+    for `heatmap_layer`. It is the output of a whole stage, because the last convolution of a
+    branching network sees only one branch. The choice does not enter the state dict: weights
+    trained with one reading load into the other.
+
+    A network whose stages hand on more than one tensor overrides `activations_of`.
+    """
+
+    def __init__(
+        self,
+        stages: dict[str, nn.Module],
+        channels: int,
+        *,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        heatmap_layer: str,
+    ) -> None:
+        """`channels` is the channel count of the last stage; the rest as in `build_expert`."""
+        super().__init__()
+        self.num_classes = num_classes
+        self.normalise = Normalise(mean, std)
+        self.stages = nn.Sequential()
+        for name, stage in stages.items():
+            self.stages.add_module(name, stage)
+        self.classifier = nn.Linear(channels, num_classes)
+        smallest_side = HEATMAP_LAYERS[heatmap_layer]
+        self.head_stages = sum(side >= smallest_side for side in self._stage_sides())
+
+    def _stage_sides(self) -> list[int]:
+        """Side of every stage's feature grid, from a dry run on shapes alone."""
+        # A meta tensor has a shape but no values: nothing is computed, no batch norm is updated.
+        state = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
+        sides = []
+        for stage in copy.deepcopy(self.stages).to("meta"):
+            state = stage(state)
+            sides.append(self.activations_of(state).shape[-1])
+        return sides
+
+    @staticmethod
+    def activations_of(state: Tensor) -> Tensor:
+        """The activations (B, K, u, v) in what one stage hands to the next."""
+        return state
+
+    def head(self, images: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) in [0, 1] to the activations (B, K, u, v) for Grad-CAM."""
+        return self.stages[: self.head_stages](self.normalise(images))
+
+    def tail(self, activations: Tensor) -> Tensor:
+        """Activations (B, K, u, v) of the Grad-CAM layer to logits (B, C)."""
+        final = self.activations_of(self.stages[self.head_stages :](activations))
+        return self.classifier(final.mean((2, 3)))
+
+    def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, 32, 32) in [0, 1] to activations (B, K, u, v) and logits (B, C)."""
+        state = self.head(images)
+        return self.activations_of(state), self.tail(state)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) in [0, 1] to logits (B, C)."""
+        return self.tail(self.head(images))
