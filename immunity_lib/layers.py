@@ -193,7 +193,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` with a cheap second derivative in train mode."""
 
     def forward(self, images: Tensor) -> Tensor:
-        if not (self.training and self.affine):
+        usual = self.affine and self.track_running_stats and self.momentum is not None
+        if not (self.training and usual):
             return super().forward(images)
         self.num_batches_tracked.add_(1)
         return _BatchNorm.apply(

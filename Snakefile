@@ -1,0 +1,166 @@
+# The paper as a graph: trained models -> measurements -> tables and figures. Every node is a
+# notebook that papermill runs; a preset says how large. `make reproduce` starts it.
+
+import sys
+
+from immunity_lib import recipes, results
+from immunity_lib.records import ROOT
+from immunity_lib.settings import load_preset
+
+workdir: ROOT
+
+settings = load_preset(
+    config["preset"],
+    data_folder=config.get("data_folder") or "",
+    output_folder=config.get("output_folder") or "",
+)
+RUNS, FIGURES = settings.runs, settings.figures
+DRAWING = [ROOT / "immunity_lib" / name for name in ("tables.py", "plots.py", "reported.csv")]
+
+# One thread each: models that train beside each other use the cores better than one with several.
+# The allocator keeps its memory instead of handing it back after every layer.
+shell.prefix(
+    "export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 "
+    "MALLOC_TRIM_THRESHOLD_=8589934592; "
+)
+
+
+def run_notebook(name, model=""):
+    """The command that runs a notebook. What it prints is shown; what its kernel says beside that
+    goes to the log, with the traceback of a cell that fails."""
+    return (
+        f"{sys.executable} -m papermill notebooks/{name}.ipynb {{output.notebook}} -k python3 "
+        f"-r preset '{config['preset']}' -r data_folder '{settings.data_folder}' "
+        f"-r output_folder '{settings.output_folder}' -p interactive False {model} "
+        "--cwd . --no-progress-bar --stdout-file /dev/fd/3 3>&2 2> {log}"
+    )
+
+
+MODEL = "-r model {wildcards.model}"
+
+
+def trained(names):
+    """Records of the trained models behind these names; an ensemble stands for its members."""
+    for name in names:
+        of = recipes.members(settings, name) if name.method == "ensemble" else [name]
+        yield from (RUNS / "models" / str(one) / "record.json" for one in of)
+
+
+def drawn(*names, table=False):
+    """The files of tables or figures."""
+    endings = ("csv", "md", "tex", "json") if table else ("png", "pdf", "json")
+    return [FIGURES / f"{name}.{ending}" for name in names for ending in endings]
+
+wildcard_constraints:
+    model="[a-z0-9-]+",
+
+
+# Preset files and library files are not inputs of the long rules: a change of prose or of an
+# unrelated field would train everything anew. The parameters below say what a result depends on.
+rule train:
+    output:
+        weights=update(RUNS / "models/{model}/model.safetensors"),
+        record=update(RUNS / "models/{model}/record.json"),
+        notebook=RUNS / "notebooks/02_training-{model}.ipynb",
+    params:
+        recipe=lambda wildcards: recipes.recipe(
+            settings, recipes.ModelName.parse(wildcards.model)
+        ).model_dump_json(),
+    log:
+        RUNS / "notebooks/02_training-{model}.log",
+    shell:
+        run_notebook("02_training", MODEL)
+
+
+rule attack:
+    input:
+        lambda wildcards: trained([recipes.ModelName.parse(wildcards.model)]),
+    output:
+        record=update(RUNS / "records/{model}.attacks.json"),
+        notebook=RUNS / "notebooks/03_attacks-{model}.ipynb",
+    params:
+        asked=results.attack_question(settings),
+    log:
+        RUNS / "notebooks/03_attacks-{model}.log",
+    shell:
+        run_notebook("03_attacks", MODEL)
+
+
+rule start_here:
+    input:
+        notebook="notebooks/00_start_here.ipynb",
+        library=DRAWING,
+    output:
+        drawn("figure1"),
+        notebook=RUNS / "notebooks/00_start_here.ipynb",
+    log:
+        RUNS / "notebooks/00_start_here.log",
+    shell:
+        run_notebook("00_start_here")
+
+
+rule expert_selection:
+    input:
+        trained(recipes.table1_models(settings)),
+        notebook="notebooks/01_expert_selection.ipynb",
+        library=DRAWING,
+    output:
+        drawn("table1", table=True),
+        notebook=RUNS / "notebooks/01_expert_selection.ipynb",
+    log:
+        RUNS / "notebooks/01_expert_selection.log",
+    shell:
+        run_notebook("01_expert_selection")
+
+
+rule attacks:
+    input:
+        [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
+        notebook="notebooks/03_attacks.ipynb",
+        library=DRAWING,
+    output:
+        drawn("table2", table=True),
+        notebook=RUNS / "notebooks/03_attacks.ipynb",
+    log:
+        RUNS / "notebooks/03_attacks.log",
+    shell:
+        run_notebook("03_attacks")
+
+
+rule ablation:
+    input:
+        [RUNS / f"records/{name}.attacks.json" for name in recipes.table3_models(settings)],
+        trained([recipes.literal_model(settings)]),
+        notebook="notebooks/04_ablation.ipynb",
+        library=DRAWING,
+    output:
+        drawn("table3", table=True),
+        notebook=RUNS / "notebooks/04_ablation.ipynb",
+    log:
+        RUNS / "notebooks/04_ablation.log",
+    shell:
+        run_notebook("04_ablation")
+
+
+rule heatmaps:
+    input:
+        trained(recipes.table3_models(settings)),
+        notebook="notebooks/05_heatmaps.ipynb",
+        library=DRAWING,
+    output:
+        drawn("figure2"),
+        notebook=RUNS / "notebooks/05_heatmaps.ipynb",
+    log:
+        RUNS / "notebooks/05_heatmaps.log",
+    shell:
+        run_notebook("05_heatmaps")
+
+
+rule all:
+    default_target: True
+    input:
+        rules.start_here.output,
+        rules.expert_selection.output,
+        rules.attacks.output,
+        rules.ablation.output,
+        rules.heatmaps.output,

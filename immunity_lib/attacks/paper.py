@@ -1,0 +1,88 @@
+"""The paper's attacks, by torchattacks: l_inf, images in [0, 1], eps = 8/255.
+
+torchattacks calls a bare `model(images)`, so the gate that the attacker sees is the model's
+`evaluation_gate`, set here explicitly, and it switches the whole model to eval mode; the mode of
+every sub-module is saved and restored here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from immunity_lib.moe import Gate, ImmunityMoE
+
+# Each builds an attack from (model, eps, step size, number of steps). PGD starts at a random point
+# of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0.
+ATTACKS: dict[str, Callable] = {
+    "fgsm": lambda library, model, eps, step, steps: library.FGSM(model, eps),
+    "bim": lambda library, model, eps, step, steps: library.BIM(model, eps, step, steps),
+    "mim": lambda library, model, eps, step, steps: library.MIFGSM(model, eps, step, steps, 1.0),
+    "pgd": lambda library, model, eps, step, steps: library.PGD(model, eps, step, steps, True),
+    # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
+    "ffgsm": lambda library, model, eps, step, steps: library.FFGSM(model, eps, 1.25 * eps),
+}
+ROUNDING = 1e-6  # a float32 image plus a float32 perturbation may miss its bounds by this much
+
+
+def attack_images(
+    model: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    attack: str,
+    gate: Gate,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Adversarial images (B, 3, 32, 32) within eps of `images`, checked to be so.
+
+    attack: one of ATTACKS. gate: what the attacker's forward passes use, see `ImmunityMoE`.
+    eps, step_size: in units of the image's range [0, 1]. Raises ValueError on bad input.
+    """
+    if attack not in ATTACKS:
+        raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+    check_images(images)
+    import torchattacks  # costs a second, which only attackers should pay
+
+    with _modes_restored(model), model.evaluated_with(gate):
+        perturb = ATTACKS[attack](torchattacks, model, eps, step_size, steps)
+        adversarial = perturb(images, labels)
+    check_budget(images, adversarial, eps)
+    return adversarial
+
+
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless the images lie in [0, 1]."""
+    low, high = images.min().item(), images.max().item()
+    if not (-ROUNDING <= low and high <= 1 + ROUNDING):  # so phrased that NaN fails
+        raise ValueError(
+            f"images must lie in [0, 1], found {low:g} to {high:g}: divide 8-bit images by 255, "
+            "and do not normalise them, since normalisation is the model's first layer"
+        )
+
+
+def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:
+    """Raise ValueError unless adversarial images lie in [0, 1] and within eps of the images."""
+    check_images(adversarial)
+    distance = (adversarial - images).abs().max().item()
+    if not distance <= eps + ROUNDING:
+        raise ValueError(
+            f"an adversarial image is {distance:g} away from its image; eps is {eps:g}"
+        )
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,119 @@
+"""Differentiable Grad-CAM heat maps of all experts at once, eq (3).
+
+No hooks: the experts hand out the activations of their Grad-CAM layer together with the logits, so
+one forward pass serves classification and maps, and with `create_graph` the maps can stand in a
+loss. Experts share nothing, hence one backward pass of the summed scores serves all of them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from immunity_lib.layers import activation_gradients_only
+
+if TYPE_CHECKING:
+    from immunity_lib.moe import ExpertOutputs, ImmunityMoE
+
+GRID = 32  # heat maps have the resolution of the images
+EXPLAINED = ("logit", "log-probability", "mixture")
+
+# Added to every pixel of a map before it is divided by its sum: far below the pixels of any living
+# map, and what makes an all-zero map uniform instead of NaN.
+_EMPTY_MAP_CONSTANT = 1e-10
+
+
+def expert_heatmaps(
+    model: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    create_graph: bool = False,
+    *,
+    floor: float = 0.0,
+    explained: str = "logit",
+) -> Tensor:
+    """Heat maps of every expert for the given labels.
+
+    images: (B, 3, 32, 32) in [0, 1]; labels: (B,). Returns (B, N, 32, 32), non-negative, each map
+    sums to 1 and an empty one (all zero behind the ReLU of eq (3)) is uniform. The defaults are
+    the one reading that scores and pictures use; `floor` and `explained` are described in
+    `heatmaps_from_outputs`, which serves training, where the forward pass is there already.
+    """
+    with torch.enable_grad():
+        outputs = model.expert_outputs(images)
+        maps = heatmaps_from_outputs(
+            outputs, labels, create_graph, floor=floor, explained=explained
+        )
+    return maps if create_graph else maps.detach()
+
+
+def heatmaps_from_outputs(
+    outputs: ExpertOutputs,
+    labels: Tensor,
+    create_graph: bool = False,
+    *,
+    floor: float = 0.0,
+    explained: str = "logit",
+) -> Tensor:
+    """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done.
+
+    floor: share of the expert's mean map mass in this batch (a constant for the gradient) that is
+    spread evenly over each of its maps before dividing. 0 is the literal reading. A positive floor
+    bounds the gradient through the division, which otherwise grows as a map shrinks and kills it.
+    explained: what "y_label" in eq (3) is: the expert's own "logit" of the label, its
+    "log-probability", or that of the "mixture".
+    """
+    maps = grad_cam(outputs, labels, create_graph, explained=explained)
+    mass = maps.sum((-2, -1), keepdim=True)
+    constant = _EMPTY_MAP_CONSTANT + floor * mass.detach().mean(0, keepdim=True) / GRID**2
+    return (maps + constant) / (mass + GRID**2 * constant)
+
+
+def grad_cam(
+    outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False, *, explained: str = "logit"
+) -> Tensor:
+    """Unnormalised heat maps H_i of eq (3), (B, N, 32, 32), resized bilinearly."""
+    scores = _explained_score(outputs, labels, explained)
+    with activation_gradients_only():
+        gradients = torch.autograd.grad(
+            scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
+        )
+    maps = []
+    for activations, gradient in zip(outputs.activations, gradients, strict=True):
+        # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k)
+        weights = gradient.sum((-2, -1)) / activations.shape[1]
+        maps.append(_resize(torch.einsum("bk,bkuv->buv", weights, activations).relu()))
+    return torch.stack(maps, dim=1)
+
+
+def empty_share(maps: Tensor) -> Tensor:
+    """Share of empty maps per expert, (N,), of normalised maps made with floor 0."""
+    return (maps.amax((-2, -1)) == maps.amin((-2, -1))).float().mean(0)
+
+
+def _explained_score(outputs: ExpertOutputs, labels: Tensor, explained: str) -> Tensor:
+    if explained == "mixture":
+        return outputs.mixture().gather(1, labels[:, None])
+    scores = {"logit": outputs.logits, "log-probability": outputs.log_probs}
+    if explained not in scores:
+        raise ValueError(f"explained must be one of {', '.join(EXPLAINED)}; got {explained!r}")
+    return scores[explained].gather(2, labels[:, None, None].expand(-1, outputs.logits.shape[1], 1))
+
+
+def _resize(maps: Tensor) -> Tensor:
+    """(B, u, v) to (B, 32, 32), bilinear, as two products with a fixed matrix: deterministic on
+    every device and cheap to differentiate twice."""
+    rows, columns = (
+        _interpolation(size, maps.device, maps.dtype) for size in maps.shape[-2:]
+    )
+    return rows @ maps @ columns.mT
+
+
+@lru_cache
+def _interpolation(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    identity = torch.eye(size, device=device, dtype=dtype)[None]
+    return functional.interpolate(identity, size=GRID, mode="linear")[0].mT.contiguous()

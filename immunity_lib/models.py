@@ -1,0 +1,125 @@
+"""Trained models by name: loaded where they are, trained where they are not yet."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from immunity_lib.data import Dataset, load_dataset
+from immunity_lib.experts import multiply_accumulates
+from immunity_lib.moe import ConstantGate, ImmunityMoE
+from immunity_lib.recipes import ModelName, Recipe, members, recipe
+from immunity_lib.records import (
+    DamagedFile,
+    provenance,
+    read_record,
+    read_tensors,
+    set_aside,
+    write_record,
+    write_tensors,
+)
+from immunity_lib.settings import Settings
+from immunity_lib.training import build_model, train
+
+
+def chosen_device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dataset_of(settings: Settings) -> Dataset:
+    """The preset's data set, with as many images as the preset says."""
+    return load_dataset(
+        settings.dataset, settings.data_folder or None, settings.train_images,
+        settings.validation_images, settings.test_images,
+    )  # fmt: skip
+
+
+def model_folder(settings: Settings, name: ModelName) -> Path:
+    """Where everything about a model lies."""
+    return settings.runs / "models" / str(name)
+
+
+def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
+    """A model of the preset, in eval mode; trained first if it is not there yet.
+
+    Weights that are damaged, or were trained with other settings or data, are set aside and made
+    anew. An ensemble is put together from its members, with equal weights.
+    """
+    if name.method == "ensemble":
+        return _ensemble([trained_model(settings, one, dataset) for one in members(settings, name)])
+    wanted, folder = recipe(settings, name), model_folder(settings, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # a second process waits, then finds the model trained
+        model = _load(folder, wanted, dataset)
+        if model is None:
+            model = _train_and_save(folder, wanted, dataset, name)
+    return model.to(chosen_device()).eval()
+
+
+def training_record(settings: Settings, name: ModelName) -> dict:
+    """The record that the training of a model left beside its weights."""
+    return read_record(model_folder(settings, name) / "record.json")
+
+
+def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE | None:
+    """The model in the folder, or None if there is none that can be used."""
+    weights, record = folder / "model.safetensors", folder / "record.json"
+    if not (weights.exists() and record.exists()):
+        return None
+    try:
+        known = read_record(record)
+        tensors, _ = read_tensors(weights)
+        same = known["recipe"] == wanted.model_dump(mode="json")
+        same_data = known["data"]["checksum"] == dataset.splits["train"].checksum
+        reason = "" if same and same_data else "it was trained with other settings or other data"
+    except (DamagedFile, KeyError) as error:
+        reason = str(error)
+    if reason:
+        for path in (weights, record):
+            set_aside(path, f"{reason}; the model is trained anew")
+        return None
+    model = build_model(wanted, dataset)
+    model.load_state_dict(tensors)
+    return model
+
+
+def _train_and_save(folder: Path, wanted: Recipe, dataset: Dataset, name: ModelName) -> ImmunityMoE:
+    device = chosen_device()
+    print(f"training {name} on {device}, data from {dataset.source}")
+    started = time.perf_counter()
+    model, log = train(wanted, dataset, folder, name=str(name), device=device)
+    cost = [multiply_accumulates(expert) for expert in model.experts]
+    checksum = write_tensors(folder / "model.safetensors", model.state_dict(), {"name": str(name)})
+    write_record(
+        folder / "record.json",
+        {
+            "kind": "training",
+            "model": str(name),
+            "recipe": wanted.model_dump(mode="json"),
+            "data": {
+                "source": dataset.source,
+                "images": len(dataset.splits["train"]),
+                "checksum": dataset.splits["train"].checksum,
+            },
+            "weights": checksum,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "multiply_accumulates": sum(one.head + one.tail for one in cost),
+            "log": log,
+            "seconds": round(sum(entry["seconds"] for entry in log), 1),
+            "seconds_in_this_process": round(time.perf_counter() - started, 1),
+            "provenance": provenance(),
+        },
+    )
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # the model has superseded it
+    return model
+
+
+def _ensemble(networks: list[ImmunityMoE]) -> ImmunityMoE:
+    experts: list[nn.Module] = [network.experts[0] for network in networks]
+    gate = ConstantGate(len(experts)).to(chosen_device())
+    return ImmunityMoE(experts, gate, evaluation_gate="uniform").eval()

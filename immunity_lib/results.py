@@ -1,0 +1,181 @@
+"""What is measured of a trained model, as records: accuracy under attack, and heat-map scores.
+
+A record is made once: found again, it is used as it is if it is intact and answers the same
+question about the same weights, and set aside and made anew otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from immunity_lib import scores
+from immunity_lib.data import Dataset, ImageSet
+from immunity_lib.data.batches import evaluation_batches
+from immunity_lib.evaluation import accuracy_over_gates, accuracy_under_attack
+from immunity_lib.heatmaps import empty_share, expert_heatmaps
+from immunity_lib.models import chosen_device, trained_model, training_record
+from immunity_lib.moe import ImmunityMoE
+from immunity_lib.recipes import ModelName, members
+from immunity_lib.records import DamagedFile, provenance, read_record, set_aside, write_record
+from immunity_lib.settings import Settings
+
+BATCH = 250
+
+
+def attack_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict:
+    """Accuracy of a model, clean and under every attack of the preset.
+
+    "clean" is a `GateAccuracy` on all test images of each test split, "attacks" a list of
+    `GateAccuracy` with "attack" and "attacked_gate", on the first `attacked_images` of "test".
+    """
+
+    def measure(model: ImmunityMoE) -> dict:
+        device = chosen_device()
+        clean = {
+            split: asdict(accuracy_over_gates(model, evaluation_batches(images, BATCH, device)))
+            for split, images in _test_splits(dataset)
+        }
+        attacks = []
+        target = dataset.splits["test"].first(settings.attacked_images)
+        # A single expert has one gate, whatever its name
+        gates = settings.attack_gates if len(model.experts) > 1 else settings.attack_gates[:1]
+        for gate in gates:
+            for attack in settings.attacks:
+                started = time.perf_counter()
+                accuracy = accuracy_under_attack(
+                    model, target, attack, gate, eps=float(settings.eps),
+                    step_size=float(settings.step_size), steps=settings.steps,
+                    batch_size=BATCH, device=device,
+                )  # fmt: skip
+                seconds = round(time.perf_counter() - started, 1)
+                print(
+                    f"{name}: {accuracy.switched:.1%} expected under {attack} on the {gate} gate "
+                    f"({accuracy.worst:.1%} at the worst gate), {seconds:.0f} s",
+                    flush=True,
+                )
+                entry = {"attack": attack, "attacked_gate": gate, "seconds": seconds}
+                attacks.append(entry | asdict(accuracy))
+        return {"clean": clean, "attacks": attacks}
+
+    return _recorded("attacks", settings, name, dataset, attack_question(settings), measure)
+
+
+def attack_question(settings: Settings) -> dict[str, Any]:
+    """The settings that an attack record depends on."""
+    return {
+        "attacks": settings.attacks,
+        "attack_gates": settings.attack_gates,
+        "eps": str(settings.eps),
+        "step_size": str(settings.step_size),
+        "steps": settings.steps,
+        "images": settings.attacked_images,
+        "test_images": settings.test_images,
+    }
+
+
+def score_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict:
+    """Clean accuracy and heat-map scores of a model on the test images, in the one fixed reading.
+
+    For each test split: "accuracy" (a `GateAccuracy`), "expert_accuracy" (N), "independence_score",
+    "causality_score", "mutual_information" (nats), "empty_maps" (share); on Parts-10 also
+    "part_coverage" (N, P), an expert's share of heat on each part where that part is visible, and
+    "background_heat" (N), its share of heat off the object.
+    """
+    asked = {"test_images": settings.test_images}
+
+    def measure(model: ImmunityMoE) -> dict:
+        return {split: _scores(model, images) for split, images in _test_splits(dataset)}
+
+    return _recorded("scores", settings, name, dataset, asked, measure)
+
+
+def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
+    """Where the record of a kind, "attacks" or "scores", lies."""
+    return settings.runs / "records" / f"{name}.{kind}.json"
+
+
+def _recorded(
+    kind: str,
+    settings: Settings,
+    name: ModelName,
+    dataset: Dataset,
+    asked: dict[str, Any],
+    measure: Callable[[ImmunityMoE], dict],
+) -> dict:
+    path = record_path(settings, name, kind)
+    model = trained_model(settings, name, dataset)
+    trained = members(settings, name) if name.method == "ensemble" else [name]
+    question = {
+        "weights": [training_record(settings, one)["weights"] for one in trained],
+        "data": {split: images.checksum for split, images in _test_splits(dataset)},
+        "asked": asked,
+    }
+    if path.exists():
+        try:
+            record = read_record(path)
+        except DamagedFile as error:
+            set_aside(path, f"{error}; it is made anew")
+        else:
+            if all(record.get(key) == value for key, value in question.items()):
+                return record
+            set_aside(path, "it is about other weights, data or settings; it is made anew")
+    started = time.perf_counter()
+    result = measure(model)
+    record = {
+        "kind": kind,
+        "model": str(name),
+        **question,
+        "result": result,
+        "data_source": dataset.source,
+        "seconds": round(time.perf_counter() - started, 1),
+        "provenance": provenance(),
+    }
+    write_record(path, record)
+    return record
+
+
+def _test_splits(dataset: Dataset) -> list[tuple[str, ImageSet]]:
+    return [(split, images) for split, images in dataset.splits.items() if split.startswith("test")]
+
+
+def _scores(model: ImmunityMoE, images: ImageSet) -> dict:
+    device = chosen_device()
+    batches = evaluation_batches(images, BATCH, device)
+    maps, correct = [], []
+    for batch, labels in tqdm(batches, "heat maps", -(-len(images) // BATCH), leave=False):
+        maps.append(expert_heatmaps(model, batch, labels).cpu())
+        with torch.no_grad():
+            predicted = model.expert_outputs(batch).logits.argmax(-1)
+        correct.append((predicted == labels[:, None]).double().cpu())
+    all_maps = torch.cat(maps)
+    result = {
+        "accuracy": asdict(accuracy_over_gates(model, evaluation_batches(images, BATCH, device))),
+        "expert_accuracy": torch.cat(correct).mean(0).tolist(),
+        "independence_score": scores.independence_score(all_maps).item(),
+        "causality_score": scores.causality_score(all_maps).item(),
+        "mutual_information": scores.mutual_information(all_maps).item(),
+        "empty_maps": empty_share(all_maps).mean().item(),
+    }
+    if images.part_masks is not None and images.background is not None:
+        result["part_coverage"] = part_coverage(all_maps, images.part_masks).tolist()
+        background = images.background[:, None]
+        result["background_heat"] = (all_maps * background).sum((-2, -1)).mean(0).tolist()
+    return result
+
+
+def part_coverage(maps: Tensor, part_masks: Tensor) -> Tensor:
+    """Share of each expert's heat on each part, (N, P), mean over the images that show the part.
+
+    maps: (B, N, a, b), each summing to 1; part_masks: (B, P, a, b) bool.
+    """
+    heat = torch.einsum("bnuv,bpuv->bnp", maps, part_masks.to(maps.dtype))
+    visible = part_masks.any(-1).any(-1).to(maps.dtype)
+    return (heat * visible[:, None]).sum(0) / visible.sum(0).clamp(min=1)

@@ -1,0 +1,251 @@
+"""Standard and adversarial training of a mixture, resumable to the bit.
+
+After every epoch the weights, the optimiser's momentum, the random state and the log so far go
+into one checkpoint, written atomically. A killed run goes on from there and ends where an
+uninterrupted one would have (on the CPU, bit for bit).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from immunity_lib import losses, scores
+from immunity_lib.attacks import attack_images
+from immunity_lib.data import Dataset, ImageSet
+from immunity_lib.data.batches import evaluation_batches, training_batches
+from immunity_lib.experts import build_expert
+from immunity_lib.heatmaps import empty_share, heatmaps_from_outputs
+from immunity_lib.moe import ConstantGate, ConvolutionalGate, ImmunityMoE
+from immunity_lib.recipes import Recipe
+from immunity_lib.records import (
+    DamagedFile,
+    read_tensors,
+    set_aside,
+    write_atomically,
+    write_tensors,
+)
+
+
+class TrainingDiverged(ArithmeticError):
+    """A loss that is not finite; the message says which, where, and what to try."""
+
+
+def build_model(recipe: Recipe, dataset: Dataset) -> ImmunityMoE:
+    """The untrained model of a recipe, initialised from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        experts = [
+            build_expert(
+                recipe.expert, len(dataset.class_names), recipe.width, dataset.mean, dataset.std,
+                recipe.heatmap_layer,
+            )
+            for _ in range(recipe.experts)
+        ]  # fmt: skip
+        gates = {"convolutional": ConvolutionalGate, "constant": ConstantGate}
+        model = ImmunityMoE(experts, gates[recipe.gate_network](recipe.experts))
+    return model.to(memory_format=torch.channels_last)
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    name: str = "",
+    device: torch.device | None = None,
+) -> tuple[ImmunityMoE, list[dict]]:
+    """Train a recipe from its last checkpoint in `folder`, or from the start.
+
+    Returns the model after the last epoch and its log, one entry an epoch as described in
+    `_diagnose` and `_train_epoch`; the log is in `folder/log.jsonl` too. name: for the progress
+    lines. Raises TrainingDiverged at the first loss that is not finite.
+    """
+    model = build_model(recipe, dataset).to(device)
+    optimiser = torch.optim.SGD(
+        model.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    name = name or folder.name
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(recipe.seed)
+        log = _restore(folder, recipe, model, optimiser)
+        for epoch in range(len(log), recipe.epochs):
+            started = time.perf_counter()
+            entry = {"epoch": epoch + 1}
+            entry |= _train_epoch(model, optimiser, recipe, dataset, epoch, name, device)
+            entry |= _diagnose(model, dataset.splits["validation"], device)
+            entry["seconds"] = round(time.perf_counter() - started, 2)
+            log.append(entry)
+            _write_log(folder, log)
+            _save(folder, recipe, model, optimiser, log)
+            tqdm.write(progress_line(name, recipe.epochs, entry))
+    return model, log
+
+
+def progress_line(name: str, epochs: int, entry: dict) -> str:
+    """One epoch of the log as a line of text."""
+    return (
+        f"{name} epoch {entry['epoch']}/{epochs}: cross entropy {entry['cross_entropy']:.3f}, "
+        f"MI {entry['mutual_information_loss']:.3f}, PS {entry['position_stability_loss']:.3g}, "
+        f"accuracy {entry['accuracy']:.1%} (experts "
+        f"{min(entry['expert_accuracy']):.1%} to {max(entry['expert_accuracy']):.1%}), "
+        f"gate entropy {entry['gate_entropy']:.2f}, empty maps {entry['empty_maps']:.1%}, "
+        f"input gradient {entry['input_gradient']:.3f}, {entry['seconds']:.0f} s"
+    )
+
+
+def _train_epoch(model, optimiser, recipe, dataset, epoch, name, device) -> dict[str, float]:
+    """Mean of the three loss parts (and their weighted total) over the epoch's batches."""
+    model.train()
+    train_set = dataset.splits["train"]
+    batches = training_batches(
+        train_set, recipe.batch_size, torch.default_generator, recipe.augment, device
+    )
+    steps = math.ceil(len(train_set) / recipe.batch_size)
+    sums: dict[str, float] = defaultdict(float)
+    progress = tqdm(batches, f"{name} {epoch + 1}/{recipe.epochs}", steps, leave=False)
+    for step, (images, labels) in enumerate(progress):
+        done = epoch + step / steps
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * learning_rate_factor(
+                recipe.schedule, done / recipe.epochs
+            )
+        if recipe.adversary:
+            images = attack_images(
+                model, images, labels, recipe.adversary, "trained", eps=float(recipe.eps),
+                step_size=float(recipe.step_size), steps=recipe.adversary_steps,
+            )  # fmt: skip
+        parts = training_loss(model, images, labels, recipe, done)
+        values = {
+            "cross_entropy": parts.cross_entropy.item(),
+            "mutual_information_loss": parts.mutual_information.item(),
+            "position_stability_loss": parts.position_stability.item(),
+            "loss": parts.total.item(),
+        }
+        for part, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"{name}: {part} is {value} in epoch {epoch + 1}, batch {step + 1} of {steps}; "
+                    "lower learning_rate, beta or gamma, or set gradient_clip"
+                )
+            sums[part] += value
+        optimiser.zero_grad()
+        parts.total.backward()
+        if recipe.gradient_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        optimiser.step()
+        progress.set_postfix(loss=f"{sums['loss'] / (step + 1):.3f}", refresh=False)
+    return {part: total / (step + 1) for part, total in sums.items()}
+
+
+def training_loss(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, recipe: Recipe, epochs_done: float
+) -> losses.ImmunityLoss:
+    """Eq (12) on one batch; beta and gamma rise linearly over the warm-up."""
+    outputs = model.expert_outputs(images)
+    warm = min(epochs_done / recipe.warmup_epochs, 1.0) if recipe.warmup_epochs else 1.0
+    beta, gamma = warm * recipe.beta, warm * recipe.gamma
+    maps = None
+    if beta or gamma:
+        maps = heatmaps_from_outputs(
+            outputs, labels, create_graph=True, floor=recipe.floor, explained=recipe.explained
+        )
+    return losses.immunity_loss(
+        outputs, labels, maps, alpha=recipe.alpha, beta=beta, gamma=gamma,
+        coordinates=recipe.coordinates,
+    )  # fmt: skip
+
+
+def learning_rate_factor(schedule: str, done: float) -> float:
+    """Factor on the learning rate when the share `done` of the training lies behind."""
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    if schedule == "multistep":
+        return 0.1 ** sum(done >= milestone for milestone in (0.5, 0.75))
+    if schedule == "one-cycle":  # linear up for a quarter of the training, linear down after
+        return max(min(4 * done, (1 - done) / 0.75), 1e-3)
+    return 1.0
+
+
+def _diagnose(model: ImmunityMoE, validation: ImageSet, device) -> dict:
+    """What the log says of the model on held-out images, in eval mode, maps in the fixed reading.
+
+    accuracy of the mixture under the trained gate and of every expert; entropy of the gate in
+    nats; share of empty maps; I(C, E) in nats; mean norm of the input's gradient of the mixture's
+    cross entropy.
+    """
+    model.eval()
+    sums: dict[str, Tensor | float] = defaultdict(float)
+    for images, labels in evaluation_batches(validation, 250, device):
+        images.requires_grad_()
+        outputs = model.expert_outputs(images)
+        mixture = outputs.mixture()
+        cross_entropy = nn.functional.nll_loss(mixture, labels, reduction="sum")
+        maps = heatmaps_from_outputs(outputs, labels).detach()
+        (gradient,) = torch.autograd.grad(cross_entropy, images)
+        count = len(labels)
+        sums["accuracy"] += (mixture.argmax(-1) == labels).sum()
+        sums["expert_accuracy"] += (outputs.logits.argmax(-1) == labels[:, None]).sum(0)
+        sums["gate_entropy"] -= (outputs.gate * outputs.log_gate).sum().detach()
+        sums["empty_maps"] += empty_share(maps).mean() * count
+        sums["mutual_information"] += scores.mutual_information(maps) * count
+        sums["input_gradient"] += gradient.flatten(1).norm(dim=1).sum()
+    return {
+        what: torch.as_tensor(total).div(len(validation)).tolist() for what, total in sums.items()
+    }
+
+
+def _save(folder: Path, recipe: Recipe, model, optimiser, log) -> None:
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        if state.get("momentum_buffer") is not None:
+            tensors[f"momentum.{index}"] = state["momentum_buffer"]
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    notes = {"recipe": recipe.model_dump(mode="json"), "log": log}
+    write_tensors(folder / "checkpoint.safetensors", tensors, notes)
+
+
+def _restore(folder: Path, recipe: Recipe, model, optimiser) -> list[dict]:
+    """Load the checkpoint, if there is one of this recipe; returns its log. Any other is set
+    aside, and training starts from the beginning."""
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return []
+    try:
+        tensors, notes = read_tensors(path)
+    except DamagedFile as error:
+        set_aside(path, f"{error}; training starts anew")
+        return []
+    if notes["recipe"] != recipe.model_dump(mode="json"):
+        set_aside(path, "it belongs to other settings; training starts anew")
+        return []
+    model.load_state_dict(_under("model.", tensors))
+    state = {
+        int(index): {"momentum_buffer": tensor}
+        for index, tensor in _under("momentum.", tensors).items()
+    }
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    _write_log(folder, notes["log"])
+    print(f"{folder.name} goes on after epoch {len(notes['log'])} of {recipe.epochs}")
+    return notes["log"]
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+
+
+def _write_log(folder: Path, log: list[dict]) -> None:
+    write_atomically(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
