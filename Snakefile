@@ -15,7 +15,13 @@ settings = load_preset(
     output_folder=config.get("output_folder") or "",
 )
 RUNS, FIGURES = settings.runs, settings.figures
-DRAWING = [ROOT / "immunity_lib" / name for name in ("tables.py", "plots.py", "reported.csv")]
+DRAWING = [
+    ROOT / "immunity_lib" / name
+    for name in (
+        "architecture.py", "artefacts.py", "plots.py", "printing.py", "reported.csv", "reported.py",
+        "tables.py",
+    )
+]
 
 # One thread each: models that train beside each other use the cores better than one with several.
 # The allocator keeps its memory instead of handing it back after every layer.
@@ -50,6 +56,7 @@ def drawn(*names, table=False):
     """The files of tables or figures."""
     endings = ("csv", "md", "tex", "json") if table else ("png", "pdf", "json")
     return [FIGURES / f"{name}.{ending}" for name in names for ending in endings]
+
 
 wildcard_constraints:
     model="[a-z0-9-]+",
@@ -119,7 +126,8 @@ rule attacks:
         notebook="notebooks/03_attacks.ipynb",
         library=DRAWING,
     output:
-        drawn("table2", table=True),
+        drawn("table2", "gates", table=True),
+        drawn("attacks"),
         notebook=RUNS / "notebooks/03_attacks.ipynb",
     log:
         RUNS / "notebooks/03_attacks.log",
@@ -135,6 +143,7 @@ rule ablation:
         library=DRAWING,
     output:
         drawn("table3", table=True),
+        drawn("ablation_curves", "literal_maps"),
         notebook=RUNS / "notebooks/04_ablation.ipynb",
     log:
         RUNS / "notebooks/04_ablation.log",
@@ -148,7 +157,9 @@ rule heatmaps:
         notebook="notebooks/05_heatmaps.ipynb",
         library=DRAWING,
     output:
-        drawn("figure2"),
+        drawn("figure2", "figure2_moe"),
+        # Only Parts-10 knows its true parts
+        drawn("part_coverage") if settings.dataset == "parts10" else [],
         notebook=RUNS / "notebooks/05_heatmaps.ipynb",
     log:
         RUNS / "notebooks/05_heatmaps.log",

@@ -1,19 +1,19 @@
 """Augmented training batches, ours against torchvision's transforms in a DataLoader.
 
 Both crop (4 pixels of padding), flip and rotate (up to 15 degrees) the same images in random
-order. They take turns, so that a machine that is busy for a while slows them alike.
-Everything runs on one thread, as the DataLoader's workers do.
+order. Everything runs on one thread, as the DataLoader's workers do.
 Run with `python -m benchmarks.input_pipeline`.
 """
 
-import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import median
 
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from benchmarks.timing import ratios, take_turns
 from immunity_lib.data import ImageSet, load_dataset
 from immunity_lib.data.batches import training_batches
 
@@ -62,24 +62,14 @@ def main() -> None:
         "DataLoader, 0 workers": lambda: loader(0),
         "DataLoader, 2 workers": lambda: loader(2),
     }
-    seconds = {name: [] for name in epochs}
-    for _ in range(ROUNDS):
-        for name, epoch in epochs.items():
-            seconds[name].append(_seconds_of(epoch()))
+    def run(epoch: Callable[[], Iterable]) -> None:
+        for _ in epoch():
+            pass
 
+    seconds = take_turns({name: partial(run, epoch) for name, epoch in epochs.items()}, ROUNDS)
     for name, measured in seconds.items():
-        ratios = [theirs / own for theirs, own in zip(measured, seconds[ours], strict=True)]
-        print(
-            f"{name:24}{IMAGES / median(measured):10,.0f} images/s"
-            f"{median(ratios):8.1f} times our time ({min(ratios):.1f} to {max(ratios):.1f})"
-        )
-
-
-def _seconds_of(batches: Iterable) -> float:
-    start = time.perf_counter()
-    for _ in batches:
-        pass
-    return time.perf_counter() - start
+        ratio = ratios(measured, seconds[ours])
+        print(f"{name:24}{IMAGES / median(measured):10,.0f} images/s, {ratio} our time")
 
 
 if __name__ == "__main__":

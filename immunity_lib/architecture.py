@@ -48,7 +48,7 @@ def architecture(model: ImmunityMoE) -> Figure:
     axes.plot([10.55] * 2, [-0.3, losses], color=HEAT, linewidth=1.2)
 
     gate = f"gate\n({type(model.gate).__name__})"
-    switch = "random switch, section 4.1\none of N! permutations"
+    switch = "random switch, section 4.1\nat evaluation, one of N! orders"
     _box(axes, 5.0, -1.6, 2.6, 0.8, gate, GATE)
     _box(axes, 9.3, -1.6, 3.0, 0.8, switch, GATE)
     _arrow(axes, [(0.1, middle - 0.45), (0.1, -1.6), (3.7, -1.6)])
@@ -56,7 +56,7 @@ def architecture(model: ImmunityMoE) -> Figure:
     axes.text(7.05, -1.52, r"$g_1 \ldots g_N$", ha="center", va="bottom", fontsize=10)
     _arrow(axes, [(10.8, -1.6), (13.2, -1.6), (13.2, mixture - 0.5)])
     mixed = "mixture, eq (1)\n" + r"$\hat y=\sum_i\, g_i\,\mathrm{softmax}(f_i)$"
-    on_maps = "of the heat maps:\nMI, eq (9), and PS, eq (11)"
+    on_maps = "losses on the heat maps:\nMI, eq (9), and PS, eq (11)"
     total = (mixture + losses) / 2
     _box(axes, 13.2, mixture, 3.2, 1.0, mixed, OUTPUT)
     _box(axes, 13.2, losses, 3.2, 0.8, on_maps, HEAT)

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from immunity_lib.layers import activation_gradients_only
-
 if TYPE_CHECKING:
     from immunity_lib.moe import ExpertOutputs, ImmunityMoE
 
@@ -78,10 +76,9 @@ def grad_cam(
 ) -> Tensor:
     """Unnormalised heat maps H_i of eq (3), (B, N, 32, 32), resized bilinearly."""
     scores = _explained_score(outputs, labels, explained)
-    with activation_gradients_only():
-        gradients = torch.autograd.grad(
-            scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
-        )
+    gradients = torch.autograd.grad(
+        scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
+    )
     maps = []
     for activations, gradient in zip(outputs.activations, gradients, strict=True):
         # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k)
@@ -107,9 +104,7 @@ def _explained_score(outputs: ExpertOutputs, labels: Tensor, explained: str) -> 
 def _resize(maps: Tensor) -> Tensor:
     """(B, u, v) to (B, 32, 32), bilinear, as two products with a fixed matrix: deterministic on
     every device and cheap to differentiate twice."""
-    rows, columns = (
-        _interpolation(size, maps.device, maps.dtype) for size in maps.shape[-2:]
-    )
+    rows, columns = (_interpolation(size, maps.device, maps.dtype) for size in maps.shape[-2:])
     return rows @ maps @ columns.mT
 
 

@@ -1,104 +1,91 @@
-"""Convolution and batch norm whose gradient can be differentiated again at little cost.
+"""Layers whose gradient can be differentiated again at little cost.
 
 The heat maps of eq (3) are gradients, and eqs (9) and (11) are losses on them, so training
-differentiates a gradient. PyTorch's own second derivatives of these two layers are general and
-slow: a weight gradient written as a convolution with an image-sized kernel, and a batch norm
-assembled from some twenty element-wise steps. Here each is written by hand, from the operators
-that the first derivative uses anyway. The layers are drop-in: same parameters, same results.
+differentiates a gradient. PyTorch's second derivatives of these layers are correct but wasteful:
+batch norm's is assembled from some twenty element-wise steps, and that of ReLU and max-pooling
+fills and adds whole tensors of zeros. Here each says what it needs and no more. The layers are
+drop-in: same parameters, same results; a convolution's own second derivative needs no help.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-_parameters_need_gradients = True
 
-
-@contextmanager
-def activation_gradients_only() -> Iterator[None]:
-    """Within it, a backward pass skips the gradients of weights, which a heat map has no use for.
-
-    PyTorch tells a custom function which inputs *can* have a gradient, not which of them this
-    backward pass asks for; so the one caller that asks for activations alone says so here.
-    """
-    global _parameters_need_gradients
-    before, _parameters_need_gradients = _parameters_need_gradients, False
-    try:
-        yield
-    finally:
-        _parameters_need_gradients = before
-
-
-def _convolution_gradients(grad_output, images, weight, options, mask):
-    """Gradients of a convolution for its (input, weight, bias), where `mask` asks for them."""
-    stride, padding, dilation, groups = options
-    return torch.ops.aten.convolution_backward(
-        grad_output, images, weight, [weight.shape[0]],
-        stride, padding, dilation, False, [0, 0], groups, mask,
-    )  # fmt: skip
-
-
-class _Convolution(Function):
+class _Relu(Function):
     @staticmethod
-    def forward(ctx, images, weight, bias, options):
-        ctx.save_for_backward(images, weight)
-        ctx.options, ctx.has_bias = options, bias is not None
-        return torch.conv2d(images, weight, bias, *options)
+    def forward(ctx, images):
+        out = images.relu()
+        ctx.save_for_backward(out)
+        return out
 
     @staticmethod
     def backward(ctx, grad_output):
-        images, weight = ctx.saved_tensors
-        need_input = ctx.needs_input_grad[0]
-        if torch.is_grad_enabled() and not _parameters_need_gradients:
-            grad_input = _ConvolutionInputGradient.apply(
-                grad_output, weight, images, ctx.options
-            )
-            return grad_input, None, None, None
-        need_weight = _parameters_need_gradients and ctx.needs_input_grad[1]
-        need_bias = _parameters_need_gradients and ctx.has_bias and ctx.needs_input_grad[2]
-        mask = [need_input, need_weight, need_bias]
-        return *_convolution_gradients(grad_output, images, weight, ctx.options, mask), None
+        (out,) = ctx.saved_tensors
+        return _ReluGradient.apply(grad_output, out.detach())
 
 
-class _ConvolutionInputGradient(Function):
-    """The input's gradient as a function of (grad_output, weight); linear in either."""
+class _ReluGradient(Function):
+    """Linear in grad_output; which pixels are positive does not move with the input."""
 
     @staticmethod
-    def forward(ctx, grad_output, weight, images, options):
-        ctx.save_for_backward(grad_output, weight)
-        ctx.options = options
-        mask = [True, False, False]
-        return _convolution_gradients(grad_output, images, weight, options, mask)[0]
+    def forward(ctx, grad_output, out):
+        ctx.save_for_backward(out)
+        return torch.ops.aten.threshold_backward(grad_output, out, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        grad_output, weight = ctx.saved_tensors
-        mask = [False, True, False]
-        grad_weight = _convolution_gradients(grad_output, grad, weight, ctx.options, mask)[1]
-        return torch.conv2d(grad, weight, None, *ctx.options), grad_weight, None, None
+        (out,) = ctx.saved_tensors
+        return _ReluGradient.apply(grad, out), None
 
 
-class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` (zero padding given as numbers) with a cheap second derivative."""
+class ReLU(nn.ReLU):
+    """`torch.nn.ReLU` with a cheap second derivative."""
 
     def forward(self, images: Tensor) -> Tensor:
-        options = (self.stride, self.padding, self.dilation, self.groups)
-        return _Convolution.apply(images, self.weight, self.bias, options)
+        return _Relu.apply(images)
 
 
-def _per_channel(values: Tensor) -> Tensor:
-    return values[:, None, None]
+class _MaxPool(Function):
+    @staticmethod
+    def forward(ctx, images, window):
+        out, places = torch.ops.aten.max_pool2d_with_indices(images, *window)
+        ctx.save_for_backward(images, places)
+        ctx.window = window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        images, places = ctx.saved_tensors
+        return _MaxPoolGradient.apply(grad_output, images.detach(), places, ctx.window), None
 
 
-def _channel_mean(images: Tensor) -> Tensor:
-    return images.mean((0, 2, 3))
+class _MaxPoolGradient(Function):
+    """Linear in grad_output; where the maxima are does not move with the input."""
+
+    @staticmethod
+    def forward(ctx, grad_output, images, places, window):
+        ctx.save_for_backward(places)
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            grad_output, images, *window, [1, 1], False, places
+        )
+
+    @staticmethod
+    def backward(ctx, grad):
+        (places,) = ctx.saved_tensors
+        to_output = grad.flatten(2).gather(2, places.flatten(2)).view(places.shape)
+        return to_output, None, None, None
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """`torch.nn.MaxPool2d` (square windows) with a cheap second derivative."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        window = ([self.kernel_size] * 2, [self.stride] * 2, [self.padding] * 2)
+        return _MaxPool.apply(images, window)
 
 
 class _BatchNorm(Function):
@@ -110,83 +97,74 @@ class _BatchNorm(Function):
             images, weight, bias, running_mean, running_var, True, momentum, eps
         )
         ctx.save_for_backward(images, weight, mean, inverse_deviation)
-        ctx.eps = eps
         return out
 
     @staticmethod
     def backward(ctx, grad_output):
-        images, weight, mean, inverse_deviation = ctx.saved_tensors
-        nothing = (None,) * 4
-        if torch.is_grad_enabled():
-            if _parameters_need_gradients:  # a second derivative of everything: PyTorch's own
-                return *torch.ops.aten.native_batch_norm_backward(
-                    grad_output, images, weight, None, None, mean, inverse_deviation,
-                    True, ctx.eps, ctx.needs_input_grad[:3],
-                ), *nothing  # fmt: skip
-            grad_input = _BatchNormInputGradient.apply(
-                grad_output, images, weight, mean, inverse_deviation
-            )
-            return grad_input, None, None, *nothing
-        centred = images - _per_channel(mean)
-        mean_grad = _channel_mean(grad_output)
-        mean_product = _channel_mean(grad_output * centred) * inverse_deviation
-        grad_input = _batch_norm_input_gradient(
-            grad_output, centred, weight, inverse_deviation, mean_grad, mean_product
-        )
-        count = grad_output.numel() / grad_output.shape[1]
-        return grad_input, mean_product * count, mean_grad * count, *nothing
+        gradients = _BatchNormGradients.apply(grad_output, *ctx.saved_tensors)
+        return *gradients, *(None,) * 4
 
 
-def _batch_norm_input_gradient(
-    grad, centred, weight, inverse_deviation, mean_grad, mean_product
-) -> Tensor:
-    """(w/s) (grad - mean(grad) - xhat mean(grad xhat)), xhat = centred/s: symmetric in grad."""
-    scale = weight * inverse_deviation
-    shifted = (grad - _per_channel(mean_grad)).mul_(_per_channel(scale))
-    return shifted.addcmul_(centred, _per_channel(-scale * inverse_deviation * mean_product))
-
-
-class _BatchNormInputGradient(Function):
-    """The input's gradient as a function of (grad_output, images, weight)."""
+class _BatchNormGradients(Function):
+    """Gradients for (images, weight, bias) as a function of (grad_output, images, weight)."""
 
     @staticmethod
     def forward(ctx, grad_output, images, weight, mean, inverse_deviation):
-        centred = images - _per_channel(mean)
-        mean_grad = _channel_mean(grad_output)
-        mean_product = _channel_mean(grad_output * centred) * inverse_deviation
+        gradients = _first_derivative(grad_output, images, weight, mean, inverse_deviation)
         ctx.save_for_backward(
-            grad_output, centred, weight, inverse_deviation, mean_grad, mean_product
+            grad_output, images, weight, mean, inverse_deviation, *gradients[1:]
         )
-        return _batch_norm_input_gradient(
-            grad_output, centred, weight, inverse_deviation, mean_grad, mean_product
-        )
+        ctx.set_materialize_grads(False)
+        return gradients
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        grad_output, centred, weight, inverse_deviation, mean_output, product_output = (
-            ctx.saved_tensors
-        )
-        # With <., .> the mean over a channel, xhat = centred / s, g = grad, o = grad_output, the
-        # first derivative is L = (n w / s) Q, Q = <g o> - <g><o> - <g xhat><o xhat>; what follows
-        # is dL/do (the same symmetric map), dL/dx (x also moves mean and s) and dL/dw.
-        mean = _channel_mean(grad)
-        product = _channel_mean(grad * centred) * inverse_deviation
-        correlation = (
-            _channel_mean(grad * grad_output) - mean * mean_output - product * product_output
-        )
-        to_output = _batch_norm_input_gradient(
-            grad, centred, weight, inverse_deviation, mean, product
-        )
-        scale = -weight * inverse_deviation**2
-        of_images = inverse_deviation * (correlation - 2 * product * product_output)
-        constant = mean * product_output + product * mean_output
-        to_images = grad * _per_channel(scale * product_output)
-        to_images.addcmul_(grad_output, _per_channel(scale * product))
-        to_images.addcmul_(centred, _per_channel(scale * of_images))
-        to_images.sub_(_per_channel(scale * constant))
+    def backward(ctx, grad, grad_of_weight, grad_of_bias):
+        grad_output, images, weight, mean, inverse_deviation, *sums = ctx.saved_tensors
+        if grad_of_weight is not None or grad_of_bias is not None:
+            # Not of a heat map, which is made of the activations' gradient alone
+            return *_general_second_derivative(
+                ctx.saved_tensors[:5], (grad, grad_of_weight, grad_of_bias)
+            ), None, None
+        # Let <.> be the mean over a channel of n values, xhat = (x - mean)/s, g = grad and
+        # o = grad_output. The images' gradient contracted with g is
+        #     L = (n w / s) Q,   Q = <g o> - <g><o> - <g xhat><o xhat>,
+        # symmetric in g and o, so that dL/do is what a batch norm does to g. x moves the mean and
+        # s too: dL/dx = -(w / s^2) (<o xhat>(g - <g>) + <g xhat>(o - <o>) + r xhat),
+        # r = Q - 2 <g xhat><o xhat>.
+        to_output, *more_sums = _first_derivative(grad, images, weight, mean, inverse_deviation)
         count = grad.numel() / grad.shape[1]
-        return to_output, to_images, correlation * inverse_deviation * count, None, None
+        o_xhat, o, g_xhat, g = (total / count for total in (*sums, *more_sums))
+        q = (grad * grad_output).mean((0, 2, 3)) - g * o - g_xhat * o_xhat
+        scale = -weight * inverse_deviation**2
+        of_images = scale * (q - 2 * g_xhat * o_xhat) * inverse_deviation
+        constant = -scale * (g * o_xhat + o * g_xhat) - of_images * mean
+        to_images = torch.addcmul(_per_channel(constant), images, _per_channel(of_images))
+        to_images.addcmul_(grad, _per_channel(scale * o_xhat))
+        to_images.addcmul_(grad_output, _per_channel(scale * g_xhat))
+        return to_output, to_images, q * inverse_deviation * count, None, None
+
+
+def _first_derivative(grad_output, images, weight, mean, inverse_deviation):
+    """Gradients for images, weight (n <o xhat>) and bias (n <o>), from one fused operator."""
+    return torch.ops.aten.native_batch_norm_backward(
+        grad_output, images, weight, None, None, mean, inverse_deviation, True, 0.0, [True] * 3
+    )
+
+
+def _general_second_derivative(inputs, grads):
+    """PyTorch's own, of all three gradients for (grad_output, images, weight)."""
+    *variables, mean, inverse_deviation = inputs
+    with torch.enable_grad():
+        variables = [one.detach().requires_grad_() for one in variables]
+        gradients = _first_derivative(*variables, mean, inverse_deviation)
+        pairs = [pair for pair in zip(gradients, grads, strict=True) if pair[1] is not None]
+        outputs, weights = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, variables, weights, allow_unused=True)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
 
 
 class BatchNorm2d(nn.BatchNorm2d):

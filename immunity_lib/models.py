@@ -73,7 +73,7 @@ def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE | None:
         return None
     try:
         known = read_record(record)
-        tensors, _ = read_tensors(weights)
+        tensors, _ = read_tensors(weights, known["weights"])
         same = known["recipe"] == wanted.model_dump(mode="json")
         same_data = known["data"]["checksum"] == dataset.splits["train"].checksum
         reason = "" if same and same_data else "it was trained with other settings or other data"

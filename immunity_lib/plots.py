@@ -13,8 +13,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from immunity_lib.artefacts import write_sidecar
-from immunity_lib.records import write_atomically
+from immunity_lib.artefacts import write_artefact
 from immunity_lib.settings import Settings
 
 COLOURS = sns.color_palette("colorblind").as_hex()
@@ -55,7 +54,8 @@ def training_curves(
                 experts = np.array([entry["expert_accuracy"] for entry in log])
                 panel.fill_between(epochs, experts.min(1), experts.max(1), color=colour, alpha=0.15)
         panel.set(title=CURVES[curve], xlabel="epoch")
-        panel.set_ylim(0, 1 if curve in ("accuracy", "empty_maps") else None)
+        highest = max(entry[curve] for log in logs.values() for entry in log)
+        panel.set_ylim(0, 1 if curve in ("accuracy", "empty_maps") else 1.1 * highest or 1)
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in axes.flat[len(curves) :]:
         panel.set_axis_off()
@@ -79,10 +79,10 @@ def heatmap_grid(
     )  # fmt: skip
     drawn = None
     for row in range(rows):
-        axes[row, 0].imshow(images[row].permute(1, 2, 0).cpu())
+        axes[row, 0].imshow(images[row].permute(1, 2, 0).numpy(force=True))
         axes[row, 0].set_xlabel(titles[row], fontsize=9)
         for expert in range(experts):
-            panel, heat = axes[row, expert + 1], maps[row, expert].cpu()
+            panel, heat = axes[row, expert + 1], maps[row, expert].numpy(force=True)
             empty = bool(heat.max() == heat.min())
             heat = heat * 0 if empty else heat / heat.max()
             drawn = panel.imshow(heat, cmap="magma", vmin=0, vmax=1)
@@ -95,14 +95,15 @@ def heatmap_grid(
     axes[0, 0].set_title("image", fontsize=10)
     for panel in axes.flat:
         panel.set(xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=axes, label="heat, divided by the map's maximum", shrink=0.7)
+    figure.colorbar(drawn, ax=axes, label="heat / maximum", shrink=0.7)
     return figure
 
 
 def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Share of every expert's heat on each part and on the background, a panel for each model.
 
-    panels: by title, frames with a row an expert and a column a part, shares in 0 .. 1.
+    panels: by title, frames with a row an expert and a column a part, the last one "background",
+    shares in 0 .. 1. The parts share one colour scale; the background, in grey, has its own.
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -111,12 +112,14 @@ def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
         rows, columns, figsize=(4.6 * columns, height * rows), dpi=SCREEN, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    highest = max(frame.to_numpy().max() for frame in panels.values())
+    highest = max(frame.drop(columns="background").to_numpy().max() for frame in panels.values())
     for panel, (title, frame) in zip(axes.flat, panels.items(), strict=False):
-        sns.heatmap(
-            frame, ax=panel, cmap="viridis", vmin=0, vmax=highest, annot=True, fmt=".0%",
-            cbar=False, linewidths=1,
-        )  # fmt: skip
+        background = np.tile(frame.columns == "background", (len(frame), 1))
+        for hidden, colours, top in ((background, "viridis", highest), (~background, "Greys", 1)):
+            sns.heatmap(
+                frame, mask=hidden, ax=panel, cmap=colours, vmin=0, vmax=top, annot=True,
+                fmt=".0%", cbar=False, linewidths=1,
+            )  # fmt: skip
         panel.set(title=title)
         panel.tick_params(axis="y", rotation=0)
     return figure
@@ -142,15 +145,15 @@ def attack_bars(accuracies: pd.DataFrame) -> Figure:
             share = 100 * of_model[["switched", "worst", "best"]].mean().loc[list(attacks)]
             places = np.arange(len(attacks)) + (position - (len(models) - 1) / 2) * width
             reach = [share["switched"] - share["worst"], share["best"] - share["switched"]]
-            bars = panel.bar(places, share["switched"], width, color=colour, label=model)
+            panel.bar(places, share["switched"], width, color=colour, label=model)
             panel.errorbar(
                 places, share["switched"], np.clip(reach, 0, None), fmt="none", ecolor="black",
                 capsize=2, linewidth=1,
             )  # fmt: skip
-            tops = [f"{value:.0f}" for value in share["switched"]]
-            panel.bar_label(bars, tops, padding=5, fontsize=8)
+            for place, value, top in zip(places, share["switched"], share["best"], strict=True):
+                panel.text(place, top + 1.5, f"{value:.0f}", ha="center", fontsize=8)
         panel.set_xticks(range(len(attacks)), attacks)
-        panel.set(title=f"{regime} training", ylim=(0, 105))
+        panel.set(title=f"{regime} training", ylim=(0, 106))
         sns.despine(ax=panel)
     axes[0, 0].set_ylabel("accuracy, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -167,10 +170,9 @@ def save_figure(
     data give the same bytes.
     """
     undated = {"png": {}, "pdf": {"CreationDate": None}}
-    paths = []
+    contents = {}
     for ending, metadata in undated.items():
         content = BytesIO()
         figure.savefig(content, format=ending, dpi=PRINT, metadata=metadata)
-        paths.append(settings.figures / f"{name}.{ending}")
-        write_atomically(paths[-1], content.getvalue())
-    return [*paths, write_sidecar(settings, name, caption, records)]
+        contents[ending] = content.getvalue()
+    return write_artefact(settings, name, contents, caption, records)

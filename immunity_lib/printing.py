@@ -39,6 +39,8 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
         if cell["paper_data"]:
             known = not pd.isna(cell["paper"])
             text = f"{cell['paper']:g}" if known else UNKNOWN
+            if known and cell["unit"] != "%":  # the paper does not say the units of its scores
+                text += " as printed"
             rows.setdefault((*label, "paper"), {})[header] = text
     lines = [dict(zip([*labels, "source"], row, strict=True)) | rows[row] for row in rows]
     text = pd.DataFrame(lines).fillna("")

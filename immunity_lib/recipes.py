@@ -112,6 +112,13 @@ def recipe(settings: Settings, name: ModelName) -> Recipe:
         changes |= {"floor": 0.0, "warmup_epochs": 0.0}
     if name.regime == "standard":
         changes["adversary"] = None
+    # What a model does not use stays at its default, so that changing it trains nothing anew
+    unused: tuple[str, ...] = ()
+    if name.method in ("standalone", "moe"):
+        unused += ("floor", "warmup_epochs", "coordinates", "explained")
+    if name.regime == "standard":
+        unused += ("adversary_steps", "eps", "step_size")
+    changes |= {field: Settings.model_fields[field].default for field in unused}
     return Recipe.model_validate(settings.model_dump() | changes)
 
 

@@ -83,16 +83,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any])
     return checksum
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote; raises DamagedFile if it is not whole and unaltered."""
+def read_tensors(
+    path: Path, checksum: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote; raises DamagedFile if it is not whole and unaltered.
+
+    checksum: what `write_tensors` returned, from a caller that wants that very file.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DamagedFile(f"{path} is not a whole safetensors file: {error}") from error
-    if metadata.get("checksum") != _checksum_of_tensors(tensors, metadata.get("notes", "")):
+    found = _checksum_of_tensors(tensors, metadata.get("notes", ""))
+    if metadata.get("checksum") != found:
         raise DamagedFile(f"{path} is not what this library wrote: its checksum does not match")
+    if checksum not in (None, found):
+        raise DamagedFile(f"{path} is whole, but another file than its record speaks of")
     return tensors, json.loads(metadata["notes"])
 
 

@@ -21,8 +21,9 @@ from immunity_lib.settings import Settings, load_preset, preset_names
 def main(arguments: list[str] | None = None) -> int:
     """Run the graph of a preset; returns the exit status."""
     options = _parser().parse_args(arguments)
-    known = options.preset in preset_names()
-    preset = options.preset if known else os.path.abspath(options.preset)
+    preset = options.preset
+    if preset not in preset_names() and Path(preset).is_file():
+        preset = os.path.abspath(preset)  # notebooks run elsewhere than here
     try:
         settings = load_preset(
             preset,

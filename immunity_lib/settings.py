@@ -30,7 +30,7 @@ Budget = Annotated[Fraction, Field(gt=0, le=1)]
 class Settings(BaseModel):
     """One preset. Units: epochs, images, pixels; eps and step sizes in the image's range [0, 1]."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: str = Field(description="its name; results lie under it in runs/ and figures/")
     model: str = Field("", description="one model of the preset by name; empty: all of them")

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from immunity_lib.artefacts import write_sidecar
+from immunity_lib.artefacts import write_artefact
 from immunity_lib.printing import evidence, printed
 from immunity_lib.recipes import ModelName, table1_models, table2_models, table3_models
-from immunity_lib.records import read_record, write_atomically
+from immunity_lib.records import read_record
 from immunity_lib.reported import reported_numbers
 from immunity_lib.results import record_path
 from immunity_lib.settings import Settings
@@ -148,10 +148,7 @@ def write_table(
         "md": f"{caption}\n\n{text.to_markdown(index=False, disable_numparse=True)}\n",
         "tex": text.to_latex(index=False, escape=True, caption=escaped, label=f"tab:{name}"),
     }
-    paths = [settings.figures / f"{name}.{ending}" for ending in contents]
-    for path, content in zip(paths, contents.values(), strict=True):
-        write_atomically(path, content)
-    return [*paths, write_sidecar(settings, name, caption, records)]
+    return write_artefact(settings, name, contents, caption, records)
 
 
 def _record(settings: Settings, name: ModelName, kind: str) -> dict:

@@ -86,7 +86,7 @@ def train(
             log.append(entry)
             _write_log(folder, log)
             _save(folder, recipe, model, optimiser, log)
-            tqdm.write(progress_line(name, recipe.epochs, entry))
+            print(progress_line(name, recipe.epochs, entry), flush=True)
     return model, log
 
 
@@ -226,7 +226,7 @@ def _restore(folder: Path, recipe: Recipe, model, optimiser) -> list[dict]:
     except DamagedFile as error:
         set_aside(path, f"{error}; training starts anew")
         return []
-    if notes["recipe"] != recipe.model_dump(mode="json"):
+    if notes.get("recipe") != recipe.model_dump(mode="json"):
         set_aside(path, "it belongs to other settings; training starts anew")
         return []
     model.load_state_dict(_under("model.", tensors))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_lib.experts.expert import Expert, scale_channels
-from immunity_lib.layers import BatchNorm2d, Conv2d
+from immunity_lib.layers import BatchNorm2d, MaxPool2d, ReLU
 
 # Output channels: 1x1 | 1x1 -> 3x3 | 1x1 -> "5x5" | pool -> 1x1.
 INCEPTION_CHANNELS = {
@@ -38,14 +38,14 @@ def convolution(
 ) -> nn.Sequential:
     """Convolution that keeps the grid, batch norm, ReLU."""
     return nn.Sequential(
-        Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
         BatchNorm2d(out_channels),
-        nn.ReLU(),
+        ReLU(),
     )
 
 
-def halve_grid() -> nn.MaxPool2d:
-    return nn.MaxPool2d(3, stride=2, padding=1)
+def halve_grid() -> MaxPool2d:
+    return MaxPool2d(3, stride=2, padding=1)
 
 
 class Inception(nn.Module):
@@ -68,7 +68,7 @@ class Inception(nn.Module):
                     convolution(five, five, 3),
                 ),
                 nn.Sequential(
-                    nn.MaxPool2d(3, stride=1, padding=1), convolution(in_channels, pooled, 1)
+                    MaxPool2d(3, stride=1, padding=1), convolution(in_channels, pooled, 1)
                 ),
             )
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from immunity_lib.experts.expert import Expert, scale_channels
-from immunity_lib.layers import BatchNorm2d, Conv2d
+from immunity_lib.layers import BatchNorm2d, ReLU
 
 
 class BasicBlock(nn.Module):
@@ -17,19 +17,19 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
             BatchNorm2d(out_channels),
-            nn.ReLU(),
-            Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            ReLU(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             BatchNorm2d(out_channels),
         )
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
                 BatchNorm2d(out_channels),
             )
-        self.relu = nn.ReLU()
+        self.relu = ReLU()
 
     def forward(self, activations: Tensor) -> Tensor:
         return self.relu(self.residual(activations) + self.shortcut(activations))
@@ -42,7 +42,7 @@ class ResNet18(Expert):
         channels = scale_channels(64, width)
         stages: dict[str, nn.Module] = {
             "stem": nn.Sequential(
-                Conv2d(3, channels, 3, padding=1, bias=False), BatchNorm2d(channels), nn.ReLU()
+                nn.Conv2d(3, channels, 3, padding=1, bias=False), BatchNorm2d(channels), ReLU()
             )
         }
         for number, (full_width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):

@@ -1,0 +1,52 @@
+"""Resident memory over 500 regularised training steps: it must not grow.
+
+Run with `python -m benchmarks.memory`.
+"""
+
+import gc
+import resource
+
+import torch
+
+from immunity_lib import ImmunityMoE, build_expert, losses
+from immunity_lib.heatmaps import heatmaps_from_outputs
+
+STEPS, WARM_UP = 500, 50
+
+
+def resident_megabytes() -> float:
+    """Resident memory of this process now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def growth(steps: int = STEPS) -> tuple[float, float]:
+    """Megabytes after the warm-up, and by how many they grew over the steps after it."""
+    torch.manual_seed(0)
+    experts = [build_expert("resnet18", 10, 0.0625) for _ in range(2)]
+    model = ImmunityMoE(experts).to(memory_format=torch.channels_last).train()
+    optimiser = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    images, labels = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    before = 0.0
+    for step in range(WARM_UP + steps):
+        outputs = model.expert_outputs(images)
+        maps = heatmaps_from_outputs(outputs, labels, True, floor=0.1)
+        loss = losses.immunity_loss(outputs, labels, maps, alpha=1.0, beta=1.0, gamma=1.0)
+        optimiser.zero_grad()
+        loss.total.backward()
+        optimiser.step()
+        if step == WARM_UP - 1:
+            gc.collect()
+            before = resident_megabytes()
+    gc.collect()
+    return before, resident_megabytes() - before
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    before, grown = growth()
+    print(f"{STEPS} regularised steps: resident memory {before:.0f} MB, grown by {grown:+.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

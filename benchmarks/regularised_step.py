@@ -1,0 +1,71 @@
+"""The cost of the heat-map losses: a training step with eqs (9) and (11), against one without.
+
+The arithmetic limit is 1 + T, with T the share of multiply-accumulates behind the Grad-CAM layer:
+the maps cost one more backward pass of that tail and its second derivative, three tails on top of
+three whole passes. The goal is 1.15 times that limit. The same step with PyTorch's own layers
+shows what `immunity_lib/layers.py` is for.
+Run with `python -m benchmarks.regularised_step`.
+"""
+
+from statistics import median
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from benchmarks.timing import take_turns
+from immunity_lib import ImmunityMoE, build_expert, layers, losses
+from immunity_lib.experts import multiply_accumulates
+from immunity_lib.heatmaps import heatmaps_from_outputs
+
+EXPERTS, IMAGES, ROUNDS = 5, 32, 7
+CASES = (("googlenet", 0.25), ("googlenet-kuangliu", 0.125))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name, width in CASES:
+        torch.manual_seed(0)
+        experts = [build_expert(name, 10, width) for _ in range(EXPERTS)]
+        model = ImmunityMoE(experts).to(memory_format=torch.channels_last).train()
+        images = torch.rand(IMAGES, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(0, 10, (IMAGES,))
+
+        def step(weight: float, model=model, images=images, labels=labels) -> None:
+            model.zero_grad()
+            outputs = model.expert_outputs(images)
+            maps = heatmaps_from_outputs(outputs, labels, True, floor=0.1) if weight else None
+            losses.immunity_loss(
+                outputs, labels, maps, alpha=1.0, beta=weight, gamma=weight
+            ).total.backward()
+
+        def stock_step(weight: float, step=step) -> None:
+            with (
+                patch.object(layers.BatchNorm2d, "forward", nn.BatchNorm2d.forward),
+                patch.object(layers.ReLU, "forward", nn.ReLU.forward),
+                patch.object(layers.MaxPool2d, "forward", nn.MaxPool2d.forward),
+            ):
+                step(weight)
+
+        seconds = take_turns(
+            {
+                "plain": lambda step=step: step(0.0),
+                "regularised": lambda step=step: step(1.0),
+                "stock plain": lambda step=stock_step: step(0.0),
+                "stock regularised": lambda step=stock_step: step(1.0),
+            },
+            ROUNDS,
+        )
+        limit = 1 + multiply_accumulates(experts[0]).tail_share
+        plain, stock = median(seconds["plain"]), median(seconds["stock plain"])
+        ours = median(seconds["regularised"]) / plain
+        theirs = median(seconds["stock regularised"]) / stock
+        print(
+            f"{name}, width {width}: regularised over plain step {ours:.2f}, limit {limit:.2f}, "
+            f"so {ours / limit:.2f} times the limit; with PyTorch's own layers {theirs:.2f}. "
+            f"Plain step against theirs: {plain / stock:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Accuracy over all states of the gate, against one forward pass per state."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from immunity_lib.data import ImageSet
+from immunity_lib.evaluation import (
+    accuracy_over_gates,
+    accuracy_under_attack,
+    correct_by_gate,
+    permutations,
+    switched_probabilities,
+)
+from immunity_lib.moe import ExpertOutputs
+
+
+@pytest.fixture
+def five_experts(make_linear_model):
+    return make_linear_model(5, sharpness=3.0)
+
+
+@pytest.fixture(scope="module")
+def image_set(dataset):
+    return dataset.splits["test"]
+
+
+def as_batch(image_set):
+    return image_set.images.float() / 255, image_set.labels
+
+
+def some_labels(model, images):
+    """Labels that the mixture hits about half the time, differently for every gate."""
+    with torch.no_grad():
+        outputs = model.expert_outputs(images)
+    return torch.where(
+        torch.arange(len(images)) % 3 > 0, outputs.mixture("trained").argmax(1),
+        outputs.logits[:, 1].argmax(1),
+    )  # fmt: skip
+
+
+def test_exact_accuracy_is_that_of_120_forward_passes(five_experts, image_set):
+    images, _ = as_batch(image_set)
+    labels = some_labels(five_experts, images)
+    with torch.no_grad():
+        correct = torch.stack([
+            five_experts(images, gate=order).argmax(1) == labels
+            for order in itertools.permutations(range(5))
+        ]).double()  # fmt: skip
+        alone = {gate: five_experts(images, gate=gate) for gate in ("trained", "uniform")}
+    batches = zip(images.split(10), labels.split(10), strict=True)
+    found = accuracy_over_gates(five_experts, batches)
+    assert len(correct) == 120 and found.images == 32
+    assert found.switched == pytest.approx(correct.mean().item())
+    assert found.best == pytest.approx(correct.mean(1).max().item())
+    assert found.worst == pytest.approx(correct.mean(1).min().item())
+    assert found.every == pytest.approx(correct.min(0).values.mean().item())
+    assert found.trained == correct[0].mean().item()  # the identity comes first
+    for gate, mixture in alone.items():
+        assert getattr(found, gate) == (mixture.argmax(1) == labels).double().mean().item()
+    assert found.every < found.worst < found.switched < found.best  # the test is not vacuous
+
+
+@given(seed=st.integers(0, 1000), experts=st.integers(1, 4), images=st.integers(1, 6))
+def test_accuracies_are_ordered(seed, experts, images):
+    """every <= worst <= switched <= best, and the trained gate is one of the permutations."""
+    torch.manual_seed(seed)
+    outputs = ExpertOutputs(
+        torch.randn(images, experts, 3), torch.randn(images, experts).log_softmax(1), ()
+    )
+    correct = correct_by_gate(outputs, torch.randint(3, (images,)))
+    of_each = correct["switched"].double().mean(0)
+    every = correct["switched"].all(1).double().mean()
+    assert every <= of_each.min() and of_each.min() <= of_each.mean() + 1e-12
+    assert of_each.min() <= correct["trained"].double().mean() <= of_each.max()
+
+
+def test_probabilities_of_every_gate_are_those_of_the_mixture(five_experts, image_set):
+    images, _ = as_batch(image_set)
+    with torch.no_grad():
+        outputs = five_experts.expert_outputs(images)
+        found = switched_probabilities(outputs)
+    for state, order in enumerate(permutations(5).tolist()):
+        torch.testing.assert_close(found[:, state], outputs.mixture(order).exp())
+
+
+def test_a_single_expert_has_one_gate(make_linear_model, image_set):
+    found = accuracy_over_gates(make_linear_model(1), [as_batch(image_set)])
+    assert found.trained == found.uniform == found.switched == found.best == found.every
+
+
+def test_permutations_are_all_and_distinct():
+    states = permutations(4)
+    assert len({tuple(state) for state in states.tolist()}) == 24
+    assert states[0].tolist() == [0, 1, 2, 3]
+    assert (states.sort(dim=1).values == torch.arange(4)).all()
+
+
+def test_too_many_experts_are_refused(make_linear_model, image_set):
+    with pytest.raises(ValueError, match="7 experts have 5040 gates.* at most 6 experts"):
+        accuracy_over_gates(make_linear_model(7), [as_batch(image_set)])
+
+
+def under_attack(model, image_set, attack, gate="uniform", seed=0, batch_size=250):
+    return accuracy_under_attack(
+        model, image_set, attack, gate, eps=8 / 255, step_size=2 / 255, steps=3, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
+
+
+def test_attack_none_is_the_clean_accuracy(five_experts, image_set):
+    clean = accuracy_over_gates(five_experts, [as_batch(image_set)])
+    assert under_attack(five_experts, image_set, "none", batch_size=7) == clean
+
+
+def test_attacks_lower_the_accuracy_of_the_gate_they_aim_at(trained, dataset):
+    train_set = dataset.splits["train"]
+    clean = accuracy_over_gates(trained, [as_batch(train_set)])
+    for attack in ("fgsm", "pgd"):
+        attacked = under_attack(trained, train_set, attack, gate="trained")
+        assert attacked.trained < clean.trained - 0.1
+        assert attacked.images == len(train_set)
+
+
+def test_attacks_are_drawn_from_the_seed_and_leave_the_random_state(five_experts, image_set):
+    images, _ = as_batch(image_set)
+    labels = some_labels(five_experts, images)
+    image_set = ImageSet(image_set.images, labels)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = under_attack(five_experts, image_set, "pgd", gate="switch")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert under_attack(five_experts, image_set, "pgd", gate="switch") == first
+    others = [under_attack(five_experts, image_set, "pgd", "switch", seed) for seed in range(1, 6)]
+    assert any(other != first for other in others)

@@ -1,0 +1,180 @@
+"""The whole graph at the smoke preset, as a user meets it: run, run again, damage, kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from immunity_lib.recipes import attacked_models, trained_models
+from immunity_lib.records import ROOT, read_record
+from immunity_lib.settings import load_preset
+
+pytestmark = pytest.mark.slow
+EXECUTED_LIMIT = 2_000_000  # bytes; larger notebooks are not rendered by web viewers
+
+
+def reproduce(output: Path, *options: str, preset: str = "smoke") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "immunity_lib.reproduce", "--preset", preset]
+    command += ["--output", str(output), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A finished smoke run: its folder and what the command printed."""
+    output = tmp_path_factory.mktemp("smoke")
+    done = reproduce(output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
+
+
+@pytest.fixture(scope="module")
+def settings(smoke):
+    return load_preset("smoke", output_folder=str(smoke[0]))
+
+
+def test_it_ends_by_listing_every_table_and_figure(smoke, settings):
+    _, done = smoke
+    made = {path.stem for path in settings.figures.glob("*.json")}
+    assert {"table1", "table2", "table3", "figure1", "figure2"} <= made
+    listing = done.stdout[done.stdout.index("Tables and figures of preset smoke") :]
+    for name in made:
+        files = [path for path in settings.figures.glob(f"{name}.*") if path.suffix != ".json"]
+        assert len(files) >= 2, f"{name} has no files beside its record"
+        assert f"/{name} (" in listing
+        assert read_record(settings.figures / f"{name}.json")["caption"] in listing
+
+
+def test_it_shows_progress_of_every_model(smoke, settings):
+    printed = smoke[1].stderr + smoke[1].stdout
+    for name in trained_models(settings):
+        assert f"{name} epoch {settings.epochs}/{settings.epochs}:" in printed
+
+
+def test_every_model_has_its_weights_log_and_record(smoke, settings):
+    for name in trained_models(settings):
+        folder = settings.runs / "models" / str(name)
+        record = read_record(folder / "record.json")
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert record["log"] == log and len(log) == settings.epochs
+        assert not list(folder.glob("checkpoint*"))
+
+
+def test_every_attack_of_every_model_is_recorded(smoke, settings):
+    for name in attacked_models(settings):
+        result = read_record(settings.runs / "records" / f"{name}.attacks.json")["result"]
+        assert {entry["attack"] for entry in result["attacks"]} == set(settings.attacks)
+        for entry in result["attacks"]:
+            assert entry["worst"] <= entry["switched"] <= entry["best"]
+            assert entry["every"] <= entry["worst"]
+
+
+def test_no_record_or_sidecar_names_a_path_of_this_machine(smoke, settings):
+    for path in [*settings.runs.rglob("*.json"), *settings.figures.rglob("*.json")]:
+        assert str(smoke[0]) not in path.read_text() and str(ROOT) not in path.read_text(), path
+
+
+def test_executed_notebooks_are_whole_and_small(settings):
+    for path in (settings.runs / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        assert path.stat().st_size < EXECUTED_LIMIT, path
+        for cell in notebook.cells:
+            assert cell.cell_type != "code" or cell.execution_count is not None
+
+
+def test_a_second_run_has_nothing_to_do(smoke):
+    started = time.perf_counter()
+    done = reproduce(smoke[0])
+    assert done.returncode == 0 and "epoch" not in done.stdout + done.stderr
+    assert "Tables and figures of preset smoke" in done.stdout
+    assert time.perf_counter() - started < 60  # it takes some ten seconds on an idle machine
+
+
+def test_a_damaged_record_and_truncated_weights_are_set_aside_and_made_again(smoke, settings):
+    name = attacked_models(settings)[0]
+    record = settings.runs / "records" / f"{name}.attacks.json"
+    weights = settings.runs / "models" / str(name) / "model.safetensors"
+    numbers, original = read_record(record)["result"], weights.read_bytes()
+    record.write_text(record.read_text()[:100])
+    weights.write_bytes(original[: len(original) // 2])
+    done = reproduce(smoke[0])
+    assert done.returncode == 0, done.stderr
+    for path in (record, weights):
+        assert f"{path.name}.aside-" in done.stderr
+        assert list(path.parent.glob(f"{path.name}.aside-*")), "what was damaged was deleted"
+    assert weights.read_bytes() == original, "the same seed gives the same weights"
+    for before, after in zip(
+        numbers["attacks"], read_record(record)["result"]["attacks"], strict=True
+    ):
+        assert {**before, "seconds": 0} == {**after, "seconds": 0}
+
+
+def test_killed_it_goes_on_when_asked_again(tmp_path):
+    preset = tmp_path / "short.yaml"
+    text = (ROOT / "presets/smoke.yaml").read_text().replace("preset: smoke", "preset: short")
+    preset.write_text(text.replace("regimes: [standard, adversarial]", "regimes: [standard]"))
+    command = [sys.executable, "-m", "immunity_lib.reproduce", "--preset", str(preset)]
+    command += ["--output", str(tmp_path)]
+    run = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    models = tmp_path / "runs/short/models"
+    deadline = time.monotonic() + 300
+    while not list(models.glob("*/log.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert list(models.glob("*/log.jsonl")), "no epoch was finished before the kill"
+    done = subprocess.run(
+        [*command, "--jobs", "2"], cwd=ROOT, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figures/short/table3.csv").exists()
+
+
+def papermill(notebook: str, output: Path, *parameters: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(output)]
+    return subprocess.run(
+        [*command, "-k", "python3", *parameters], cwd=ROOT, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+
+
+def test_a_preset_file_and_a_model_by_hand(smoke, settings, tmp_path):
+    name = str(attacked_models(settings)[0])
+    done = papermill(
+        "03_attacks", tmp_path / "out.ipynb", "-f", "presets/smoke.yaml", "-p", "model", name,
+        "-p", "output_folder", str(smoke[0]),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert name in (tmp_path / "out.ipynb").read_text()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        (["-p", "epohcs", "3"], ["epohcs", "epochs"]),
+        (["-p", "eps", "8"], ["eps"]),
+        (["-p", "model", "parts10-nothing"], ["parts10-nothing", "immunity"]),
+        (["-p", "preset", "nosuch"], ["nosuch", "demo"]),
+    ],
+)
+def test_a_wrong_parameter_fails_before_computing(parameters, told, tmp_path):
+    done = papermill("02_training", tmp_path / "out.ipynb", *parameters)
+    assert done.returncode != 0
+    for word in told:
+        assert word in done.stderr
+
+
+def test_an_unknown_preset_lists_the_valid_ones(tmp_path):
+    done = reproduce(tmp_path, preset="nosuch")
+    assert done.returncode == 2
+    assert "nosuch" in done.stderr and "cifar10-small, demo, smoke" in done.stderr
+    assert "Traceback" not in done.stderr
