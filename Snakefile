@@ -38,7 +38,7 @@ def run_notebook(name, model=""):
         f"{sys.executable} -m papermill notebooks/{name}.ipynb {{output.notebook}} -k python3 "
         f"-r preset '{config['preset']}' -r data_folder '{settings.data_folder}' "
         f"-r output_folder '{settings.output_folder}' -p interactive False {model} "
-        "--cwd . --no-progress-bar --stdout-file /dev/fd/3 3>&2 2> {log}"
+        "--cwd . --no-progress-bar --stdout-file >(cat >&2) 2> {log}"
     )
 
 

@@ -147,4 +147,6 @@ def test_saved_figure_is_the_same_bytes_again_and_names_its_records(tmp_path):
     assert first[0].startswith(b"\x89PNG") and first[1].startswith(b"%PDF")
     sidecar = read_record(paths[2])
     assert sidecar["caption"] == "Curves."
-    assert sidecar["records"][0]["file"] == "models/one/record.json"
+    assert sidecar["records"][0]["file"] == "records/one.training.json"
+    copy = settings.figures / "records/one.training.json"
+    assert copy.read_bytes() == record.read_bytes()

@@ -64,7 +64,9 @@ def test_methods_are_configurations_of_one_model(make_recipe, method, weights):
     found = make_recipe(method, alpha=0.5, beta=3, gamma=4, floor=0.2, warmup_epochs=2)
     assert (found.experts, found.alpha, found.beta, found.gamma) == weights
     literal = method == "immunity-literal"
-    assert (found.floor, found.warmup_epochs) == ((0, 0) if literal else (0.2, 2))
+    without_maps = method in ("standalone", "moe")
+    expected = (0, 0) if literal else (0.1, 1) if without_maps else (0.2, 2)
+    assert (found.floor, found.warmup_epochs) == expected
 
 
 def test_regime_decides_on_the_adversary(make_recipe):
@@ -117,3 +119,11 @@ def test_table_2_crosses_methods_regimes_and_seeds(make_settings):
     settings = make_settings(seeds=[0, 2])
     found = {(name.method, name.regime, name.seed) for name in table2_models(settings)}
     assert found == set(product(("standalone", "moe", "immunity"), REGIMES, (0, 2)))
+
+
+def test_what_a_model_does_not_use_is_not_in_its_recipe(make_recipe):
+    """Attacking with another eps, say, must not train a standard model anew."""
+    changed = {"eps": "4/255", "step_size": "1/255", "adversary_steps": 3}
+    assert make_recipe("immunity", **changed) == make_recipe("immunity")
+    assert make_recipe("moe", floor=0.5, warmup_epochs=3) == make_recipe("moe")
+    assert make_recipe("immunity", floor=0.5) != make_recipe("immunity")
