@@ -7,7 +7,6 @@ uninterrupted one would have (on the CPU, bit for bit).
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -19,19 +18,13 @@ from tqdm import tqdm
 
 from immunity_lib import losses, scores
 from immunity_lib.attacks import attack_images
+from immunity_lib.checkpoints import restore_checkpoint, save_checkpoint, write_log
 from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches, training_batches
 from immunity_lib.experts import build_expert
 from immunity_lib.heatmaps import empty_share, heatmaps_from_outputs
 from immunity_lib.moe import ConstantGate, ConvolutionalGate, ImmunityMoE
 from immunity_lib.recipes import Recipe
-from immunity_lib.records import (
-    DamagedFile,
-    read_tensors,
-    set_aside,
-    write_atomically,
-    write_tensors,
-)
 
 
 class TrainingDiverged(ArithmeticError):
@@ -41,7 +34,7 @@ class TrainingDiverged(ArithmeticError):
 def build_model(recipe: Recipe, dataset: Dataset) -> ImmunityMoE:
     """The untrained model of a recipe, initialised from its seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)  # the CPU's alone
         experts = [
             build_expert(
                 recipe.expert, len(dataset.class_names), recipe.width, dataset.mean, dataset.std,
@@ -76,7 +69,11 @@ def train(
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(recipe.seed)
-        log = _restore(folder, recipe, model, optimiser)
+        source = {
+            "recipe": recipe.model_dump(mode="json"),
+            "data": dataset.splits["train"].checksum,
+        }
+        log = restore_checkpoint(folder, source, model, optimiser)
         for epoch in range(len(log), recipe.epochs):
             started = time.perf_counter()
             entry = {"epoch": epoch + 1}
@@ -84,8 +81,8 @@ def train(
             entry |= _diagnose(model, dataset.splits["validation"], device)
             entry["seconds"] = round(time.perf_counter() - started, 2)
             log.append(entry)
-            _write_log(folder, log)
-            _save(folder, recipe, model, optimiser, log)
+            write_log(folder, log)
+            save_checkpoint(folder, source | {"log": log}, model, optimiser)
             print(progress_line(name, recipe.epochs, entry), flush=True)
     return model, log
 
@@ -143,6 +140,11 @@ def _train_epoch(model, optimiser, recipe, dataset, epoch, name, device) -> dict
             nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimiser.step()
         progress.set_postfix(loss=f"{sums['loss'] / (step + 1):.3f}", refresh=False)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise TrainingDiverged(
+            f"{name}: a weight is not finite after epoch {epoch + 1}; "
+            "lower learning_rate, beta or gamma, or set gradient_clip"
+        )
     return {part: total / (step + 1) for part, total in sums.items()}
 
 
@@ -201,51 +203,3 @@ def _diagnose(model: ImmunityMoE, validation: ImageSet, device) -> dict:
     return {
         what: torch.as_tensor(total).div(len(validation)).tolist() for what, total in sums.items()
     }
-
-
-def _save(folder: Path, recipe: Recipe, model, optimiser, log) -> None:
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        if state.get("momentum_buffer") is not None:
-            tensors[f"momentum.{index}"] = state["momentum_buffer"]
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    notes = {"recipe": recipe.model_dump(mode="json"), "log": log}
-    write_tensors(folder / "checkpoint.safetensors", tensors, notes)
-
-
-def _restore(folder: Path, recipe: Recipe, model, optimiser) -> list[dict]:
-    """Load the checkpoint, if there is one of this recipe; returns its log. Any other is set
-    aside, and training starts from the beginning."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return []
-    try:
-        tensors, notes = read_tensors(path)
-    except DamagedFile as error:
-        set_aside(path, f"{error}; training starts anew")
-        return []
-    if notes.get("recipe") != recipe.model_dump(mode="json"):
-        set_aside(path, "it belongs to other settings; training starts anew")
-        return []
-    model.load_state_dict(_under("model.", tensors))
-    state = {
-        int(index): {"momentum_buffer": tensor}
-        for index, tensor in _under("momentum.", tensors).items()
-    }
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    _write_log(folder, notes["log"])
-    print(f"{folder.name} goes on after epoch {len(notes['log'])} of {recipe.epochs}")
-    return notes["log"]
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-
-
-def _write_log(folder: Path, log: list[dict]) -> None:
-    write_atomically(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))

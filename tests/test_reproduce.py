@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from immunity_lib.recipes import attacked_models, trained_models
 from immunity_lib.records import ROOT, read_record
@@ -117,8 +118,10 @@ def test_a_damaged_record_and_truncated_weights_are_set_aside_and_made_again(smo
 
 def test_killed_it_goes_on_when_asked_again(tmp_path):
     preset = tmp_path / "short.yaml"
-    text = (ROOT / "presets/smoke.yaml").read_text().replace("preset: smoke", "preset: short")
-    preset.write_text(text.replace("regimes: [standard, adversarial]", "regimes: [standard]"))
+    fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
+    fields |= {"preset": "short", "regimes": ["standard"]}
+    fields |= {"expert": "resnet18", "compared_experts": ["resnet18"]}
+    preset.write_text(yaml.safe_dump(fields))
     command = [sys.executable, "-m", "immunity_lib.reproduce", "--preset", str(preset)]
     command += ["--output", str(tmp_path)]
     run = subprocess.Popen(
