@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from immunity_lib.checks import check_images, check_labels
+
 if TYPE_CHECKING:
     from immunity_lib.moe import ExpertOutputs, ImmunityMoE
 
@@ -40,7 +42,10 @@ def expert_heatmaps(
     sums to 1 and an empty one (all zero behind the ReLU of eq (3)) is uniform. The defaults are
     the one reading that scores and pictures use; `floor` and `explained` are described in
     `heatmaps_from_outputs`, which serves training, where the forward pass is there already.
+    Raises ValueError for images outside of [0, 1] and labels that the model does not have.
     """
+    check_images(images)
+    check_labels(labels, model.experts[0].num_classes)
     with torch.enable_grad():
         outputs = model.expert_outputs(images)
         maps = heatmaps_from_outputs(

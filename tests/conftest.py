@@ -95,6 +95,7 @@ class LinearExpert(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
+        self.num_classes = classes
         self.normalise = nn.Identity()
         self.linear = nn.Linear(3 * 32 * 32, classes)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from immunity_lib.attacks import ATTACKS, attack_images, check_budget
+from immunity_lib.heatmaps import expert_heatmaps
 from immunity_lib.moe import GATES
 
 EPS = 8 / 255
@@ -203,3 +204,14 @@ def test_unknown_gate_is_refused_and_the_model_restored(model, images, labels):
     with pytest.raises(ValueError, match="trained, uniform, switch"):
         attack(model, images, labels, "fgsm", gate="swtich")
     assert model.evaluation_gate == "switch"
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_that_the_model_does_not_have_are_refused(model, images, labels, label):
+    wrong = labels.clone()
+    wrong[0] = label
+    budget = {"eps": 8 / 255, "step_size": 2 / 255, "steps": 1}
+    with pytest.raises(ValueError, match=f"0 to 9, found .*{label}"):
+        attack_images(model, images, wrong, "pgd", "uniform", **budget)
+    with pytest.raises(ValueError, match=f"0 to 9, found .*{label}"):
+        expert_heatmaps(model, images, wrong)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from immunity_lib.checks import ROUNDING, check_images, check_labels
 from immunity_lib.moe import Gate, ImmunityMoE
 
 # Each builds an attack from (model, eps, step size, number of steps). PGD starts at a random point
@@ -25,7 +26,6 @@ ATTACKS: dict[str, Callable] = {
     # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
     "ffgsm": lambda library, model, eps, step, steps: library.FFGSM(model, eps, 1.25 * eps),
 }
-ROUNDING = 1e-6  # a float32 image plus a float32 perturbation may miss its bounds by this much
 
 
 def attack_images(
@@ -47,6 +47,7 @@ def attack_images(
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
     check_images(images)
+    check_labels(labels, model.experts[0].num_classes)
     import torchattacks  # costs a second, which only attackers should pay
 
     with _modes_restored(model), model.evaluated_with(gate):
@@ -54,16 +55,6 @@ def attack_images(
         adversarial = perturb(images, labels)
     check_budget(images, adversarial, eps)
     return adversarial
-
-
-def check_images(images: Tensor) -> None:
-    """Raise ValueError unless the images lie in [0, 1]."""
-    low, high = images.min().item(), images.max().item()
-    if not (-ROUNDING <= low and high <= 1 + ROUNDING):  # so phrased that NaN fails
-        raise ValueError(
-            f"images must lie in [0, 1], found {low:g} to {high:g}: divide 8-bit images by 255, "
-            "and do not normalise them, since normalisation is the model's first layer"
-        )
 
 
 def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:
