@@ -47,9 +47,10 @@ MODEL = "-r model {wildcards.model}"
 
 def trained(names):
     """Records of the trained models behind these names; an ensemble stands for its members."""
+    single = []
     for name in names:
-        of = recipes.members(settings, name) if name.method == "ensemble" else [name]
-        yield from (RUNS / "models" / str(one) / "record.json" for one in of)
+        single += recipes.members(settings, name) if name.method == "ensemble" else [name]
+    return [RUNS / "models" / str(name) / "record.json" for name in single]
 
 
 def drawn(*names, table=False):

@@ -58,6 +58,12 @@ def test_it_shows_progress_of_every_model(smoke, settings):
         assert f"{name} epoch {settings.epochs}/{settings.epochs}:" in printed
 
 
+def test_every_model_is_trained_in_a_node_of_its_own(smoke, settings):
+    """Not inside of the notebook that needs it first, where nothing would train beside it."""
+    for name in trained_models(settings):
+        assert (settings.runs / "notebooks" / f"02_training-{name}.ipynb").exists(), name
+
+
 def test_every_model_has_its_weights_log_and_record(smoke, settings):
     for name in trained_models(settings):
         folder = settings.runs / "models" / str(name)
