@@ -16,7 +16,7 @@ def test_links_lead_somewhere():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z][a-z-]+)\b", README)):
+    for target in set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)\b", README, re.MULTILINE)):
         assert re.search(rf"^([a-z -]* )?{target}( [a-z -]*)?:", makefile, re.MULTILINE), target
 
 
