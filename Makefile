@@ -14,8 +14,8 @@ UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-deps
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
-	@echo 'Variables of reproduce and smoke, as in "make reproduce PRESET=paper DATA=folder":'
-	@echo '  PRESET  a file of presets/: smoke, demo (default), cifar10-small, paper'
+	@echo 'Variables of reproduce and smoke, as in "make reproduce PRESET=cifar10-small DATA=folder":'
+	@echo '  PRESET  a file of presets/: smoke, demo (default), cifar10-small, or a path'
 	@echo '  DATA    folder of the CIFAR files; smoke and demo need none'
 	@echo '  JOBS    notebooks beside each other (default: all cores)'
 	@echo 'PYTHON names the Python 3.11 that the environment .venv is made from.'
