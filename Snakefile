@@ -171,6 +171,13 @@ rule heatmaps:
 rule all:
     default_target: True
     input:
+        # Not only the last of each chain: whatever is missing on the way is made again too
+        [
+            RUNS / "models" / str(name) / file
+            for name in recipes.trained_models(settings)
+            for file in ("model.safetensors", "record.json")
+        ],
+        [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
         rules.start_here.output,
         rules.expert_selection.output,
         rules.attacks.output,

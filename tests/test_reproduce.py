@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from immunity_lib.recipes import attacked_models, trained_models
-from immunity_lib.records import ROOT, read_record
+from immunity_lib.records import ROOT, read_record, read_tensors
 from immunity_lib.settings import load_preset
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,8 @@ def test_executed_notebooks_are_whole_and_small(settings):
 def test_a_second_run_has_nothing_to_do(smoke):
     started = time.perf_counter()
     done = reproduce(smoke[0])
-    assert done.returncode == 0 and "epoch" not in done.stdout + done.stderr
+    assert done.returncode == 0
+    assert "training parts10" not in done.stdout + done.stderr
     assert "Tables and figures of preset smoke" in done.stdout
     assert time.perf_counter() - started < 60  # it takes some ten seconds on an idle machine
 
@@ -107,15 +108,16 @@ def test_a_damaged_record_and_truncated_weights_are_set_aside_and_made_again(smo
     name = attacked_models(settings)[0]
     record = settings.runs / "records" / f"{name}.attacks.json"
     weights = settings.runs / "models" / str(name) / "model.safetensors"
-    numbers, original = read_record(record)["result"], weights.read_bytes()
+    numbers = read_record(record)["result"]
+    trained = read_record(weights.parent / "record.json")["weights"]
     record.write_text(record.read_text()[:100])
-    weights.write_bytes(original[: len(original) // 2])
+    weights.write_bytes(weights.read_bytes()[:5000])
     done = reproduce(smoke[0])
     assert done.returncode == 0, done.stderr
     for path in (record, weights):
         assert f"{path.name}.aside-" in done.stderr
         assert list(path.parent.glob(f"{path.name}.aside-*")), "what was damaged was deleted"
-    assert weights.read_bytes() == original, "the same seed gives the same weights"
+    read_tensors(weights, trained)  # the same seed gives the same weights
     for before, after in zip(
         numbers["attacks"], read_record(record)["result"]["attacks"], strict=True
     ):
