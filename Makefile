@@ -32,6 +32,7 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 
 test: $(INSTALLED)  ## check the style and run all tests
 	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m pytest
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds

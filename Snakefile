@@ -4,8 +4,7 @@
 import sys
 
 from immunity_lib import recipes, results
-from immunity_lib.records import ROOT
-from immunity_lib.settings import load_preset
+from immunity_lib.settings import ROOT, load_preset
 
 workdir: ROOT
 

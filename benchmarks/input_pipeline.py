@@ -62,6 +62,7 @@ def main() -> None:
         "DataLoader, 0 workers": lambda: loader(0),
         "DataLoader, 2 workers": lambda: loader(2),
     }
+
     def run(epoch: Callable[[], Iterable]) -> None:
         for _ in epoch():
             pass

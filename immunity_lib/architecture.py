@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -14,18 +11,8 @@ from immunity_lib.experts import Expert
 from immunity_lib.moe import ImmunityMoE
 from immunity_lib.plots import COLOURS, SCREEN
 
-PLAIN, HEAT, GATE, OUTPUT = COLOURS[7], COLOURS[1], COLOURS[2], COLOURS[0]
+PLAIN, HEAT, GATE, OUTPUT = COLOURS[8], COLOURS[1], COLOURS[4], COLOURS[0]
 START, END = 1.7, 9.0  # where the stages of an expert are drawn
-
-
-def stage_grids(expert: Expert) -> dict[str, int]:
-    """Side of the feature grid of every stage, by its name, for a 32x32 image."""
-    expert, grids = copy.deepcopy(expert).to("meta"), {}  # shapes alone: nothing is computed
-    state = torch.zeros(1, 3, 32, 32, device="meta")
-    for name, stage in expert.stages.named_children():
-        state = stage(state)
-        grids[name] = expert.activations_of(state).shape[-1]
-    return grids
 
 
 def architecture(model: ImmunityMoE) -> Figure:
@@ -70,7 +57,7 @@ def architecture(model: ImmunityMoE) -> Figure:
 
 def _expert(axes: Axes, expert: Expert, number: int, row: int, middle: float) -> None:
     """One expert as a row of stages, as high as their grids, with its output and heat map."""
-    grids = stage_grids(expert)
+    grids = expert.stage_sides()
     step = (END - START) / len(grids)
     _arrow(axes, [(0.55, middle), (START - 0.05, row + 0.15)])
     for index, (name, side) in enumerate(grids.items()):

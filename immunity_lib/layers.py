@@ -111,9 +111,7 @@ class _BatchNormGradients(Function):
     @staticmethod
     def forward(ctx, grad_output, images, weight, mean, inverse_deviation):
         gradients = _first_derivative(grad_output, images, weight, mean, inverse_deviation)
-        ctx.save_for_backward(
-            grad_output, images, weight, mean, inverse_deviation, *gradients[1:]
-        )
+        ctx.save_for_backward(grad_output, images, weight, mean, inverse_deviation, *gradients[1:])
         ctx.set_materialize_grads(False)
         return gradients
 
@@ -123,9 +121,8 @@ class _BatchNormGradients(Function):
         grad_output, images, weight, mean, inverse_deviation, *sums = ctx.saved_tensors
         if grad_of_weight is not None or grad_of_bias is not None:
             # Not of a heat map, which is made of the activations' gradient alone
-            return *_general_second_derivative(
-                ctx.saved_tensors[:5], (grad, grad_of_weight, grad_of_bias)
-            ), None, None
+            gradients = (grad, grad_of_weight, grad_of_bias)
+            return *_general_second_derivative(ctx.saved_tensors[:5], gradients), None, None
         # Let <.> be the mean over a channel of n values, xhat = (x - mean)/s, g = grad and
         # o = grad_output. The images' gradient contracted with g is
         #     L = (n w / s) Q,   Q = <g o> - <g><o> - <g xhat><o xhat>,

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-import seaborn as sns
+from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from immunity_lib.artefacts import write_artefact
 from immunity_lib.settings import Settings
 
-COLOURS = sns.color_palette("colorblind").as_hex()
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLOURS = color_sequences["petroff10"]  # told apart by colour-blind readers too
 SCREEN, PRINT = 90, 150  # dots per inch
 
 # Entries of a training log, with their axes' names
@@ -105,6 +108,8 @@ def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
     panels: by title, frames with a row an expert and a column a part, the last one "background",
     shares in 0 .. 1. The parts share one colour scale; the background, in grey, has its own.
     """
+    import seaborn as sns  # costs seconds, which only this figure should pay
+
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     height = 0.42 * len(next(iter(panels.values()))) + 1.1
@@ -154,7 +159,7 @@ def attack_bars(accuracies: pd.DataFrame) -> Figure:
                 panel.text(place, top + 1.5, f"{value:.0f}", ha="center", fontsize=8)
         panel.set_xticks(range(len(attacks)), attacks)
         panel.set(title=f"{regime} training", ylim=(0, 106))
-        sns.despine(ax=panel)
+        panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("accuracy, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+from immunity_lib.settings import ROOT
+
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 
 
@@ -79,7 +80,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any])
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(notes, sort_keys=True)
     checksum = _checksum_of_tensors(tensors, text)
-    write_atomically(path, serialise(tensors, {"notes": text, "checksum": checksum}))
+    # In one entry, since safetensors writes several in random order: equal content, equal bytes
+    written = json.dumps({"notes": text, "checksum": checksum})
+    write_atomically(path, serialise(tensors, {"immunity": written}))
     return checksum
 
 
@@ -92,16 +95,17 @@ def read_tensors(
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            written = json.loads((file.metadata() or {}).get("immunity", "{}"))
+            notes, known = written.get("notes", ""), written.get("checksum")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{path} is not a whole safetensors file: {error}") from error
-    found = _checksum_of_tensors(tensors, metadata.get("notes", ""))
-    if metadata.get("checksum") != found:
+    found = _checksum_of_tensors(tensors, notes)
+    if known != found:
         raise DamagedFile(f"{path} is not what this library wrote: its checksum does not match")
     if checksum not in (None, found):
         raise DamagedFile(f"{path} is whole, but another file than its record speaks of")
-    return tensors, json.loads(metadata["notes"])
+    return tensors, json.loads(notes)
 
 
 def _checksum_of_tensors(tensors: dict[str, Tensor], notes: str) -> str:

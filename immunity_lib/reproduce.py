@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from immunity_lib.records import ROOT, DamagedFile, read_record, read_tensors, set_aside
-from immunity_lib.settings import Settings, load_preset, preset_names
+from immunity_lib.records import DamagedFile, read_record, read_tensors, set_aside
+from immunity_lib.settings import ROOT, Settings, load_preset, preset_names
 
 
 def main(arguments: list[str] | None = None) -> int:

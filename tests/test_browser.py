@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from immunity_lib.records import ROOT
+from immunity_lib.settings import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = [

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from immunity_lib.records import ROOT
-from immunity_lib.settings import Settings
+from immunity_lib.settings import ROOT, Settings
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LITERALS = (ast.Constant, ast.List, ast.Dict, ast.Tuple)

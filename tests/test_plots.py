@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from immunity_lib import plots
-from immunity_lib.architecture import architecture, stage_grids
-from immunity_lib.experts import EXPERTS, build_expert
+from immunity_lib.architecture import architecture
+from immunity_lib.experts import build_expert
 from immunity_lib.moe import ImmunityMoE
 from immunity_lib.records import read_record, write_record
 from immunity_lib.settings import load_preset
@@ -29,15 +29,6 @@ def closed_figures():
 def texts(figure) -> list[str]:
     figure.canvas.draw()
     return [text.get_text() for text in figure.findobj(plt.Text) if text.get_text()]
-
-
-@pytest.mark.parametrize("network", EXPERTS)
-def test_stage_grids_are_those_of_a_pass(network):
-    expert = build_expert(network, num_classes=10, width=0.0625).eval()
-    sides = stage_grids(expert)
-    activations, _ = expert.forward_with_features(torch.rand(1, 3, 32, 32))
-    assert list(sides.values())[expert.head_stages - 1] == activations.shape[-1]
-    assert list(sides) == [name for name, _ in expert.stages.named_children()]
 
 
 def test_architecture_shows_every_stage_expert_and_equation():

@@ -3,8 +3,7 @@
 import importlib
 import re
 
-from immunity_lib.records import ROOT
-from immunity_lib.settings import preset_names
+from immunity_lib.settings import ROOT, preset_names
 
 README = (ROOT / "README.md").read_text()
 

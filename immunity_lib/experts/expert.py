@@ -66,16 +66,17 @@ class Expert(nn.Module):
             self.stages.add_module(name, stage)
         self.classifier = nn.Linear(channels, num_classes)
         smallest_side = HEATMAP_LAYERS[heatmap_layer]
-        self.head_stages = sum(side >= smallest_side for side in self._stage_sides())
+        self.head_stages = sum(side >= smallest_side for side in self.stage_sides().values())
 
-    def _stage_sides(self) -> list[int]:
-        """Side of every stage's feature grid, from a dry run on shapes alone."""
-        # A meta tensor has a shape but no values: nothing is computed, no batch norm is updated.
+    def stage_sides(self) -> dict[str, int]:
+        """Side of every stage's feature grid for a 32x32 image, by the stage's name."""
+        # A dry run on meta tensors, which have a shape but no values: nothing is computed, no
+        # batch norm is updated.
         state = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
-        sides = []
-        for stage in copy.deepcopy(self.stages).to("meta"):
+        sides = {}
+        for name, stage in copy.deepcopy(self.stages).to("meta").named_children():
             state = stage(state)
-            sides.append(self.activations_of(state).shape[-1])
+            sides[name] = self.activations_of(state).shape[-1]
         return sides
 
     @staticmethod
