@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from benchmarks.timing import take_turns
-from immunity_lib import ImmunityMoE, build_expert, layers, losses
+from immunity_lib import ImmunityMoE, build_expert, layers
 from immunity_lib.experts import multiply_accumulates
-from immunity_lib.heatmaps import heatmaps_from_outputs
+from immunity_lib.recipes import ModelName, recipe
+from immunity_lib.settings import load_preset
+from immunity_lib.training import training_loss
 
+SETTINGS = load_preset("demo")
 EXPERTS, IMAGES, ROUNDS = 5, 32, 7
 CASES = (("googlenet", 0.25), ("googlenet-kuangliu", 0.125))
 
@@ -31,28 +34,25 @@ def main() -> None:
         images = torch.rand(IMAGES, 3, 32, 32).contiguous(memory_format=torch.channels_last)
         labels = torch.randint(0, 10, (IMAGES,))
 
-        def step(weight: float, model=model, images=images, labels=labels) -> None:
+        def step(method: str, name=name, model=model, images=images, labels=labels) -> None:
             model.zero_grad()
-            outputs = model.expert_outputs(images)
-            maps = heatmaps_from_outputs(outputs, labels, True, floor=0.1) if weight else None
-            losses.immunity_loss(
-                outputs, labels, maps, alpha=1.0, beta=weight, gamma=weight
-            ).total.backward()
+            wanted = recipe(SETTINGS, ModelName.parse(f"parts10-{method}-{name}-standard-seed0"))
+            training_loss(model, images, labels, wanted, epochs_done=10.0).total.backward()
 
-        def stock_step(weight: float, step=step) -> None:
+        def stock_step(method: str, step=step) -> None:
             with (
                 patch.object(layers.BatchNorm2d, "forward", nn.BatchNorm2d.forward),
                 patch.object(layers.ReLU, "forward", nn.ReLU.forward),
                 patch.object(layers.MaxPool2d, "forward", nn.MaxPool2d.forward),
             ):
-                step(weight)
+                step(method)
 
         seconds = take_turns(
             {
-                "plain": lambda step=step: step(0.0),
-                "regularised": lambda step=step: step(1.0),
-                "stock plain": lambda step=stock_step: step(0.0),
-                "stock regularised": lambda step=stock_step: step(1.0),
+                "plain": lambda step=step: step("moe"),
+                "regularised": lambda step=step: step("immunity"),
+                "stock plain": lambda step=stock_step: step("moe"),
+                "stock regularised": lambda step=stock_step: step("immunity"),
             },
             ROUNDS,
         )

@@ -40,8 +40,8 @@ def expert_heatmaps(
 
     images: (B, 3, 32, 32) in [0, 1]; labels: (B,). Returns (B, N, 32, 32), non-negative, each map
     sums to 1 and an empty one (all zero behind the ReLU of eq (3)) is uniform. The defaults are
-    the one reading that scores and pictures use; `floor` and `explained` are described in
-    `heatmaps_from_outputs`, which serves training, where the forward pass is there already.
+    the one reading that scores and pictures use; `floor` is described in `normalised`, `explained`
+    in `grad_cam`.
     Raises ValueError for images outside of [0, 1] and labels that the model does not have.
     """
     check_images(images)
@@ -62,24 +62,37 @@ def heatmaps_from_outputs(
     floor: float = 0.0,
     explained: str = "logit",
 ) -> Tensor:
-    """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done.
+    """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done: `grad_cam`,
+    then `normalised`, where the arguments are described."""
+    return normalised(grad_cam(outputs, labels, create_graph, explained=explained), floor)
+
+
+def normalised(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False) -> Tensor:
+    """Heat maps (B, N, 32, 32), non-negative, as distributions: each sums to 1, an empty one is
+    uniform.
 
     floor: share of the expert's mean map mass in this batch (a constant for the gradient) that is
     spread evenly over each of its maps before dividing. 0 is the literal reading. A positive floor
     bounds the gradient through the division, which otherwise grows as a map shrinks and kills it.
-    explained: what "y_label" in eq (3) is: the expert's own "logit" of the label, its
-    "log-probability", or that of the "mixture".
+    constant_share: whether the floor's share of each map is a constant for the gradient too. Then a
+    loss cannot fall by letting a map shrink into its floor. Values are the same.
     """
-    maps = grad_cam(outputs, labels, create_graph, explained=explained)
     mass = maps.sum((-2, -1), keepdim=True)
-    constant = _EMPTY_MAP_CONSTANT + floor * mass.detach().mean(0, keepdim=True) / GRID**2
-    return (maps + constant) / (mass + GRID**2 * constant)
+    spread = GRID**2 * _EMPTY_MAP_CONSTANT + floor * mass.detach().mean(0, keepdim=True)
+    if not constant_share:
+        return (maps + spread / GRID**2) / (mass + spread)
+    whole = mass.detach() + spread
+    return maps / mass.clamp(min=1e-30) * (mass.detach() / whole) + spread / whole / GRID**2
 
 
 def grad_cam(
     outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False, *, explained: str = "logit"
 ) -> Tensor:
-    """Unnormalised heat maps H_i of eq (3), (B, N, 32, 32), resized bilinearly."""
+    """Unnormalised heat maps H_i of eq (3), (B, N, 32, 32), resized bilinearly.
+
+    explained: what "y_label" in eq (3) is: the expert's own "logit" of the label, its
+    "log-probability", or that of the "mixture".
+    """
     scores = _explained_score(outputs, labels, explained)
     gradients = torch.autograd.grad(
         scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True

@@ -22,7 +22,7 @@ from immunity_lib.checkpoints import restore_checkpoint, save_checkpoint, write_
 from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches, training_batches
 from immunity_lib.experts import build_expert
-from immunity_lib.heatmaps import empty_share, heatmaps_from_outputs
+from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, normalised
 from immunity_lib.moe import ConstantGate, ConvolutionalGate, ImmunityMoE
 from immunity_lib.recipes import Recipe
 
@@ -155,13 +155,14 @@ def training_loss(
     outputs = model.expert_outputs(images)
     warm = min(epochs_done / recipe.warmup_epochs, 1.0) if recipe.warmup_epochs else 1.0
     beta, gamma = warm * recipe.beta, warm * recipe.gamma
-    maps = None
+    maps = positions = None
     if beta or gamma:
-        maps = heatmaps_from_outputs(
-            outputs, labels, create_graph=True, floor=recipe.floor, explained=recipe.explained
-        )
+        heat = grad_cam(outputs, labels, create_graph=True, explained=recipe.explained)
+        maps = normalised(heat, recipe.floor)
+        # A floor's centre of mass never moves, so that eq (11) would reward maps for shrinking
+        positions = normalised(heat, recipe.floor, constant_share=True)
     return losses.immunity_loss(
-        outputs, labels, maps, alpha=recipe.alpha, beta=beta, gamma=gamma,
+        outputs, labels, maps, positions, alpha=recipe.alpha, beta=beta, gamma=gamma,
         coordinates=recipe.coordinates,
     )  # fmt: skip
 

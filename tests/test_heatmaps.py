@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from immunity_lib import ImmunityMoE, build_expert, expert_heatmaps, losses
 from immunity_lib.experts import resnet
-from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs
+from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, normalised
 from immunity_lib.moe import ExpertOutputs
 
 
@@ -119,6 +119,34 @@ def test_floor_spreads_a_share_of_the_expert_s_mean_mass(model, images, labels):
     expected = (heat + spread) / (mass + 1024 * spread)
     found = expert_heatmaps(model, images, labels, floor=0.25)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_constant_share_of_the_floor_changes_no_value_and_rewards_no_shrinking(
+    model, images, labels
+):
+    heat = grad_cam(model.expert_outputs(images), labels).detach().double().requires_grad_()
+    gain = []
+    for constant_share in (False, True):
+        maps = normalised(heat, 0.1, constant_share=constant_share)
+        loss = losses.position_stability_loss(maps)
+        (gradient,) = torch.autograd.grad(loss, heat)
+        gain.append((gradient * heat).sum((2, 3)))  # slope when a map is scaled as a whole
+        torch.testing.assert_close(maps, normalised(heat, 0.1))
+        assert gradient.abs().max() > 0
+    rewarded, constant = gain
+    assert rewarded.abs().max() > 1e-3
+    torch.testing.assert_close(constant, torch.zeros_like(constant), rtol=0, atol=1e-9)
+
+
+def test_constant_share_of_no_floor_is_the_literal_reading(model, images, labels):
+    heat = grad_cam(model.expert_outputs(images), labels).detach().double().requires_grad_()
+    gradients = [
+        torch.autograd.grad(
+            losses.position_stability_loss(normalised(heat, constant_share=constant_share)), heat
+        )[0]
+        for constant_share in (False, True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-9)
 
 
 def test_explained_score_can_be_the_log_probability_or_the_mixture_s(model, images, labels):

@@ -156,6 +156,13 @@ def test_total_is_eq_12(alpha, beta, gamma, coordinates):
     assert loss.position_stability.item() == pytest.approx(stability if gamma else 0)
 
 
+def test_eq_11_can_take_its_positions_from_other_maps(outputs):
+    maps, positions = torch.rand(2, 4, 3, 6, 6, dtype=torch.float64)
+    loss = losses.immunity_loss(outputs, LABELS, maps, positions, alpha=1, beta=1, gamma=1)
+    assert loss.mutual_information == losses.mutual_information_loss(maps)
+    assert loss.position_stability == losses.position_stability_loss(positions)
+
+
 @pytest.mark.parametrize(("beta", "gamma"), [(0.5, 0.0), (0.0, 2.0)])
 def test_heat_map_terms_without_maps_are_refused(outputs, beta, gamma):
     with pytest.raises(ValueError, match=f"beta = {beta} and gamma = {gamma} need"):

@@ -60,7 +60,7 @@ def batch_of(dataset):
 
 
 def test_without_heat_map_losses_no_maps_are_made(make_recipe, dataset, monkeypatch):
-    monkeypatch.delattr(training, "heatmaps_from_outputs")
+    monkeypatch.delattr(training, "grad_cam")
     for method in ("moe", "standalone"):
         recipe = make_recipe(method)
         loss = training_loss(build_model(recipe, dataset), *batch_of(dataset), recipe, 5.0)

@@ -25,8 +25,11 @@ class BasicBlock(nn.Module):
         )
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
+            # A 1x1 convolution with a stride, in two steps: as one it writes past its buffers on
+            # processors without AVX-512 (oneDNN) where the channels are no multiple of 8
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.AvgPool2d(1, stride),
+                nn.Conv2d(in_channels, out_channels, 1, bias=False),
                 BatchNorm2d(out_channels),
             )
         self.relu = ReLU()
