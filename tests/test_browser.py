@@ -61,25 +61,42 @@ def jupyterlab(folder, state):
 
 
 def run_all(address, notebook, screenshot, seconds):
-    """Run every cell of a notebook in the browser and save it; takes a picture of the end."""
+    """Run every cell of a notebook in the browser and save it; takes a picture of the end.
+
+    notebook: its path; it lies in the folder that JupyterLab serves at the address.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(120_000)
-        page.goto(f"{address}/lab/tree/{notebook}?token={TOKEN}")
+        page.goto(f"{address}/lab/tree/{notebook.name}?token={TOKEN}")
         page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
         # The notebook's own indicator says idle before the kernel is connected
         page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
         page.click("text=Run")
         page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
-        page.wait_for_selector("text=Python 3 (ipykernel) | Busy", timeout=30_000)
-        page.wait_for_selector("text=Python 3 (ipykernel) | Idle", timeout=seconds * 1000)
-        page.keyboard.press("Control+s")
+        # The kernel is idle between two cells as well, so the saved notebook is asked
+        deadline = time.monotonic() + seconds
+        while not came_to_its_end(notebook) and time.monotonic() < deadline:
+            page.wait_for_timeout(2000)
+            page.keyboard.press("Control+s")
+        page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
+        page.keyboard.press("Control+s")  # with what the last cell put out
         page.wait_for_timeout(2000)
         page.screenshot(path=screenshot)
         browser.close()
+
+
+def came_to_its_end(notebook):
+    """Whether every cell has been run, or one of them has failed."""
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    return all(c["execution_count"] for c in cells) or any(errors(c) for c in cells)
+
+
+def errors(cell):
+    return [output for output in cell["outputs"] if output["output_type"] == "error"]
 
 
 @pytest.mark.parametrize("name", ["00_start_here", "02_training"])
@@ -92,14 +109,15 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
     parameters = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
     text = "".join(parameters["source"]).replace('preset = "demo"', 'preset = "smoke"')
     parameters["source"] = text.replace('output_folder = ""', f'output_folder = "{tmp_path}"')
-    (folder / f"{name}.ipynb").write_text(json.dumps(content))
+    notebook = folder / f"{name}.ipynb"
+    notebook.write_text(json.dumps(content))
     with jupyterlab(folder, state) as address:
-        run_all(address, f"{name}.ipynb", tmp_path / "end.png", seconds=300)
-    done = json.loads((folder / f"{name}.ipynb").read_text())
+        run_all(address, notebook, tmp_path / "end.png", seconds=300)
+    done = json.loads(notebook.read_text())
     for cell in done["cells"]:
         if cell["cell_type"] == "code":
+            assert not errors(cell)
             assert cell["execution_count"], "a cell was not run"
-            assert not [out for out in cell["outputs"] if out["output_type"] == "error"]
     pictures = [out for cell in done["cells"] for out in cell.get("outputs", [])
                 if "image/png" in out.get("data", {})]  # fmt: skip
     assert pictures, "no figure is shown"
