@@ -1,7 +1,15 @@
-"""The experts by name. Each is a CIFAR-sized CNN with its normalisation inside."""
+"""The experts by name. Each is a CIFAR-sized CNN with its normalisation inside.
+
+The networks of architecture search are compared with Immunity, and can be its experts too.
+"""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from immunity_lib.baselines.advrush import AdvRush
+from immunity_lib.baselines.cells import CellNetwork
+from immunity_lib.baselines.pdarts import PDarts
+from immunity_lib.baselines.robnet import RobNetFree, RobNetLarge, RobNetLargeV2
 from immunity_lib.experts.cost import MultiplyAccumulates, multiply_accumulates
 from immunity_lib.experts.densenet import DenseNet121
 from immunity_lib.experts.expert import HEATMAP_LAYERS, Expert
@@ -9,19 +17,29 @@ from immunity_lib.experts.googlenet import GoogLeNet, GoogLeNetKuangliu
 from immunity_lib.experts.resnet import ResNet18
 
 __all__ = [
+    "BASELINES",
     "EXPERTS",
     "HEATMAP_LAYERS",
+    "CellNetwork",
     "Expert",
     "MultiplyAccumulates",
     "build_expert",
     "multiply_accumulates",
 ]
 
+BASELINES: dict[str, type[CellNetwork]] = {
+    "pdarts": PDarts,
+    "advrush": AdvRush,
+    "robnet-free": RobNetFree,
+    "robnet-large-v1": RobNetLarge,
+    "robnet-large-v2": RobNetLargeV2,
+}
 EXPERTS: dict[str, Callable[..., Expert]] = {
     "resnet18": ResNet18,
     "densenet121": DenseNet121,
     "googlenet": GoogLeNet,
     "googlenet-kuangliu": GoogLeNetKuangliu,
+    **BASELINES,
 }
 
 
@@ -32,6 +50,9 @@ def build_expert(
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.25, 0.25, 0.25),
     heatmap_layer: str = "larger-than-8x8",
+    *,
+    layers: int | None = None,
+    auxiliary: bool = False,
 ) -> Expert:
     """Build one expert with PyTorch's default initialisation.
 
@@ -44,6 +65,8 @@ def build_expert(
             suit any images; pass the statistics of the training set where they are known.
         heatmap_layer: which stage feeds Grad-CAM, one of `HEATMAP_LAYERS`: the last one whose
             feature grid is "larger-than-8x8" (the paper's words) or "at-least-8x8".
+        layers: number of cells of one of `BASELINES`, at least 3; None: as published.
+        auxiliary: whether one of `BASELINES` has its second classifier, for training.
 
     Returns:
         A module from images (B, 3, 32, 32) in [0, 1] to logits (B, C).
@@ -64,6 +87,12 @@ def build_expert(
     if heatmap_layer not in HEATMAP_LAYERS:
         valid = ", ".join(HEATMAP_LAYERS)
         raise ValueError(f"unknown heatmap_layer {heatmap_layer!r}; valid values: {valid}")
+    options: dict[str, Any] = {"layers": layers} if layers is not None else {}
+    options |= {"auxiliary": True} if auxiliary else {}
+    if options and name not in BASELINES:
+        raise ValueError(
+            f"{' and '.join(options)} given for {name}, but it is for {', '.join(BASELINES)}"
+        )
     return EXPERTS[name](
-        width, num_classes=num_classes, mean=mean, std=std, heatmap_layer=heatmap_layer
+        width, num_classes=num_classes, mean=mean, std=std, heatmap_layer=heatmap_layer, **options
     )

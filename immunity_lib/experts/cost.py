@@ -1,10 +1,11 @@
 """What a forward pass of an expert costs, and which share of it lies behind the heat map."""
 
 import copy
+from collections import Counter
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from immunity_lib.experts.expert import IMAGE_SIZE, Expert
 
@@ -22,12 +23,21 @@ class MultiplyAccumulates(NamedTuple):
 
 
 def multiply_accumulates(expert: Expert) -> MultiplyAccumulates:
-    """Count the multiply-accumulates of head and tail; the expert itself is not run."""
-    # Meta tensors have a shape but no values, so counting costs no computation.
-    shapes_only = copy.deepcopy(expert).to("meta")
-    images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
-    with FlopCounterMode(display=False) as head, torch.no_grad():
-        state = shapes_only.head(images)
-    with FlopCounterMode(display=False) as tail, torch.no_grad():
-        shapes_only.tail(state)
-    return MultiplyAccumulates(head.get_total_flops() // 2, tail.get_total_flops() // 2)
+    """Count the multiply-accumulates of head and tail in a dry run of a copy with one image."""
+    copied = copy.deepcopy(expert).eval()
+    counted: Counter[str] = Counter()
+    part = "head"
+
+    def count(layer: nn.Conv2d | nn.Linear, _, output: torch.Tensor) -> None:
+        # Each number that a layer puts out is a product with one of its filters
+        counted[part] += output.numel() * layer.weight[0].numel()
+
+    for module in copied.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=copied.classifier.weight.device)
+    with torch.no_grad():
+        state = copied.head(images)
+        part = "tail"
+        copied.tail(state)
+    return MultiplyAccumulates(counted["head"], counted["tail"])

@@ -5,6 +5,7 @@ Shapes: B images, C classes, K channels, (u, v) feature grid.
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ class Expert(nn.Module):
     """An image classifier that also shows the activations its Grad-CAM heat map is made of.
 
     The network is a sequence of named stages. The *head* is the normalisation and every stage up
-    to the Grad-CAM layer, the *tail* is the rest: logits = tail(head(images)).
+    to the Grad-CAM layer, the *tail* is the rest: logits = tail(head(images)). What a stage hands
+    to the next is its *state*: its activations (B, K, u, v), unless a network says otherwise.
 
     The Grad-CAM layer is the last stage whose feature grid, for a 32x32 image, is large enough
     for `heatmap_layer`. It is the output of a whole stage, because the last convolution of a
@@ -70,27 +72,28 @@ class Expert(nn.Module):
 
     def stage_sides(self) -> dict[str, int]:
         """Side of every stage's feature grid for a 32x32 image, by the stage's name."""
-        # A dry run on meta tensors, which have a shape but no values: nothing is computed, no
-        # batch norm is updated.
-        state = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
+        # A dry run of one image in eval mode, which updates no batch norm
+        stages = copy.deepcopy(self.stages).eval()
+        state = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=self.classifier.weight.device)
         sides = {}
-        for name, stage in copy.deepcopy(self.stages).to("meta").named_children():
-            state = stage(state)
-            sides[name] = self.activations_of(state).shape[-1]
+        with torch.no_grad():
+            for name, stage in stages.named_children():
+                state = stage(state)
+                sides[name] = self.activations_of(state).shape[-1]
         return sides
 
     @staticmethod
-    def activations_of(state: Tensor) -> Tensor:
-        """The activations (B, K, u, v) in what one stage hands to the next."""
+    def activations_of(state: Any) -> Tensor:
+        """The activations (B, K, u, v) in the state behind a stage."""
         return state
 
-    def head(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 32, 32) in [0, 1] to the activations (B, K, u, v) for Grad-CAM."""
+    def head(self, images: Tensor) -> Any:
+        """Images (B, 3, 32, 32) in [0, 1] to the state with the activations for Grad-CAM."""
         return self.stages[: self.head_stages](self.normalise(images))
 
-    def tail(self, activations: Tensor) -> Tensor:
-        """Activations (B, K, u, v) of the Grad-CAM layer to logits (B, C)."""
-        final = self.activations_of(self.stages[self.head_stages :](activations))
+    def tail(self, state: Any) -> Tensor:
+        """The state behind the head to logits (B, C)."""
+        final = self.activations_of(self.stages[self.head_stages :](state))
         return self.classifier(final.mean((2, 3)))
 
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from immunity_lib.experts import HEATMAP_LAYERS, build_expert, multiply_accumulates
-
-NO_NORMALISATION = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+from tests.fingerprints import NO_NORMALISATION, assert_fingerprint
 
 
 def build_shapes_only(name: str, num_classes: int = 10, **options):
@@ -43,6 +43,13 @@ def test_multiply_accumulates(name, giga, tail_share):
     cost = multiply_accumulates(build_shapes_only(name))
     assert cost.head + cost.tail == pytest.approx(giga * 1e9, rel=0.01)
     assert cost.tail_share == pytest.approx(tail_share, abs=0.01)
+
+
+def test_cost_agrees_with_a_count_operator_by_operator():
+    expert = build_expert("pdarts", 10, width=0.125, layers=4)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        expert(torch.zeros(1, 3, 32, 32))
+    assert 2 * sum(multiply_accumulates(expert)) == counter.get_total_flops()
 
 
 def test_counting_cost_leaves_the_expert_alone():
@@ -101,12 +108,6 @@ def test_equals_torchvision_with_a_cifar_stem(name, build_peer):
         torch.testing.assert_close(expert(images), peer(images), rtol=1e-4, atol=1e-4)
 
 
-def pseudo_random(count: int, frequency: float) -> Tensor:
-    """Portable numbers in [0, 1): the fraction of 43758.5453 sin(frequency k), k = 1 .. count."""
-    steps = torch.arange(1, count + 1, dtype=torch.float64)
-    return (43758.5453 * torch.sin(frequency * steps)) % 1
-
-
 FINGERPRINTS = {
     "resnet18": (
         (3.11056, -2.05963, 0.89906, -0.17855, 0.39533),
@@ -126,23 +127,7 @@ FINGERPRINTS = {
 @pytest.mark.parametrize("name", FINGERPRINTS)
 def test_logits_of_the_original_code(name):
     """Logits that kuangliu/pytorch-cifar gives for the same weights: counts miss wrong wiring."""
-    expert = build_expert(name, 10, **NO_NORMALISATION).double().train()
-    with torch.no_grad():
-        for parameter_name, parameter in expert.named_parameters():
-            if parameter.ndim >= 2:
-                fan_in = parameter.numel() / parameter.shape[0]
-                values = (2 * pseudo_random(parameter.numel(), 12.9898) - 1) * (6 / fan_in) ** 0.5
-                parameter.copy_(values.view_as(parameter))
-            else:
-                parameter.fill_(0.1 if parameter_name.endswith("bias") else 1.0)
-        images = pseudo_random(8 * 3 * 32 * 32, 78.233).view(8, 3, 32, 32)
-        logits = expert(images)
-    first_half, second_half, second_image, (mean, std) = FINGERPRINTS[name]
-    expected = torch.tensor(first_half + second_half + second_image, dtype=torch.float64)
-    actual = torch.cat((logits[0], logits[1, :4]))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-    assert logits.mean().item() == pytest.approx(mean, abs=1e-4)
-    assert logits.std().item() == pytest.approx(std, abs=1e-4)
+    assert_fingerprint(name, *FINGERPRINTS[name])
 
 
 def test_light_googlenet_shares_its_inception_blocks_with_the_heavy_one():

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from immunity_lib.experts import HEATMAP_LAYERS, Expert, build_expert
+from immunity_lib.experts import BASELINES, EXPERTS, HEATMAP_LAYERS, build_expert
 
-NETWORKS = ("resnet18", "densenet121", "googlenet", "googlenet-kuangliu")
+NETWORKS = {name: {"layers": 4} if name in BASELINES else {} for name in EXPERTS}
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def expert(request):
     torch.manual_seed(0)
-    return build_expert(request.param, num_classes=10, width=0.125)
+    return build_expert(request.param, num_classes=10, width=0.125, **NETWORKS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,17 @@ def use_batch_statistics_in_evaluation(expert, images):
 def test_head_and_tail_make_the_network(expert, images):
     expert = use_batch_statistics_in_evaluation(expert, images)
     activations, logits = expert.forward_with_features(images)
-    torch.testing.assert_close(activations, expert.head(images))
-    torch.testing.assert_close(logits, expert.tail(activations))
+    state = expert.head(images)
+    torch.testing.assert_close(activations, expert.activations_of(state))
+    torch.testing.assert_close(logits, expert.tail(state))
     torch.testing.assert_close(logits, expert(images))
 
 
 def test_tail_leaves_the_activations_unchanged(expert, images):
-    activations = expert.train().head(images)
+    state = expert.train().head(images)
+    activations = expert.activations_of(state)
     before = activations.clone()
-    expert.tail(activations)
+    expert.tail(state)
     assert torch.equal(activations, before)
 
 
@@ -123,8 +125,8 @@ def test_normalisation_is_saved_but_not_trained():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_weights_do_not_depend_on_the_heat_map_layer(name, images):
-    expert = build_expert(name, 10, width=0.125)
-    other = build_expert(name, 10, width=0.125, heatmap_layer="at-least-8x8")
+    expert = build_expert(name, 10, width=0.125, **NETWORKS[name])
+    other = build_expert(name, 10, width=0.125, heatmap_layer="at-least-8x8", **NETWORKS[name])
     other.load_state_dict(expert.state_dict())
     activations, logits = other.eval().forward_with_features(images)
     torch.testing.assert_close(logits, expert.eval()(images))
@@ -135,41 +137,11 @@ def test_weights_do_not_depend_on_the_heat_map_layer(name, images):
 def test_width_scales_the_network(name):
     sizes = []
     for width in (0.125, 0.25, 0.5):
-        expert = build_expert(name, 10, width)
+        expert = build_expert(name, 10, width, **NETWORKS[name])
         sizes.append(sum(parameter.numel() for parameter in expert.parameters()))
         assert min(p.shape[0] for p in expert.parameters() if p.ndim == 4) >= 4
     assert sizes == sorted(set(sizes))
     assert 3 < sizes[-1] / sizes[-2] < 4.5  # weights grow with the square of the width
-
-
-class TwoInputCell(nn.Module):
-    """A stage that reads the two stages before it, as the cells of searched networks do."""
-
-    def __init__(self, stride):
-        super().__init__()
-        self.pool = nn.AvgPool2d(stride)
-
-    def forward(self, state):
-        previous, current = (state, state) if isinstance(state, torch.Tensor) else state
-        return self.pool(current), self.pool(current + previous.mean())
-
-
-class TwoInputNetwork(Expert):
-    @staticmethod
-    def activations_of(state):
-        return state[1]
-
-
-def test_a_network_with_two_inputs_per_stage_fits_in(images):
-    stages = {f"cell{number}": TwoInputCell(stride) for number, stride in enumerate((1, 2, 2, 2))}
-    network = TwoInputNetwork(
-        stages, 3, num_classes=10, mean=(0, 0, 0), std=(1, 1, 1), heatmap_layer="larger-than-8x8"
-    )
-    activations, logits = network.forward_with_features(images)
-    assert activations.shape == (8, 3, 16, 16)
-    torch.testing.assert_close(logits, network(images))
-    expected = network.stages(images)[1].mean((2, 3))
-    torch.testing.assert_close(logits, network.classifier(expected))
 
 
 @pytest.mark.parametrize(
