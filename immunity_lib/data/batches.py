@@ -4,7 +4,7 @@ On images of 32x32 pixels, a loop over images in Python costs more than the netw
 rotation are therefore one affine map per image, and one resampling of the whole batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +22,16 @@ def training_batches(
     generator: torch.Generator,
     augment: bool = True,
     device: torch.device | str | None = None,
+    *,
+    rotation: float = MAXIMAL_ANGLE,
+    cutout: int = 0,
+    fill: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in random order: images (B, 3, 32, 32) float32 in [0, 1], labels (B,).
+
+    augment: crop, flip and rotate, by at most `rotation` degrees. cutout: side in pixels of a
+    square that is hidden under the colour `fill` in every image (DeVries & Taylor 2017, arXiv
+    1708.04552); 0: none.
 
     Images are channels_last. The order and the augmentation of all batches are drawn from
     `generator`, on the CPU, before the first batch is made: a run resumed from the generator's
@@ -33,12 +41,15 @@ def training_batches(
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; training needs at least 2 images in a batch")
     order = torch.randperm(len(image_set), generator=generator)
-    maps = _random_maps(len(image_set), generator) if augment else None
+    maps = _random_maps(len(image_set), generator, rotation) if augment else None
+    centres = torch.randint(0, 32, (len(image_set), 2), generator=generator) if cutout else None
     for start in range(0, len(image_set) - 1, batch_size):
         batch = slice(start, start + batch_size)
         images = _as_floats(image_set.images.index_select(0, order[batch]), device)
         if augment:
             images = resample(images, maps[batch])
+        if cutout:
+            images = cut_out(images, centres[batch], cutout, fill)
         yield _channels_last(images), image_set.labels[order[batch]].to(device)
 
 
@@ -64,12 +75,22 @@ def augment_batch(images: Tensor, generator: torch.Generator) -> Tensor:
     every second image on average is flipped; what comes in at the border is black. The generator
     is on the CPU, the images may be on any device.
     """
-    return resample(images, _random_maps(len(images), generator))
+    return resample(images, _random_maps(len(images), generator, MAXIMAL_ANGLE))
 
 
-def _random_maps(count: int, generator: torch.Generator) -> Tensor:
+def cut_out(images: Tensor, centres: Tensor, side: int, fill: Sequence[float]) -> Tensor:
+    """Images (B, 3, 32, 32) with a square in the colour `fill`, cut off at the border, around the
+    pixels `centres` (B, 2), as (row, column)."""
+    places = torch.arange(images.shape[-1], device=images.device)
+    offsets = places - centres.to(images.device)[..., None]
+    hidden = (offsets >= -side // 2) & (offsets < side // 2)
+    square = hidden[:, 0, :, None] & hidden[:, 1, None, :]
+    return torch.where(square[:, None], images.new_tensor(fill).view(3, 1, 1), images)
+
+
+def _random_maps(count: int, generator: torch.Generator, rotation: float) -> Tensor:
     shifts = torch.randint(-MAXIMAL_SHIFT, MAXIMAL_SHIFT + 1, (count, 2), generator=generator)
-    angles = MAXIMAL_ANGLE * (2 * torch.rand(count, generator=generator) - 1)
+    angles = rotation * (2 * torch.rand(count, generator=generator) - 1)
     flipped = torch.rand(count, generator=generator) < 0.5
     return affine_maps(shifts / 32, angles, flipped)
 

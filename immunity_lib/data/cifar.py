@@ -101,7 +101,8 @@ def _torchvision_source(name: str, folder: Path, description: str) -> Source:
         labels = torch.tensor(splits[split].targets[:count], dtype=torch.int64)
         return ImageSet(torch.from_numpy(images), labels)
 
-    return Source(description, {split: len(data) for split, data in splits.items()}, read)
+    available = {split: len(data) for split, data in splits.items()}
+    return Source(description, cifar.class_names, available, read)
 
 
 def _download_or_extract(loader: type, cifar: Cifar, name: str, folder: Path) -> None:
@@ -142,8 +143,10 @@ def _parquet_source(name: str, folder: Path) -> Source:
             images[row], labels[row] = image, label
         return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
 
-    available = {split: sum(usable.sum() for _, usable in rows[split]) for split in rows}
-    return Source("parquet files", {split: int(n) for split, n in available.items()}, read)
+    available = {
+        split: int(sum(usable.sum() for _, usable in files)) for split, files in rows.items()
+    }
+    return Source("parquet files", CIFAR[name].class_names, available, read)
 
 
 def _usable_rows(file: Path, cifar: Cifar) -> np.ndarray:

@@ -52,9 +52,10 @@ class ImageSet:
 class Dataset:
     """All splits of a data set, with what a model needs to know of it.
 
-    mean, std: per channel, of images in [0, 1]. part_names is empty for CIFAR.
+    mean, std: per channel, of images in [0, 1]. part_names: for Parts-10 only, else empty.
     source: how the images were obtained ("generated", "torchvision archive", "parquet files",
-    "torchvision download"). splits: "train", "validation", "test"; Parts-10 also "test-shifted".
+    "torchvision download", "image folder ..."). splits: "train", "validation", "test"; Parts-10
+    also "test-shifted".
     """
 
     name: str
@@ -70,9 +71,11 @@ class Dataset:
 class Source:
     """Somewhere images come from: how many rows each split has, and a way to read the first ones.
 
+    class_names: in the order of the labels.
     read(split, count) returns the first count rows of a split, and decodes no more than those.
     """
 
     description: str
+    class_names: tuple[str, ...]
     available: dict[str, int]
     read: Callable[[str, int], ImageSet]

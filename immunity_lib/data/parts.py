@@ -62,9 +62,13 @@ CHUNK = 250  # images drawn together, from one stream: the first k are the same 
 GRID_Y, GRID_X = np.mgrid[0:32, 0:32].astype(np.float32)
 
 
-def source(seed: int) -> Source:
+def source(seed: int = 0) -> Source:
     """Parts-10 of a seed, with the splits "train", "test" and "test-shifted"."""
-    return Source("generated", AVAILABLE, lambda split, count: generate(split, count, seed))
+
+    def read(split: str, count: int) -> ImageSet:
+        return generate(split, count, seed)
+
+    return Source("generated", CLASS_NAMES, AVAILABLE, read)
 
 
 def generate(split: str, count: int, seed: int) -> ImageSet:

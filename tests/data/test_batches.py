@@ -9,6 +9,7 @@ from immunity_lib.data import ImageSet
 from immunity_lib.data.batches import (
     affine_maps,
     augment_batch,
+    cut_out,
     evaluation_batches,
     resample,
     training_batches,
@@ -113,7 +114,7 @@ def test_every_move_is_drawn(image_set):
     """Over many images the maps spread as far as stated, and no further."""
     from immunity_lib.data.batches import _random_maps
 
-    maps = _random_maps(5000, torch.Generator().manual_seed(0))
+    maps = _random_maps(5000, torch.Generator().manual_seed(0), 15.0)
     shifts = (maps[:, :, 2] * -16).round().int()
     assert set(shifts.flatten().tolist()) == set(range(-4, 5))
     angles = torch.rad2deg(torch.atan2(maps[:, 1, 0], maps[:, 1, 1]))
@@ -142,3 +143,30 @@ def test_impossible_batch_sizes_are_named(image_set):
         next(training_batches(image_set, 1, torch.Generator()))
     with pytest.raises(ValueError, match="batch_size is 0;"):
         next(evaluation_batches(image_set, 0))
+
+
+def test_cutout_hides_a_square_in_the_given_colour_and_nothing_else():
+    images = torch.rand(3, 3, 32, 32)
+    centres = torch.tensor([[16, 10], [0, 31], [31, 3]])
+    fill = (0.1, 0.2, 0.3)
+    hidden = cut_out(images, centres, 8, fill)
+    for image, before, (row, column) in zip(hidden, images, centres.tolist(), strict=True):
+        expected = before.clone()  # against the loop of the published description
+        for y in range(max(row - 4, 0), min(row + 4, 32)):
+            for x in range(max(column - 4, 0), min(column + 4, 32)):
+                expected[:, y, x] = torch.tensor(fill)
+        assert torch.equal(image, expected)
+
+
+def test_cutout_and_rotation_are_asked_for(dataset):
+    def first_batch(**options):
+        generator = torch.Generator().manual_seed(5)
+        return next(training_batches(dataset.splits["train"], 16, generator, **options))[0]
+
+    fill = (0.11, 0.22, 0.33)
+    places = (first_batch(augment=False, cutout=8, fill=fill) - first_batch(augment=False)) != 0
+    shown = first_batch(augment=False, cutout=8, fill=fill).movedim(1, -1)[places.any(1)]
+    assert torch.equal(shown, torch.tensor(fill).expand_as(shown))
+    assert not torch.equal(first_batch(rotation=0.0), first_batch())
+    whole = first_batch(rotation=0.0)  # without a rotation, pixels move by whole steps
+    assert torch.equal((whole * 255).round() / 255, whole)
