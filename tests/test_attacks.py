@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchattacks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -62,14 +63,15 @@ def test_iterative_attacks_walk_until_the_border(linear_model, images, binary_la
     torch.testing.assert_close(adversarial, expected)
 
 
-def test_pgd_reaches_the_border_from_any_start(linear_model, images, binary_labels):
+@pytest.mark.parametrize("name", ["pgd", "cw", "apgd"])
+def test_the_border_is_reached_from_any_start(linear_model, images, binary_labels, name):
     """8 steps of 2/255 cross the whole ball."""
     expected = (images + EPS * ascent_direction(linear_model, binary_labels)).clamp(0, 1)
-    adversarial = attack(linear_model, images, binary_labels, "pgd", steps=8)
+    adversarial = attack(linear_model, images, binary_labels, name, steps=8)
     torch.testing.assert_close(adversarial, expected)
 
 
-@pytest.mark.parametrize("name", ["pgd", "ffgsm"])
+@pytest.mark.parametrize("name", ["pgd", "ffgsm", "cw"])
 def test_random_starts_differ(linear_model, images, binary_labels, name):
     one, other = (attack(linear_model, images, binary_labels, name, steps=1) for _ in range(2))
     assert (one - other).abs().max() > EPS / 4
@@ -81,6 +83,22 @@ def test_ffgsm_moves_every_free_pixel_uphill(linear_model, images, binary_labels
     adversarial = attack(linear_model, images, binary_labels, "ffgsm")
     free = (images > EPS) & (images < 1 - EPS)
     assert ((adversarial - images) * direction)[free].min() >= EPS / 4 - 1e-6
+
+
+def test_cw_raises_the_margin_of_the_mixture(make_linear_model, images, labels):
+    """One step is along the gradient of the margin, by hand, at the random start."""
+    model, order = make_linear_model(5), (3, 1, 4, 0, 2)
+    torch.manual_seed(0)
+    start = (images + torch.empty_like(images).uniform_(-EPS, EPS)).clamp(0, 1).requires_grad_()
+    outputs = model.expert_outputs(start)
+    mixture = (outputs.gate[:, order, None] * outputs.logits.softmax(-1)).sum(1).log()
+    others = mixture.masked_fill(functional.one_hot(labels, 10).bool(), -100)
+    margins = others.max(1).values - mixture[torch.arange(len(labels)), labels]
+    (gradient,) = torch.autograd.grad(margins.sum(), start)
+    moved = (start.detach() + 2 / 255 * gradient.sign()).clamp(images - EPS, images + EPS)
+    torch.manual_seed(0)
+    found = attack(model, images, labels, "cw", gate=order, steps=1)
+    assert ((found - moved.clamp(0, 1)).abs() < 1e-6).double().mean() > 0.999
 
 
 def test_gradient_is_that_of_the_mixture(make_linear_model, images, labels):
@@ -106,9 +124,42 @@ def test_more_steps_find_a_higher_loss(trained, dataset):
 
     torch.manual_seed(0)
     found = {name: loss(attack(trained, images, labels, name)) for name in ATTACKS}
-    for iterative in ("bim", "mim", "pgd"):
+    for iterative in ("bim", "mim", "pgd", "apgd"):
         assert found[iterative] >= found["fgsm"] - 1e-4
     assert found["fgsm"] > loss(images) + 0.1
+
+
+def test_apgd_fools_as_many_as_that_of_torchattacks(trained, dataset):
+    """Which keeps the last point that fools, where ours is the point of the highest loss."""
+    split = dataset.splits["train"]
+    images, labels = split.images.float() / 255, split.labels
+    torch.manual_seed(0)
+    found = attack(trained, images, labels, "apgd", eps=2 / 255)
+    with trained.evaluated_with("trained"):
+        expected = torchattacks.APGD(trained, eps=2 / 255, steps=10)(images, labels)
+        robust = [(trained(one).argmax(1) == labels).sum() for one in (expected, found)]
+    assert 0 < robust[0] < len(images)
+    assert abs(robust[0] - robust[1]) <= 2
+
+
+def test_apgd_starts_where_the_random_state_says(trained, images, labels):
+    """torchattacks' own would set the seed itself, the same for every batch."""
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(attack(trained, images, labels, "apgd", steps=2))
+    assert torch.equal(found[0], found[1])
+    assert (found[0] != found[2]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("gate", ["trained", "switch"])
+def test_images_that_are_misclassified_anyway_are_attacked_too(model, images, name, gate):
+    """Another state of the gate may get them right, and all states judge the same images."""
+    with torch.no_grad():
+        wrong = model(images, gate="trained").argmin(1)
+    adversarial = attack(model, images, wrong, name, gate, steps=3)
+    assert (adversarial - images).abs().flatten(1).amax(1).min() > EPS / 4
 
 
 @pytest.mark.parametrize("gate", ["trained", "uniform", "switch-per-image", (2, 1, 0)])
@@ -196,7 +247,7 @@ def test_budget_check_names_the_distance(images):
 
 
 def test_unknown_attack_names_the_valid_ones(model, images, labels):
-    with pytest.raises(ValueError, match="'deepfool'; valid names: fgsm, bim, mim, pgd, ffgsm"):
+    with pytest.raises(ValueError, match="'deepfool'; valid names: fgsm, bim, .*, apgd"):
         attack(model, images, labels, "deepfool")
 
 

@@ -1,4 +1,5 @@
-"""The paper's attacks, by torchattacks: l_inf, images in [0, 1], eps = 8/255.
+"""The paper's attacks, by torchattacks: l_inf, images in [0, 1], eps = 8/255; and two more that
+robustness tables report beside them, "cw" and "apgd".
 
 torchattacks calls a bare `model(images)`, so the gate that the attacker sees is the model's
 `evaluation_gate`, set here explicitly, and it switches the whole model to eval mode; the mode of
@@ -16,6 +17,30 @@ from torch import Tensor, nn
 from immunity_lib.checks import ROUNDING, check_images, check_labels
 from immunity_lib.moe import Gate, ImmunityMoE
 
+
+def _margin_pgd(library, model, eps, step, steps):
+    """PGD on the Carlini-Wagner margin, as Madry et al. (2018, arXiv 1706.06083) use that loss at
+    a given eps; torchattacks' own CW is an l_2 attack without one.
+
+    To the last step, since the adversarial images are judged under all gates.
+    """
+    from immunity_lib.attacks.frozen import FrozenPGD, margin  # imports torchattacks
+
+    return FrozenPGD(model, eps, step, steps, loss=margin, stop_early=False)
+
+
+def _auto_pgd(library, model, eps, step, steps):
+    """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690) on the cross entropy, from one start; it
+    chooses its step sizes itself.
+
+    Its point of the highest loss, for every image. As torchattacks calls it, it would hand back
+    unmoved what it did not fool or what was misclassified anyway: right for one fixed gate, but
+    too weak for the others.
+    """
+    attack = library.APGD(model, eps=eps, steps=steps, n_restarts=1, loss="ce", eot_iter=1)
+    return lambda images, labels: attack.perturb(images, labels, best_loss=True)[1]
+
+
 # Each builds an attack from (model, eps, step size, number of steps). PGD starts at a random point
 # of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0.
 ATTACKS: dict[str, Callable] = {
@@ -23,8 +48,12 @@ ATTACKS: dict[str, Callable] = {
     "bim": lambda library, model, eps, step, steps: library.BIM(model, eps, step, steps),
     "mim": lambda library, model, eps, step, steps: library.MIFGSM(model, eps, step, steps, 1.0),
     "pgd": lambda library, model, eps, step, steps: library.PGD(model, eps, step, steps, True),
+    # PGD on the divergence from the clean answer, which TRADES trains on
+    "tpgd": lambda library, model, eps, step, steps: library.TPGD(model, eps, step, steps),
     # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
     "ffgsm": lambda library, model, eps, step, steps: library.FFGSM(model, eps, 1.25 * eps),
+    "cw": _margin_pgd,
+    "apgd": _auto_pgd,
 }
 
 
