@@ -10,13 +10,13 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 INSTALLED := .venv/.installed
 UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-deps
 
-.PHONY: help reproduce smoke lab test test-fast bench lock
+.PHONY: help reproduce smoke plan lab test test-fast bench lock
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
-	@echo 'Variables of reproduce and smoke, as in "make reproduce PRESET=cifar10-small DATA=folder":'
-	@echo '  PRESET  a file of presets/: smoke, demo (default), cifar10-small, or a path'
-	@echo '  DATA    folder of the CIFAR files; smoke and demo need none'
+	@echo 'Variables of reproduce, smoke and plan, as in "make reproduce PRESET=cifar10-small DATA=folder":'
+	@echo '  PRESET  a file of presets/: smoke, demo (default), cifar10-small, paper, or a path'
+	@echo '  DATA    folder of CIFAR or of your own images; smoke and demo need none'
 	@echo '  JOBS    notebooks beside each other (default: all cores)'
 	@echo 'PYTHON names the Python 3.11 that the environment .venv is made from.'
 
@@ -26,6 +26,9 @@ smoke: override PRESET = smoke
 reproduce smoke: $(INSTALLED)
 	.venv/bin/python -m immunity_lib.reproduce --preset $(PRESET) \
 		$(if $(DATA),--data "$(DATA)") $(if $(JOBS),--jobs $(JOBS))
+
+plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
+	.venv/bin/python -m immunity_lib.plan --preset $(PRESET) $(if $(DATA),--data "$(DATA)")
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks

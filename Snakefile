@@ -58,6 +58,16 @@ def drawn(*names, table=False):
     return [FIGURES / f"{name}.{ending}" for name in names for ending in endings]
 
 
+def scores(names):
+    """Records of the heat-map scores of these models."""
+    return [RUNS / f"records/{name}.scores.json" for name in names]
+
+
+# Of the models of both tables, the notebook of Table 1 makes the scores
+OF_TABLE1 = recipes.table1_models(settings)
+OF_TABLE3_ALONE = [name for name in recipes.table3_models(settings) if name not in OF_TABLE1]
+
+
 wildcard_constraints:
     model="[a-z0-9-]+",
 
@@ -66,7 +76,7 @@ wildcard_constraints:
 # unrelated field would train everything anew. The parameters below say what a result depends on.
 rule train:
     output:
-        weights=update(RUNS / "models/{model}/model.safetensors"),
+        weights=update(RUNS / "models/{model}" / settings.weights_file),
         record=update(RUNS / "models/{model}/record.json"),
         notebook=RUNS / "notebooks/02_training-{model}.ipynb",
     params:
@@ -108,11 +118,12 @@ rule start_here:
 
 rule expert_selection:
     input:
-        trained(recipes.table1_models(settings)),
+        trained(OF_TABLE1),
         notebook="notebooks/01_expert_selection.ipynb",
         library=DRAWING,
     output:
         drawn("table1", table=True),
+        [update(record) for record in scores(OF_TABLE1)],
         notebook=RUNS / "notebooks/01_expert_selection.ipynb",
     log:
         RUNS / "notebooks/01_expert_selection.log",
@@ -138,11 +149,13 @@ rule attacks:
 rule ablation:
     input:
         [RUNS / f"records/{name}.attacks.json" for name in recipes.table3_models(settings)],
+        scores(name for name in recipes.table3_models(settings) if name in OF_TABLE1),
         trained([recipes.literal_model(settings)]),
         notebook="notebooks/04_ablation.ipynb",
         library=DRAWING,
     output:
         drawn("table3", table=True),
+        [update(record) for record in scores(OF_TABLE3_ALONE)],
         drawn("ablation_curves", "literal_maps"),
         notebook=RUNS / "notebooks/04_ablation.ipynb",
     log:
@@ -174,7 +187,7 @@ rule all:
         [
             RUNS / "models" / str(name) / file
             for name in recipes.trained_models(settings)
-            for file in ("model.safetensors", "record.json")
+            for file in (settings.weights_file, "record.json")
         ],
         [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
         rules.start_here.output,

@@ -16,9 +16,9 @@ from torch import nn
 from benchmarks.timing import take_turns
 from immunity_lib import ImmunityMoE, build_expert, layers
 from immunity_lib.experts import multiply_accumulates
+from immunity_lib.objective import training_loss
 from immunity_lib.recipes import ModelName, recipe
 from immunity_lib.settings import load_preset
-from immunity_lib.training import training_loss
 
 SETTINGS = load_preset("demo")
 EXPERTS, IMAGES, ROUNDS = 5, 32, 7

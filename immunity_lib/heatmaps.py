@@ -100,6 +100,8 @@ def grad_cam(
     maps = []
     for activations, gradient in zip(outputs.activations, gradients, strict=True):
         # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k)
+        # Mixed precision's activations are coarser than the scores
+        activations, gradient = activations.to(scores.dtype), gradient.to(scores.dtype)
         weights = gradient.sum((-2, -1)) / activations.shape[1]
         maps.append(_resize(torch.einsum("bk,bkuv->buv", weights, activations).relu()))
     return torch.stack(maps, dim=1)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from pydantic import ValidationError
 from torch import nn
 
 from immunity_lib.data import Dataset, load_dataset
 from immunity_lib.experts import multiply_accumulates
 from immunity_lib.moe import ConstantGate, ImmunityMoE
-from immunity_lib.recipes import ModelName, Recipe, members, recipe
+from immunity_lib.recipes import ModelName, Recipe, members, own_recipe, recipe
 from immunity_lib.records import (
     DamagedFile,
     provenance,
@@ -23,7 +24,7 @@ from immunity_lib.records import (
     write_tensors,
 )
 from immunity_lib.settings import Settings
-from immunity_lib.training import build_model, train
+from immunity_lib.training import build_model, selected_entry, train
 
 
 def chosen_device() -> torch.device:
@@ -31,12 +32,18 @@ def chosen_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def dataset_of(settings: Settings) -> Dataset:
-    """The preset's data set, with as many images as the preset says."""
-    return load_dataset(
-        settings.dataset, settings.data_folder or None, settings.train_images,
-        settings.validation_images, settings.test_images,
+def dataset_of(settings: Settings, name: str = "") -> Dataset:
+    """The preset's data set, or one of its further ones, with as many images as it says."""
+    dataset = load_dataset(
+        name or settings.dataset, settings.data_folder or None,
+        settings.train_images, settings.validation_images, settings.test_images,
     )  # fmt: skip
+    if settings.attacked_images > len(dataset.splits["test"]):
+        raise ValueError(
+            f"attacked_images is {settings.attacked_images}, but {dataset.name} has only "
+            f"{len(dataset.splits['test'])} test images; lower it"
+        )
+    return dataset
 
 
 def model_folder(settings: Settings, name: ModelName) -> Path:
@@ -55,9 +62,10 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
     wanted, folder = recipe(settings, name), model_folder(settings, name)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # a second process waits, then finds the model trained
-        model = _load(folder, wanted, dataset)
+        model = _load(settings, folder, wanted, dataset)
         if model is None:
-            model = _train_and_save(folder, wanted, dataset, name)
+            _train_and_save(settings, folder, wanted, dataset, name)
+            model = _load(settings, folder, wanted, dataset)
     return model.to(chosen_device()).eval()
 
 
@@ -66,19 +74,24 @@ def training_record(settings: Settings, name: ModelName) -> dict:
     return read_record(model_folder(settings, name) / "record.json")
 
 
-def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE | None:
+def weights_checksum(settings: Settings, record: dict) -> str:
+    """Of the reported epoch's weights, from a training record."""
+    return record["weights"] if settings.reported_epoch == "last" else record["selected"]["weights"]
+
+
+def _load(settings: Settings, folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE | None:
     """The model in the folder, or None if there is none that can be used."""
-    weights, record = folder / "model.safetensors", folder / "record.json"
+    weights, record = folder / settings.weights_file, folder / "record.json"
     if not (weights.exists() and record.exists()):
         return None
     try:
         known = read_record(record)
-        tensors, _ = read_tensors(weights, known["weights"])
-        same = known["recipe"] == wanted.model_dump(mode="json")
+        tensors, _ = read_tensors(weights, weights_checksum(settings, known))
+        same = Recipe.model_validate(known["recipe"]) == wanted
         same_data = known["data"]["checksum"] == dataset.splits["train"].checksum
         reason = "" if same and same_data else "it was trained with other settings or other data"
-    except (DamagedFile, KeyError) as error:
-        reason = str(error)
+    except (DamagedFile, ValidationError, KeyError) as error:
+        reason = f"{error!r}" if isinstance(error, KeyError) else str(error)
     if reason:
         for path in (weights, record):
             set_aside(path, f"{reason}; the model is trained anew")
@@ -88,13 +101,16 @@ def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE | None:
     return model
 
 
-def _train_and_save(folder: Path, wanted: Recipe, dataset: Dataset, name: ModelName) -> ImmunityMoE:
+def _train_and_save(
+    settings: Settings, folder: Path, wanted: Recipe, dataset: Dataset, name: ModelName
+) -> None:
     device = chosen_device()
     print(f"training {name} on {device}, data from {dataset.source}")
     started = time.perf_counter()
     model, log = train(wanted, dataset, folder, name=str(name), device=device)
     cost = [multiply_accumulates(expert) for expert in model.experts]
     checksum = write_tensors(folder / "model.safetensors", model.state_dict(), {"name": str(name)})
+    selected, published = selected_entry(log), own_recipe(settings, name)
     write_record(
         folder / "record.json",
         {
@@ -106,7 +122,9 @@ def _train_and_save(folder: Path, wanted: Recipe, dataset: Dataset, name: ModelN
                 "images": len(dataset.splits["train"]),
                 "checksum": dataset.splits["train"].checksum,
             },
+            "published": published.model_dump(include={"source", "gaps"}) if published else None,
             "weights": checksum,
+            "selected": {"epoch": selected["epoch"], "weights": selected["weights"]},
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "multiply_accumulates": sum(one.head + one.tail for one in cost),
             "log": log,
@@ -116,7 +134,6 @@ def _train_and_save(folder: Path, wanted: Recipe, dataset: Dataset, name: ModelN
         },
     )
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # the model has superseded it
-    return model
 
 
 def _ensemble(networks: list[ImmunityMoE]) -> ImmunityMoE:

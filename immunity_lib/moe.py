@@ -119,7 +119,9 @@ class ImmunityMoE(nn.Module):
         passes = [expert.forward_with_features(images) for expert in self.experts]
         activations, logits = zip(*passes, strict=True)
         log_gate = self.gate(self.experts[0].normalise(images))
-        return ExpertOutputs(torch.stack(logits, dim=1), log_gate, activations)
+        # In the images' precision: mixed precision ends before probabilities begin
+        logits = torch.stack(logits, dim=1).to(images.dtype)
+        return ExpertOutputs(logits, log_gate.to(images.dtype), activations)
 
     def forward(self, images: Tensor, gate: Gate | None = None) -> Tensor:
         """Log of the mixture, (B, C). gate: "trained", "uniform", "switch" (a fresh uniform

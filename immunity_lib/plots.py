@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,26 +132,29 @@ def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def attack_bars(accuracies: pd.DataFrame) -> Figure:
-    """Accuracy under every attack, a panel a regime: bars are the expectation over the switched
-    gate, whiskers reach from its worst to its best permutation (means over seeds).
+    """Accuracy under every attack, a panel for each data set and regime: bars are the expectation
+    over the switched gate, whiskers reach from its worst to its best permutation (means over
+    seeds).
 
     accuracies: as `tables.gate_accuracies` makes them, of one attacked gate and clean.
     """
-    regimes = list(accuracies["regime"].unique())
+    data_sets, regimes = accuracies["data"].unique(), accuracies["regime"].unique()
+    attacks, models = accuracies["attack"].unique(), accuracies["model"].unique()
+    bar = 0.8 / len(models)
+    panel_width = max(5.2, 0.25 * len(attacks) * len(models))
     figure, axes = plt.subplots(
-        1, len(regimes), figsize=(5.2 * len(regimes), 3.6), dpi=SCREEN, squeeze=False, sharey=True,
-        layout="constrained",
+        len(data_sets), len(regimes), figsize=(panel_width * len(regimes), 3.6 * len(data_sets)),
+        dpi=SCREEN, squeeze=False, sharey=True, layout="constrained",
     )  # fmt: skip
-    for panel, regime in zip(axes.flat, regimes, strict=True):
-        of_regime = accuracies[accuracies["regime"] == regime]
-        attacks, models = of_regime["attack"].unique(), of_regime["model"].unique()
-        width = 0.8 / len(models)
+    panels = dict(zip(product(data_sets, regimes), axes.flat, strict=True))
+    for (data, regime), of_panel in accuracies.groupby(["data", "regime"]):
+        panel = panels[data, regime]
         for position, (model, colour) in enumerate(zip(models, COLOURS, strict=False)):
-            of_model = of_regime[of_regime["model"] == model].groupby("attack", sort=False)
+            of_model = of_panel[of_panel["model"] == model].groupby("attack", sort=False)
             share = 100 * of_model[["switched", "worst", "best"]].mean().loc[list(attacks)]
-            places = np.arange(len(attacks)) + (position - (len(models) - 1) / 2) * width
+            places = np.arange(len(attacks)) + (position - (len(models) - 1) / 2) * bar
             reach = [share["switched"] - share["worst"], share["best"] - share["switched"]]
-            panel.bar(places, share["switched"], width, color=colour, label=model)
+            panel.bar(places, share["switched"], bar, color=colour, label=model)
             panel.errorbar(
                 places, share["switched"], np.clip(reach, 0, None), fmt="none", ecolor="black",
                 capsize=2, linewidth=1,
@@ -158,9 +162,11 @@ def attack_bars(accuracies: pd.DataFrame) -> Figure:
             for place, value, top in zip(places, share["switched"], share["best"], strict=True):
                 panel.text(place, top + 1.5, f"{value:.0f}", ha="center", fontsize=8)
         panel.set_xticks(range(len(attacks)), attacks)
-        panel.set(title=f"{regime} training", ylim=(0, 106))
+        title = f"{regime} training" if len(data_sets) == 1 else f"{data}, {regime} training"
+        panel.set(title=title, ylim=(0, 106))
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("accuracy, %")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("accuracy, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure

@@ -22,7 +22,31 @@ FIELDS = (
 )
 DECIMALS = {"%": 1, "1e-3": 2, "pixels^4": 0, "nats": 3}
 UNKNOWN = "not in our source"
-DATA = {"parts10": "Parts-10", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+DATA = {
+    "parts10": "Parts-10",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "images": "own images",
+}
+NETWORKS = {
+    "resnet18": "ResNet18",
+    "densenet121": "DenseNet121",
+    "googlenet": "GoogLeNet",
+    "googlenet-kuangliu": "GoogLeNet-kuangliu",
+    "pdarts": "P-DARTS",
+    "advrush": "AdvRush",
+    "robnet-free": "RobNet-free",
+    "robnet-large-v1": "RobNet-large-v1",
+    "robnet-large-v2": "RobNet-large-v2",
+}
+ATTACK_TITLES = {
+    "fgsm": "FGSM",
+    "bim": "BIM",
+    "mim": "MIM",
+    "pgd": "PGD",
+    "cw": "C&W",
+    "apgd": "APGD",
+}
 
 
 def printed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -50,7 +74,8 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
 def evidence(settings: Settings, frame: pd.DataFrame) -> str:
     """What a table rests on, in words: data, seeds, images and the error that those leave."""
     seeds = "one seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
-    text = f"Preset {settings.preset}, {DATA[settings.dataset]}, {seeds}"
+    data = " and ".join(DATA[name] for name in settings.datasets)
+    text = f"Preset {settings.preset}, {data}, {seeds}"
     if (frame["count"] > 1).any():
         text += "; mean ± standard deviation (number of networks)"
     sentences = [f"{text}."]

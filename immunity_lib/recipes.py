@@ -13,11 +13,18 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from immunity_lib.baselines.published import PublishedRecipe, published_recipe
 from immunity_lib.data import DATASETS
-from immunity_lib.experts import EXPERTS
+from immunity_lib.data.batches import MAXIMAL_ANGLE
+from immunity_lib.experts import BASELINES, EXPERTS
 from immunity_lib.settings import Settings
 
-REGIMES = ("standard", "adversarial")
+REGIMES = {
+    "standard": "on clean images",
+    "adversarial": "on adversarial images alone (Madry et al. 2018, arXiv 1706.06083)",
+    "trades": "on clean images, and to answer alike under attack (Zhang et al. 2019, 1901.08573)",
+    "alp": "adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373)",
+}
 METHODS = {
     "standalone": "a single network, the mixture of one",
     "ensemble": "independently trained stand-alone networks under equal weights",
@@ -95,12 +102,30 @@ class Recipe(BaseModel):
     eps: Fraction
     step_size: Fraction
 
+    # Records from before these fields stand for their defaults
+    pairing: Literal["none", "trades", "alp"] = "none"  # of clean and adversarial images
+    pairing_weight: float = 0.0
+    layers: int | None = None
+    normalise: bool = True
+    rotation: float = MAXIMAL_ANGLE
+    cutout: int = 0
+    auxiliary_weight: float = 0.0
+    drop_path: float = 0.0
+    decayed: Literal["everything", "convolutions and classifier"] = "everything"
+    precision: str = "float32"
+    compiled: bool = False
+
 
 def recipe(settings: Settings, name: ModelName) -> Recipe:
-    """What the preset says of this model's training."""
+    """What determines this model's training: the preset, what the method changes, and for a
+    baseline the recipe of its authors."""
     if name.method == "ensemble":
         raise ValueError(f"{name} is not trained; its members are: {members(settings, name)}")
     changes: dict = {"expert": name.expert, "seed": name.seed}
+    if name.expert in BASELINES:
+        changes["layers"] = settings.baseline_layers
+    if published := own_recipe(settings, name):
+        changes |= published.fields
     if name.method == "standalone":
         # One expert has nothing to be different from, and its own loss is the mixture's
         changes |= {"experts": 1, "alpha": 0.0}
@@ -110,16 +135,31 @@ def recipe(settings: Settings, name: ModelName) -> Recipe:
         changes["gamma"] = 0.0
     if name.method == "immunity-literal":
         changes |= {"floor": 0.0, "warmup_epochs": 0.0}
+    weights = {"trades": settings.trades_weight, "alp": settings.pairing_weight}
+    if name.regime in weights:
+        changes |= {"pairing": name.regime, "pairing_weight": weights[name.regime]}
+    else:
+        changes["pairing_weight"] = 0.0
     if name.regime == "standard":
         changes["adversary"] = None
     # What a model does not use stays at its default, so that changing it trains nothing anew
     unused: tuple[str, ...] = ()
     if name.method in ("standalone", "moe"):
         unused += ("floor", "warmup_epochs", "coordinates", "explained")
+    else:
+        unused += ("compiled",)  # it cannot differentiate twice
     if name.regime == "standard":
         unused += ("adversary_steps", "eps", "step_size")
     changes |= {field: Settings.model_fields[field].default for field in unused}
     return Recipe.model_validate(settings.model_dump() | changes)
+
+
+def own_recipe(settings: Settings, name: ModelName) -> PublishedRecipe | None:
+    """The recipe of its authors, for a stand-alone baseline where the preset asks for it."""
+    wanted = name.method == "standalone" and settings.baseline_recipes == "own"
+    return (
+        published_recipe(name.expert, name.regime) if wanted and name.expert in BASELINES else None
+    )
 
 
 def members(settings: Settings, ensemble: ModelName) -> list[ModelName]:
@@ -142,11 +182,14 @@ def table1_models(settings: Settings) -> list[ModelName]:
 
 
 def table2_models(settings: Settings) -> list[ModelName]:
-    """Every method under both regimes."""
+    """Every method and baseline under every regime, on every data set."""
+    compared = [("standalone", baseline) for baseline in settings.baselines]
+    compared += [(method, settings.expert) for method in ("standalone", "moe", "immunity")]
     return [
-        _name(settings, method, regime=regime, seed=seed)
+        _name(settings, method, expert, regime, seed, dataset)
+        for dataset in settings.datasets
         for regime in settings.regimes
-        for method in ("standalone", "moe", "immunity")
+        for method, expert in compared
         for seed in settings.seeds
     ]
 
@@ -180,8 +223,10 @@ def trained_models(settings: Settings) -> list[ModelName]:
     return list(dict.fromkeys(named))
 
 
-def _name(settings: Settings, method: str, expert="", regime="standard", seed=0) -> ModelName:
-    expert = expert or settings.expert
+def _name(
+    settings: Settings, method: str, expert="", regime="standard", seed=0, dataset=""
+) -> ModelName:
     return ModelName(
-        dataset=settings.dataset, method=method, expert=expert, regime=regime, seed=seed
-    )
+        dataset=dataset or settings.dataset, method=method, expert=expert or settings.expert,
+        regime=regime, seed=seed,
+    )  # fmt: skip

@@ -32,11 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         from immunity_lib.models import chosen_device, dataset_of
 
-        dataset = dataset_of(settings)  # downloads it once, before models train beside each other
+        # Downloads them once, before models train beside each other
+        data = [dataset_of(settings, name) for name in settings.datasets]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"preset {settings.preset} on {chosen_device()}; {dataset.name} from {dataset.source}")
+    sources = "; ".join(f"{dataset.name} from {dataset.source}" for dataset in data)
+    print(f"preset {settings.preset} on {chosen_device()}; {sources}")
     settings.runs.mkdir(parents=True, exist_ok=True)
     try:
         # Held until this process ends, however it ends: so Snakemake's own lock, which a kill
@@ -120,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         default="demo",
         help=f"one of {', '.join(preset_names())}, or the path of a YAML file (default: demo)",
     )
-    parser.add_argument("--data", default="", help="folder of the CIFAR files (default: data/)")
+    parser.add_argument(
+        "--data", default="", help="folder of CIFAR (default: data/) or of your own images"
+    )
     parser.add_argument("--output", default="", help="where runs/ and figures/ go")
     parser.add_argument("--jobs", type=int, help="notebooks beside each other (default: all cores)")
     return parser

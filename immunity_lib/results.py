@@ -21,7 +21,7 @@ from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.evaluation import accuracy_over_gates, accuracy_under_attack
 from immunity_lib.heatmaps import empty_share, expert_heatmaps
-from immunity_lib.models import chosen_device, trained_model, training_record
+from immunity_lib.models import chosen_device, trained_model, training_record, weights_checksum
 from immunity_lib.moe import ImmunityMoE
 from immunity_lib.recipes import ModelName, members
 from immunity_lib.records import DamagedFile, provenance, read_record, set_aside, write_record
@@ -114,7 +114,7 @@ def _recorded(
     model = trained_model(settings, name, dataset)
     trained = members(settings, name) if name.method == "ensemble" else [name]
     question = {
-        "weights": [training_record(settings, one)["weights"] for one in trained],
+        "weights": [weights_checksum(settings, training_record(settings, one)) for one in trained],
         "data": {split: images.checksum for split, images in _test_splits(dataset)},
         "asked": asked,
     }
@@ -133,6 +133,7 @@ def _recorded(
         "kind": kind,
         "model": str(name),
         **question,
+        "reported_epoch": settings.reported_epoch,
         "result": result,
         "data_source": dataset.source,
         "seconds": round(time.perf_counter() - started, 1),

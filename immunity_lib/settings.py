@@ -18,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "presets"
 
-ExpertName = Literal["resnet18", "densenet121", "googlenet", "googlenet-kuangliu"]
-AttackName = Literal["fgsm", "bim", "mim", "pgd"]
+DatasetName = Literal["parts10", "cifar10", "cifar100", "images"]
+BaselineName = Literal["pdarts", "advrush", "robnet-free", "robnet-large-v1", "robnet-large-v2"]
+ExpertName = Literal["resnet18", "densenet121", "googlenet", "googlenet-kuangliu", BaselineName]
+AttackName = Literal["fgsm", "bim", "mim", "pgd", "cw", "apgd"]
 GateName = Literal["trained", "uniform", "switch", "switch-per-image"]
-Regime = Literal["standard", "adversarial"]
+Regime = Literal["standard", "adversarial", "trades", "alp"]
 Count = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Budget = Annotated[Fraction, Field(gt=0, le=1)]
@@ -34,12 +36,14 @@ class Settings(BaseModel):
 
     preset: str = Field(description="its name; results lie under it in runs/ and figures/")
     model: str = Field("", description="one model of the preset by name; empty: all of them")
-    data_folder: str = Field("", description="where CIFAR lies; empty: data/ (it is downloaded)")
+    data_folder: str = Field(
+        "", description="where CIFAR (empty: data/, it is downloaded) or the own images lie"
+    )
     output_folder: str = Field("", description="where runs/ and figures/ go; empty: the project")
     interactive: bool = Field(True, description="show widgets; batch runs set this to false")
 
     # data
-    dataset: Literal["parts10", "cifar10", "cifar100"]
+    dataset: DatasetName
     train_images: Count | None = Field(None, description="training images; null: all")
     validation_images: Count = Field(500, description="held out of training, for its log")
     test_images: Count | None = Field(None, description="for clean accuracy and scores; null: all")
@@ -52,6 +56,14 @@ class Settings(BaseModel):
     width: Annotated[float, Field(gt=0, le=4)] = Field(1.0, description="factor on all channels")
     heatmap_layer: Literal["larger-than-8x8", "at-least-8x8"] = "larger-than-8x8"
     gate_network: Literal["convolutional", "constant"] = "convolutional"
+    further_datasets: list[DatasetName] = Field([], description="of Table 2, beside `dataset`")
+    baselines: list[BaselineName] = Field([], description="networks to compare with in Table 2")
+    baseline_layers: Annotated[int, Field(ge=3)] | None = Field(
+        None, description="cells of each baseline; null: as published"
+    )
+    baseline_recipes: Literal["own", "preset"] = Field(
+        "own", description="train baselines as their authors do, or as everything else here"
+    )
     regimes: list[Regime] = Field(["standard", "adversarial"], min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
 
@@ -61,11 +73,22 @@ class Settings(BaseModel):
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Weight = 5e-4
-    schedule: Literal["constant", "cosine", "multistep", "one-cycle"] = "cosine"
+    schedule: Literal["constant", "cosine", "multistep", "one-cycle", "warmup-cosine"] = "cosine"
     gradient_clip: Weight = Field(0.0, description="largest gradient norm; 0: not clipped")
     augment: bool = Field(True, description="random crop, horizontal flip and rotation")
     adversary: Literal["pgd", "ffgsm"] = Field("pgd", description="inner attack, trained gate")
     adversary_steps: Count = 10
+    trades_weight: Weight = Field(6.0, description="of the divergence that TRADES adds")
+    pairing_weight: Weight = Field(0.5, description="of adversarial logit pairing (alp)")
+    reported_epoch: Literal["last", "selected"] = Field(
+        "last", description="which weights are measured; selected: best on the validation images"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: mixed precision in training, for GPUs"
+    )
+    compiled: bool = Field(
+        False, description="torch.compile for training without heat-map losses: a slow start"
+    )
 
     # the losses, eqs (2) and (12)
     alpha: Weight = Field(1.0, description="weight of every expert's own cross entropy, eq (2)")
@@ -87,8 +110,18 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds repeat: {self.seeds}; give each once")
+        lists = ("seeds", "compared_experts", "baselines", "regimes", "attacks", "attack_gates")
+        for field in lists:
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field} repeat: {values}; give each once")
+        if len(set(self.datasets)) < len(self.datasets):
+            raise ValueError(f"data sets repeat: {self.datasets}; give each once")
+        if "images" in self.datasets and not self.data_folder:
+            raise ValueError(
+                "data set images, but data_folder is empty; name the folder that holds a folder of "
+                "images for each class"
+            )
         if self.test_images is not None and self.attacked_images > self.test_images:
             raise ValueError(
                 f"attacked_images is {self.attacked_images}, but test_images only "
@@ -97,9 +130,21 @@ class Settings(BaseModel):
         return self
 
     @property
+    def datasets(self) -> list[str]:
+        """The data sets of Table 2; the first is that of everything else."""
+        return [self.dataset, *self.further_datasets]
+
+    @property
     def runs(self) -> Path:
         """Checkpoints, logs, records and executed notebooks of this preset."""
         return Path(self.output_folder or ROOT) / "runs" / self.preset
+
+    @property
+    def weights_file(self) -> str:
+        """Name of the file in a model's folder with the weights of the reported epoch."""
+        return {"last": "model.safetensors", "selected": "selected.safetensors"}[
+            self.reported_epoch
+        ]
 
     @property
     def figures(self) -> Path:
@@ -115,7 +160,8 @@ def preset_names() -> list[str]:
 def load_preset(preset: str, **changes: Any) -> Settings:
     """Settings of a preset, by its name or by the path of a YAML file, with some fields changed.
 
-    Raises ValueError that names what is wrong and what would be right.
+    A relative folder in the file starts from where the file is. Raises ValueError that names what
+    is wrong and what would be right.
     """
     path = PRESETS / f"{preset}.yaml"
     if not path.exists():
@@ -131,6 +177,11 @@ def load_preset(preset: str, **changes: Any) -> Settings:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold fields like 'epochs: 10'; found {content!r}")
+    for field in ("data_folder", "output_folder"):
+        if content.get(field):
+            content[field] = str(path.resolve().parent / content[field])
+        if not changes.get(field):  # an empty one says nothing
+            changes.pop(field, None)
     return _checked({"preset": path.stem} | content | changes)
 
 

@@ -147,3 +147,9 @@ def test_ensemble_is_the_mean_of_its_members(make_settings, dataset, tmp_path, i
         expected = sum(network(images, gate="trained").exp() for network in networks) / 2
         for gate in (None, "trained", "uniform", "switch"):
             torch.testing.assert_close(ensemble(images, gate).exp(), expected)
+
+
+def test_more_images_to_attack_than_there_are_is_an_error_before_training(make_settings):
+    settings = make_settings(test_images=None, attacked_images=10**6)
+    with pytest.raises(ValueError, match="attacked_images is 1000000, but parts10 has only"):
+        models.dataset_of(settings)

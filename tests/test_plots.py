@@ -97,19 +97,22 @@ def test_part_coverage_shows_every_share_and_parts_on_one_scale():
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == columns
 
 
-def test_attack_bars_are_expectations_with_whiskers_from_worst_to_best():
+@pytest.mark.parametrize("data_sets", [["CIFAR-10"], ["CIFAR-10", "CIFAR-100"]])
+def test_attack_bars_are_expectations_with_whiskers_from_worst_to_best(data_sets):
     lines = [
-        {"regime": regime, "model": model, "attack": attack, "seed": seed,
+        {"data": data, "regime": regime, "model": model, "attack": attack, "seed": seed,
          "switched": 0.5 + 0.1 * seed, "worst": 0.4 + 0.1 * seed, "best": 0.7 + 0.1 * seed}
+        for data in data_sets
         for regime in ("standard", "adversarial")
         for model in ("MoE", "Immunity")
         for attack in ("clean", "PGD")
         for seed in (0, 1)
     ]  # fmt: skip
     figure = plots.attack_bars(pd.DataFrame(lines))
-    assert [panel.get_title() for panel in figure.axes] == [
-        "standard training", "adversarial training",
-    ]  # fmt: skip
+    regimes = ["standard training", "adversarial training"]
+    several = [f"{data}, {regime}" for data in data_sets for regime in regimes]
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == (regimes if len(data_sets) == 1 else several)
     for panel in figure.axes:
         assert [tick.get_text() for tick in panel.get_xticklabels()] == ["clean", "PGD"]
         assert panel.get_ylim()[0] == 0 and panel.get_ylim()[1] >= 100

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from immunity_lib.baselines.published import published_recipe
 from immunity_lib.data import DATASETS
-from immunity_lib.experts import EXPERTS
+from immunity_lib.experts import BASELINES, EXPERTS
 from immunity_lib.recipes import (
     METHODS,
     REGIMES,
@@ -28,7 +29,7 @@ from immunity_lib.recipes import (
     st.builds(
         ModelName,
         dataset=st.sampled_from(DATASETS), method=st.sampled_from(list(METHODS)),
-        expert=st.sampled_from(list(EXPERTS)), regime=st.sampled_from(REGIMES),
+        expert=st.sampled_from(list(EXPERTS)), regime=st.sampled_from(list(REGIMES)),
         seed=st.integers(0, 10**6),
     )
 )  # fmt: skip
@@ -118,7 +119,72 @@ def test_every_model_of_every_table_is_trained_once(make_settings):
 def test_table_2_crosses_methods_regimes_and_seeds(make_settings):
     settings = make_settings(seeds=[0, 2])
     found = {(name.method, name.regime, name.seed) for name in table2_models(settings)}
-    assert found == set(product(("standalone", "moe", "immunity"), REGIMES, (0, 2)))
+    assert found == set(product(("standalone", "moe", "immunity"), settings.regimes, (0, 2)))
+
+
+def test_table_2_has_every_baseline_on_every_data_set_under_every_regime(make_settings):
+    networks = ["pdarts", "robnet-free", "advrush"]
+    settings = make_settings(
+        baselines=networks, further_datasets=["cifar10"], regimes=["standard", "trades"]
+    )
+    found = [
+        (name.dataset, name.regime, name.expert)
+        for name in table2_models(settings)
+        if name.expert in BASELINES
+    ]
+    assert found == list(product(("parts10", "cifar10"), ("standard", "trades"), networks))
+    assert set(table2_models(settings)) <= set(trained_models(settings))
+
+
+@pytest.mark.parametrize("network", BASELINES)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_published_recipes_are_whole_and_make_a_recipe(make_settings, network, regime):
+    name = ModelName.parse(f"parts10-standalone-{network}-{regime}-seed0")
+    published = published_recipe(network, regime)
+    assert published.source and published.gaps
+    assert set(published.fields) <= set(Recipe.model_fields)
+    own = recipe(make_settings(baseline_layers=5), name)
+    for field, value in published.fields.items():
+        if field not in ("adversary", "adversary_steps", "eps", "step_size"):
+            assert getattr(own, field) == value
+    assert (own.adversary is None) == (regime == "standard")
+    assert (own.layers, own.experts, own.pairing_weight > 0) == (5, 1, regime in ("trades", "alp"))
+
+
+def test_published_adversaries(make_settings):
+    def inner_attack(network):
+        found = recipe(
+            make_settings(), ModelName.parse(f"cifar10-standalone-{network}-adversarial-seed0")
+        )
+        return found.adversary, found.adversary_steps, str(found.eps), str(found.step_size)
+
+    assert inner_attack("advrush") == inner_attack("pdarts") == ("pgd", 7, "31/1000", "1/100")
+    assert inner_attack("robnet-free") == ("pgd", 7, "8/255", "2/255")
+
+
+def test_baselines_can_be_trained_like_everything_else(make_settings):
+    def made(expert, **changes):
+        return recipe(
+            make_settings(**changes), ModelName.parse(f"parts10-standalone-{expert}-standard-seed0")
+        )
+
+    changed = {"expert": "pdarts", "layers": 4}
+    alike = made("pdarts", baseline_recipes="preset", baseline_layers=4)
+    assert alike == made("resnet18").model_copy(update=changed)
+    assert made("pdarts", baseline_layers=4).auxiliary_weight == 0.4
+    # As an expert of a mixture it is trained as the mixture is
+    mixture = ModelName.parse("parts10-immunity-pdarts-standard-seed0")
+    assert recipe(make_settings(baseline_layers=4), mixture).epochs == make_settings().epochs
+
+
+def test_records_of_before_stand_for_the_defaults(make_recipe):
+    """A model that was trained before a field was thought of need not be trained anew."""
+    wanted = make_recipe()
+    known = wanted.model_dump(mode="json")
+    for field in Recipe.model_fields:
+        if not Recipe.model_fields[field].is_required():
+            del known[field]
+    assert Recipe.model_validate(known) == wanted
 
 
 def test_what_a_model_does_not_use_is_not_in_its_recipe(make_recipe):

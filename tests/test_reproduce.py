@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 
-from immunity_lib.recipes import attacked_models, trained_models
+from immunity_lib.recipes import attacked_models, table3_models, trained_models
 from immunity_lib.records import ROOT, read_record, read_tensors
 from immunity_lib.settings import load_preset
 
@@ -108,13 +108,15 @@ def test_a_damaged_record_and_truncated_weights_are_set_aside_and_made_again(smo
     name = attacked_models(settings)[0]
     record = settings.runs / "records" / f"{name}.attacks.json"
     weights = settings.runs / "models" / str(name) / "model.safetensors"
-    numbers = read_record(record)["result"]
+    scores = settings.runs / "records" / f"{table3_models(settings)[0]}.scores.json"
+    numbers, scored = read_record(record)["result"], read_record(scores)["result"]
     trained = read_record(weights.parent / "record.json")["weights"]
     record.write_text(record.read_text()[:100])
+    scores.write_text("{}")
     weights.write_bytes(weights.read_bytes()[:5000])
     done = reproduce(smoke[0])
     assert done.returncode == 0, done.stderr
-    for path in (record, weights):
+    for path in (record, scores, weights):
         assert f"{path.name}.aside-" in done.stderr
         assert list(path.parent.glob(f"{path.name}.aside-*")), "what was damaged was deleted"
     read_tensors(weights, trained)  # the same seed gives the same weights
@@ -122,12 +124,13 @@ def test_a_damaged_record_and_truncated_weights_are_set_aside_and_made_again(smo
         numbers["attacks"], read_record(record)["result"]["attacks"], strict=True
     ):
         assert {**before, "seconds": 0} == {**after, "seconds": 0}
+    assert read_record(scores)["result"] == scored
 
 
 def test_killed_it_goes_on_when_asked_again(tmp_path):
     preset = tmp_path / "short.yaml"
     fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
-    fields |= {"preset": "short", "regimes": ["standard"]}
+    fields |= {"preset": "short", "regimes": ["standard"], "baselines": []}
     fields |= {"expert": "resnet18", "compared_experts": ["resnet18"]}
     preset.write_text(yaml.safe_dump(fields))
     command = [sys.executable, "-m", "immunity_lib.reproduce", "--preset", str(preset)]
@@ -187,5 +190,5 @@ def test_a_wrong_parameter_fails_before_computing(parameters, told, tmp_path):
 def test_an_unknown_preset_lists_the_valid_ones(tmp_path):
     done = reproduce(tmp_path, preset="nosuch")
     assert done.returncode == 2
-    assert "nosuch" in done.stderr and "cifar10-small, demo, smoke" in done.stderr
+    assert "nosuch" in done.stderr and "cifar10-small, demo, paper, smoke" in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from immunity_lib import records, training
+from immunity_lib.objective import training_loss
 from immunity_lib.records import read_tensors, write_tensors
-from immunity_lib.training import train, training_loss
+from immunity_lib.training import train
 
 STEPS = 3  # of each of three epochs: 48 images in batches of 16
 

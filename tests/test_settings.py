@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import yaml
 
-from immunity_lib.recipes import trained_models
+from immunity_lib.recipes import ModelName, trained_models
 from immunity_lib.settings import ROOT, Settings, load_preset, notebook_settings, preset_names
 
 
@@ -49,13 +49,20 @@ def test_unknown_field_lists_the_valid_ones():
         ("learning_rate", math.inf, "learning_rate = inf: "),
         ("momentum", 1, "momentum = 1: .*less than 1"),
         ("batch_size", 1, "batch_size = 1: .*greater than or equal to 2"),
-        ("dataset", "mnist", "dataset = 'mnist': .*'parts10', 'cifar10' or 'cifar100'"),
+        ("dataset", "mnist", "dataset = 'mnist': .*'parts10', 'cifar10', 'cifar100' or 'images'"),
+        ("dataset", "images", "data set images, but data_folder is empty; name the folder"),
+        ("further_datasets", ["images"], "data set images, but data_folder is empty"),
         ("expert", "vgg", "expert = 'vgg': .*'resnet18'"),
         ("compared_experts", ["vgg"], r"compared_experts.0 = 'vgg': .*'resnet18'"),
         ("compared_experts", [], r"compared_experts = \[\]: .*at least 1"),
         ("attacks", ["deepfool"], "attacks.0 = 'deepfool': .*'fgsm'"),
         ("attack_gates", ["random"], "attack_gates.0 = 'random': .*'switch'"),
         ("seeds", [1, 1], r"seeds repeat: \[1, 1\]"),
+        ("baselines", ["pdarts", "pdarts"], r"baselines repeat: .*give each once"),
+        ("further_datasets", ["parts10"], r"data sets repeat: \['parts10', 'parts10'\]"),
+        ("baselines", ["resnet18"], "baselines.0 = 'resnet18': .*'pdarts'"),
+        ("baseline_layers", 2, "baseline_layers = 2: .*greater than or equal to 3"),
+        ("regimes", ["free"], "regimes.0 = 'free': .*'trades'"),
         ("seeds", [-1], "seeds.0 = -1: .*greater than or equal to 0"),
         ("attacked_images", 1000, "attacked_images is 1000, but test_images only 128"),
         ("train_images", 0, "train_images = 0: .*greater than 0"),
@@ -64,6 +71,21 @@ def test_unknown_field_lists_the_valid_ones():
 def test_bad_value_is_named_with_what_would_be_right(field, value, message):
     with pytest.raises(ValueError, match=message):
         load_preset("smoke", **{field: value})
+
+
+def test_own_images_are_named_by_their_folder(make_settings):
+    settings = make_settings(dataset="images", data_folder="flowers")
+    assert {name.dataset for name in trained_models(settings)} == {"images"}
+    assert all(ModelName.parse(str(name)) == name for name in trained_models(settings))
+
+
+def test_a_preset_finds_its_folder_from_where_it_lies(tmp_path):
+    path = tmp_path / "mine.yaml"
+    content = {"dataset": "images", "data_folder": "flowers", "compared_experts": ["resnet18"]}
+    path.write_text(yaml.safe_dump(content))
+    for unsaid in ({}, {"data_folder": ""}):
+        assert load_preset(str(path), **unsaid).data_folder == str(tmp_path / "flowers")
+    assert load_preset(str(path), data_folder="elsewhere").data_folder == "elsewhere"
 
 
 def test_all_problems_are_named_at_once():

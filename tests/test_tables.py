@@ -43,11 +43,11 @@ def synthetic_scores(number: int) -> dict:
 def synthetic_attacks(settings, number: int) -> dict:
     attacks = [
         {"attack": attack, "attacked_gate": gate, "seconds": 1.0}
-        | shares(0.1 + number / 50 + 0.01 * row + 0.005 * column, 20)
+        | shares(0.1 + number / 250 + 0.01 * row + 0.005 * column, 20)
         for column, gate in enumerate(settings.attack_gates)
         for row, attack in enumerate(settings.attacks)
     ]
-    return {"clean": {"test": shares(0.6 + number / 100, 40)}, "attacks": attacks}
+    return {"clean": {"test": shares(0.6 + number / 250, 40)}, "attacks": attacks}
 
 
 def write_records(settings) -> None:
@@ -101,6 +101,35 @@ def test_independent_networks_are_judged_alone_and_immunity_by_its_switched_mixt
     assert ours["value"] == pytest.approx(100 * mean(r["accuracy"]["switched"] for r in immunity))
     ours = cell(frame, model="Immunity-ResNet18", column="ensemble")
     assert ours["value"] == pytest.approx(100 * mean(r["accuracy"]["uniform"] for r in immunity))
+
+
+def test_table2_answers_the_paper_row_by_row_on_both_data_sets(settings):
+    grid = settings.model_copy(
+        update={
+            "dataset": "cifar10", "further_datasets": ["cifar100"], "attacks": ["pgd", "cw"],
+            "baselines": ["pdarts", "robnet-free"],
+        }
+    )  # fmt: skip
+    write_records(grid)
+    frame = tables.table2(grid)
+    rows = frame[["data", "training", "model"]].drop_duplicates()
+    models = ["P-DARTS", "RobNet-free", "stand-alone GoogLeNet", "MoE", "Immunity"]
+    assert [tuple(row) for row in rows.to_numpy()] == [
+        (data, regime, model)
+        for data in ("CIFAR-10", "CIFAR-100")
+        for regime in ("standard", "adversarial")
+        for model in models
+    ]
+    assert list(frame["column"].unique()) == ["clean", "PGD", "C&W"]
+    # The paper has rows for the baselines and for Immunity, and none for its parts
+    answered = frame[frame["column"] == "PGD"].set_index(["data", "model"])["paper_data"]
+    for data in ("CIFAR-10", "CIFAR-100"):
+        known = [answered.loc[(data, model)].iloc[0] for model in models]
+        assert known == [data, data, "", "", data]
+    assert "CIFAR-10 and CIFAR-100" in evidence(grid, frame)
+    gates = tables.gates_table(grid)
+    assert set(gates["data"]) == {"CIFAR-10", "CIFAR-100"}
+    assert set(gates["model"]) == {"MoE", "Immunity"}
 
 
 def test_table2_is_the_expectation_over_switches_with_the_first_gate_attacked(settings):

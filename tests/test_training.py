@@ -6,14 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from immunity_lib import training
-from immunity_lib.training import (
-    TrainingDiverged,
-    build_model,
-    learning_rate_factor,
-    train,
-    training_loss,
-)
+from immunity_lib import objective, training
+from immunity_lib.baselines.cells import Cell
+from immunity_lib.objective import training_loss
+from immunity_lib.records import read_tensors
+from immunity_lib.training import TrainingDiverged, build_model, learning_rate_factor, train
 
 STEPS = 3  # an epoch: 48 images in batches of 16
 
@@ -27,10 +24,10 @@ def test_inner_attack_gets_the_recipe_s_budget_and_the_trained_gate(
         seen.append((name, gate, budget, model.training))
         return images
 
-    monkeypatch.setattr(training, "attack_images", attack)
+    monkeypatch.setattr(objective, "attack_images", attack)
     train(make_recipe(regime="adversarial", epochs=1, eps="4/255"), dataset, tmp_path / "run")
-    budget = {"eps": 4 / 255, "step_size": 2 / 255, "steps": 2}
-    assert seen == [("pgd", "trained", budget, True)] * STEPS
+    call = ("pgd", "trained", {"eps": 4 / 255, "step_size": 2 / 255, "steps": 2})
+    assert seen == [(*call, True)] * STEPS + [(*call, False)]  # the last one for the log
 
 
 def test_seeds_differ_and_the_caller_s_random_state_stays(make_recipe, dataset, tmp_path):
@@ -60,7 +57,7 @@ def batch_of(dataset):
 
 
 def test_without_heat_map_losses_no_maps_are_made(make_recipe, dataset, monkeypatch):
-    monkeypatch.delattr(training, "grad_cam")
+    monkeypatch.delattr(objective, "grad_cam")
     for method in ("moe", "standalone"):
         recipe = make_recipe(method)
         loss = training_loss(build_model(recipe, dataset), *batch_of(dataset), recipe, 5.0)
@@ -94,8 +91,8 @@ def test_loss_that_is_not_finite_stops_the_run_and_is_named(
 ):
     calls = []
 
-    def loss(model, images, labels, recipe, epochs_done):
-        parts = training_loss(model, images, labels, recipe, epochs_done)
+    def loss(*arguments):
+        parts = training_loss(*arguments)
         calls.append(None)
         if len(calls) == STEPS + 2:
             return replace(parts, **{field: torch.tensor(math.nan)})
@@ -122,7 +119,9 @@ def test_log_says_how_the_model_does(make_recipe, dataset, tmp_path):
     assert 0 <= entry["empty_maps"] <= 1 and entry["input_gradient"] > 0
     assert 0 < entry["mutual_information_loss"] <= 2 * math.log(2)
     text = training.progress_line("a model", 1, entry)
-    assert text.startswith("a model epoch 1/1: cross entropy")
+    assert text.startswith("a model epoch 1/1: cross entropy") and "attack" not in text
+    attacked = training.progress_line("a model", 1, entry | {"robust_accuracy": 0.125})
+    assert ", 12.5% under its own attack, gate entropy" in attacked
 
 
 def test_learning_rate_schedules():
@@ -135,3 +134,85 @@ def test_learning_rate_schedules():
     cosine = [(1 + math.cos(math.pi * done)) / 2 for done in (0, 0.125, 0.25, 0.5, 0.75, 1)]
     assert factors("cosine") == pytest.approx(cosine)
     assert cosine[0] == 1 and cosine[3] == pytest.approx(0.5)
+
+
+def test_the_robnets_schedule_passes_through_its_published_rates():
+    rates = {0: 0.02, 10: 0.61, 20: 1.2, 95: (1.2 + 0.001) / 2, 170: 0.001}  # by epoch of 170
+    for epoch, rate in rates.items():
+        assert 1.2 * learning_rate_factor("warmup-cosine", epoch / 170) == pytest.approx(rate)
+
+
+def test_selected_weights_are_those_of_the_best_validation_epoch(
+    make_recipe, dataset, tmp_path, monkeypatch
+):
+    accuracies, states = iter([0.3, 0.7, 0.7, 0.5]), []
+
+    def diagnose(model, *_):
+        states.append({key: value.clone() for key, value in model.state_dict().items()})
+        return {"accuracy": next(accuracies), "robust_accuracy": 0.1}
+
+    monkeypatch.setattr(training, "_diagnose", diagnose)
+    monkeypatch.setattr(training, "progress_line", lambda *_: "")
+    monkeypatch.setattr(
+        training, "selected_entry", lambda log: max(log, key=lambda entry: entry["accuracy"])
+    )
+    _, log = train(make_recipe("moe", epochs=4), dataset, tmp_path)
+    assert ["weights" in entry for entry in log] == [True, True, False, False]
+    kept, _ = read_tensors(tmp_path / "selected.safetensors", log[1]["weights"])
+    assert all(torch.equal(kept[key], states[1][key]) for key in kept)
+
+
+def test_selection_is_by_accuracy_under_the_training_s_own_attack_if_there_is_one():
+    clean = [{"accuracy": accuracy} for accuracy in (0.5, 0.9, 0.9)]
+    assert training.selected_entry(clean) is clean[1]
+    attacked = [entry | {"robust_accuracy": 1 - entry["accuracy"]} for entry in clean]
+    assert training.selected_entry(attacked) is attacked[0]
+
+
+def test_measuring_robust_accuracy_leaves_the_random_state_alone(make_recipe, dataset):
+    recipe = make_recipe("moe", "adversarial")
+    model = build_model(recipe, dataset)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    entry = training._diagnose(model, dataset.splits["validation"], recipe, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 0 <= entry["robust_accuracy"] <= 1
+
+
+def test_drop_path_rises_linearly(make_recipe, dataset, tmp_path, monkeypatch):
+    shares = []
+
+    def loss(model, *arguments):
+        shares.append({m.drop_path for m in model.modules() if isinstance(m, Cell)})
+        return training_loss(model, *arguments)
+
+    monkeypatch.setattr(training, "training_loss", loss)
+    changes = {"expert": "pdarts", "layers": 3, "drop_path": 0.3, "auxiliary_weight": 0.4}
+    recipe = make_recipe("standalone").model_copy(update=changes)
+    train(recipe, dataset, tmp_path)
+    assert shares == [{0.0}] * STEPS + [{0.3 / 3}] * STEPS + [{0.3 * 2 / 3}] * STEPS
+
+
+def test_weight_decay_may_leave_vectors_alone(make_recipe, dataset):
+    recipe = make_recipe("moe", weight_decay=0.1)
+    model = build_model(recipe, dataset)
+    everything = training._optimiser(model, recipe).param_groups
+    assert [group["weight_decay"] for group in everything] == [0.1]
+    sparing = recipe.model_copy(update={"decayed": "convolutions and classifier"})
+    decayed, spared = training._optimiser(model, sparing).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert {one.ndim for one in spared["params"]} == {1}
+    assert {one.ndim for one in decayed["params"]} == {2, 4}
+    count = len(decayed["params"]) + len(spared["params"])
+    assert count == len(list(model.parameters()))
+
+
+def test_only_training_without_heat_map_losses_is_compiled(
+    make_recipe, dataset, tmp_path, monkeypatch
+):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call: compiled.append(call) or call)
+    for method, experts in (("moe", 2), ("immunity", 0)):
+        compiled.clear()
+        train(make_recipe(method, compiled=True, epochs=1), dataset, tmp_path / method)
+        assert len(compiled) == experts
