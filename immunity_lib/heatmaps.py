@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from immunity_lib.checks import check_images, check_labels
+from immunity_lib.layers import activations_only, differentiated_twice
 
 if TYPE_CHECKING:
     from immunity_lib.moe import ExpertOutputs, ImmunityMoE
@@ -46,7 +47,9 @@ def expert_heatmaps(
     """
     check_images(images)
     check_labels(labels, model.experts[0].num_classes)
-    with torch.enable_grad():
+    if not create_graph:
+        images = images.detach().requires_grad_()  # a graph even where all weights are frozen
+    with torch.enable_grad(), differentiated_twice(create_graph):
         outputs = model.expert_outputs(images)
         maps = heatmaps_from_outputs(
             outputs, labels, create_graph, floor=floor, explained=explained
@@ -94,9 +97,10 @@ def grad_cam(
     "log-probability", or that of the "mixture".
     """
     scores = _explained_score(outputs, labels, explained)
-    gradients = torch.autograd.grad(
-        scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
-    )
+    with activations_only():
+        gradients = torch.autograd.grad(
+            scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
+        )
     maps = []
     for activations, gradient in zip(outputs.activations, gradients, strict=True):
         # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k)

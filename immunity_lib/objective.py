@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from immunity_lib.attacks import attack_images
 from immunity_lib.heatmaps import grad_cam, normalised
+from immunity_lib.layers import differentiated_twice
 from immunity_lib.losses import ImmunityLoss, immunity_loss
 from immunity_lib.moe import ExpertOutputs, ImmunityMoE
 from immunity_lib.recipes import Recipe
@@ -51,16 +52,18 @@ def training_loss(
     adversarial: the images under attack, where the recipe trains on them. The total also has what
     the recipe's pairing and auxiliary classifier add.
     """
+    warm = min(epochs_done / recipe.warmup_epochs, 1.0) if recipe.warmup_epochs else 1.0
+    beta, gamma = warm * recipe.beta, warm * recipe.gamma
+    maps_wanted = bool(beta or gamma)
     classified = _classified_images(images, adversarial, recipe)
     with mixed_precision(recipe, images.device):
-        outputs, auxiliary_logits = _outputs(model, classified, recipe)
+        with differentiated_twice(maps_wanted):
+            outputs, auxiliary_logits = _outputs(model, classified, recipe)
         if recipe.pairing != "none":
             other = images if classified is adversarial else adversarial
             other_log_probs = model(other, gate="trained")
-    warm = min(epochs_done / recipe.warmup_epochs, 1.0) if recipe.warmup_epochs else 1.0
-    beta, gamma = warm * recipe.beta, warm * recipe.gamma
     maps = positions = None
-    if beta or gamma:
+    if maps_wanted:
         heat = grad_cam(outputs, labels, create_graph=True, explained=recipe.explained)
         maps = normalised(heat, recipe.floor)
         # A floor's centre of mass never moves, so that eq (11) would reward maps for shrinking

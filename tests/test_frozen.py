@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from immunity_lib import ImmunityMoE, build_expert
-from immunity_lib.attacks.frozen import FrozenPGD, cross_entropy, folded, margin
+from immunity_lib.attacks.folding import folded
+from immunity_lib.attacks.frozen import FrozenPGD, cross_entropy, margin
 from immunity_lib.experts import BASELINES, EXPERTS
 
 EPS, STEP = 8 / 255, 2 / 255

@@ -1,12 +1,20 @@
 """Our layers against PyTorch's own, in double precision, up to the second derivative."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from immunity_lib.layers import BatchNorm2d, MaxPool2d, ReLU
+from immunity_lib.layers import (
+    BatchNorm2d,
+    Conv2d,
+    MaxPool2d,
+    ReLU,
+    activations_only,
+    differentiated_twice,
+)
 
 
 def pair_of_networks(ours, stock):
@@ -26,11 +34,13 @@ def derivatives(network, images, of_activations):
     """
     images = images.clone().requires_grad_()
     wanted = [images, *network.parameters()]
-    activations = network[0](images)
-    out = network[1](activations)
+    with differentiated_twice():
+        activations = network[0](images)
+        out = network[1](activations)
     first = torch.autograd.grad(out.pow(3).sum(), wanted, retain_graph=True)
     again = [activations] if of_activations else wanted
-    gradients = torch.autograd.grad(out.pow(3).sum(), again, create_graph=True)
+    with activations_only() if of_activations else nullcontext():
+        gradients = torch.autograd.grad(out.pow(3).sum(), again, create_graph=True)
     curved = sum((gradient.sin() + gradient.square()).sum() for gradient in gradients)
     second = torch.autograd.grad(curved + out.sum(), wanted)
     return [out, *first, *second]
@@ -61,6 +71,23 @@ def test_piecewise_linear_layers_and_their_derivatives(ours, stock, of_activatio
 
 
 @pytest.mark.parametrize("of_activations", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1, "bias": False},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 4},
+        {"kernel_size": 3, "stride": 2, "groups": 2, "bias": False},
+    ],
+    ids=["1x1", "3x3", "strided", "dilated by channel", "in groups"],
+)
+def test_convolution_and_its_derivatives(options, of_activations):
+    convolutions = [layer(4, 8, **options) for layer in (Conv2d, nn.Conv2d)]
+    assert_same(*pair_of_networks(*convolutions), of_activations)
+
+
+@pytest.mark.parametrize("of_activations", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_and_its_derivatives(affine, training, of_activations):
@@ -78,7 +105,8 @@ def test_running_statistics_follow_the_batches(options):
     ours, stock = BatchNorm2d(4, **options).double(), nn.BatchNorm2d(4, **options).double()
     batches = torch.randn(3, 6, 4, 5, 5, dtype=torch.float64) * 3 + 1
     for images in batches:
-        torch.testing.assert_close(ours(images), stock(images))
+        with differentiated_twice():
+            torch.testing.assert_close(ours(images), stock(images))
     torch.testing.assert_close(ours.state_dict(), stock.state_dict())
     torch.testing.assert_close(ours.eval()(batches[0]), stock.eval()(batches[0]))
 
@@ -87,13 +115,48 @@ def test_batch_norm_without_running_statistics():
     images = torch.randn(6, 4, 5, 5)
     ours = BatchNorm2d(4, track_running_stats=False)
     stock = nn.BatchNorm2d(4, track_running_stats=False)
-    torch.testing.assert_close(ours(images), stock(images))
+    with differentiated_twice():
+        torch.testing.assert_close(ours(images), stock(images))
 
 
 def test_frozen_parameters_get_no_gradient():
     """As when only the input's gradient is wanted, in an attack."""
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm2d(4), ReLU()).requires_grad_(False)
+    network = nn.Sequential(Conv2d(3, 4, 3), BatchNorm2d(4), ReLU()).requires_grad_(False)
     images = torch.rand(2, 3, 6, 6, requires_grad=True)
-    network(images).square().sum().backward()
+    with differentiated_twice():
+        network(images).square().sum().backward()
     assert images.grad.any()
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def operators(network, images):
+    """Names of what made the output of the images."""
+    names, node = [], network(images).grad_fn
+    while node is not None:
+        names.append(node.name())
+        node = node.next_functions[0][0]
+    return names
+
+
+def test_layers_are_pytorch_s_own_unless_a_second_derivative_is_expected():
+    ours = nn.Sequential(Conv2d(3, 4, 3), BatchNorm2d(4), ReLU(), MaxPool2d(2))
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    images = torch.rand(2, 3, 6, 6)
+    assert operators(ours, images) == operators(stock, images)
+    with differentiated_twice():
+        assert not set(operators(ours, images)) & set(operators(stock, images))
+        with differentiated_twice(False):
+            assert operators(ours, images) == operators(stock, images)
+    assert operators(ours, images) == operators(stock, images)
+
+
+def test_a_gradient_for_activations_alone_costs_none_for_weights():
+    layer = Conv2d(3, 4, 3)
+    images = torch.rand(2, 3, 6, 6, requires_grad=True)
+    with differentiated_twice():
+        out = layer(images).square().sum()
+    with activations_only():
+        out.backward(retain_graph=True)
+    assert images.grad.any() and layer.weight.grad is None and layer.bias.grad is None
+    out.backward()
+    assert layer.weight.grad.any() and layer.bias.grad.any()

@@ -1,65 +1,25 @@
-"""PGD on a frozen copy of a model, for evaluation.
+"""PGD on a model's folded copy, for evaluation.
 
-A model under evaluation no longer changes, so its batch norms can be folded into the convolutions
-before them. And where the question is only whether the model can be fooled, the first point that
-fools it is the answer.
+Where the question is only whether the model can be fooled, the first point that fools it is the
+answer.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchattacks.attack import Attack
 
-from immunity_lib import layers
+from immunity_lib.attacks.folding import folded
 from immunity_lib.checks import check_images, check_labels
 from immunity_lib.moe import ImmunityMoE
 
 RANDOM_GATES = ("switch", "switch-per-image")
-# Nothing is differentiated twice here, and PyTorch's own layers are a little faster once
-_STOCK = {
-    layers.BatchNorm2d: nn.BatchNorm2d,
-    layers.MaxPool2d: nn.MaxPool2d,
-    layers.ReLU: nn.ReLU,
-}
 
-Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def folded(model: Module) -> Module:
-    """A copy for evaluation: the same function within rounding, computed faster.
-
-    It is in eval mode, and its parameters take no gradients. Every batch norm right behind a
-    convolution in an `nn.Sequential` is folded into that convolution; others stay as they are.
-    What happens to the model later does not reach the copy.
-    """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in model.modules():
-        module.__class__ = _STOCK.get(type(module), type(module))
-    for module in list(model.modules()):
-        if isinstance(module, nn.Sequential):
-            _fold(module)
-    return model.eval()  # the layers that are new, too
-
-
-def _fold(sequence: nn.Sequential) -> None:
-    for index in range(len(sequence) - 1):
-        convolution, norm = sequence[index], sequence[index + 1]
-        if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
-            continue
-        if norm.track_running_stats:
-            sequence[index] = fuse_conv_bn_eval(convolution, norm)
-            sequence[index + 1] = nn.Identity()
-            if index + 2 < len(sequence) and type(sequence[index + 2]) is nn.ReLU:
-                # Nothing else reads what the convolution puts out, its own gradient included
-                sequence[index + 2] = nn.ReLU(inplace=True)
 
 
 def cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:

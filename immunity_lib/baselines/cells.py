@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from immunity_lib.baselines.operations import OPERATIONS, FactorizedReduce, Skip, pointwise
 from immunity_lib.experts.expert import Expert, scale_channels
-from immunity_lib.layers import BatchNorm2d, ReLU
+from immunity_lib.layers import BatchNorm2d, Conv2d, ReLU
 
 
 class Edge(NamedTuple):
@@ -152,7 +152,7 @@ class CellNetwork(Expert):
         stem_channels = 3 * channels
         stages: dict[str, nn.Module] = {
             "stem": Stem(
-                nn.Conv2d(3, stem_channels, 3, padding=1, bias=False), BatchNorm2d(stem_channels)
+                Conv2d(3, stem_channels, 3, padding=1, bias=False), BatchNorm2d(stem_channels)
             )
         }
         before_last = last = stem_channels

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from immunity_lib.layers import BatchNorm2d, MaxPool2d, ReLU
+from immunity_lib.layers import BatchNorm2d, Conv2d, MaxPool2d, ReLU
 
 
 class Convolutions(nn.Sequential):
@@ -31,8 +31,8 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, affine: bool) -> None:
         super().__init__()
-        self.even = nn.Conv2d(in_channels, out_channels // 2, 1, bias=False)
-        self.odd = nn.Conv2d(in_channels, out_channels - out_channels // 2, 1, bias=False)
+        self.even = Conv2d(in_channels, out_channels // 2, 1, bias=False)
+        self.odd = Conv2d(in_channels, out_channels - out_channels // 2, 1, bias=False)
         self.norm = BatchNorm2d(out_channels, affine=affine)
 
     def forward(self, rectified: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ def _separable(
     """A depthwise and a pointwise convolution and batch norm."""
     padding = dilation * (size - 1) // 2
     return [
-        nn.Conv2d(channels, channels, size, stride, padding, dilation, groups=channels, bias=False),
-        nn.Conv2d(channels, channels, 1, bias=False),
+        Conv2d(channels, channels, size, stride, padding, dilation, groups=channels, bias=False),
+        Conv2d(channels, channels, 1, bias=False),
         BatchNorm2d(channels, affine=affine),
     ]
 
@@ -77,7 +77,7 @@ def _maximum(channels: int, stride: int, affine: bool) -> nn.Module:
 def pointwise(in_channels: int, out_channels: int, affine: bool) -> nn.Module:
     """A 1x1 convolution and batch norm."""
     return Convolutions(
-        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        Conv2d(in_channels, out_channels, 1, bias=False),
         BatchNorm2d(out_channels, affine=affine),
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_lib.experts.expert import Expert, scale_channels
-from immunity_lib.layers import BatchNorm2d, ReLU
+from immunity_lib.layers import BatchNorm2d, Conv2d, ReLU
 
 
 class DenseLayer(nn.Module):
@@ -20,10 +20,10 @@ class DenseLayer(nn.Module):
         self.new_channels = nn.Sequential(
             BatchNorm2d(in_channels),
             ReLU(),
-            nn.Conv2d(in_channels, 4 * growth, 1, bias=False),
+            Conv2d(in_channels, 4 * growth, 1, bias=False),
             BatchNorm2d(4 * growth),
             ReLU(),
-            nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False),
+            Conv2d(4 * growth, growth, 3, padding=1, bias=False),
         )
 
     def forward(self, activations: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def transition(channels: int) -> nn.Sequential:
     return nn.Sequential(
         BatchNorm2d(channels),
         ReLU(),
-        nn.Conv2d(channels, channels // 2, 1, bias=False),
+        Conv2d(channels, channels // 2, 1, bias=False),
         nn.AvgPool2d(2),
     )
 
@@ -50,7 +50,7 @@ class DenseNet121(Expert):
     def __init__(self, width: float, **options: Any) -> None:
         growth = scale_channels(32, width)
         channels = 2 * growth
-        stages: dict[str, nn.Module] = {"stem": nn.Conv2d(3, channels, 3, padding=1, bias=False)}
+        stages: dict[str, nn.Module] = {"stem": Conv2d(3, channels, 3, padding=1, bias=False)}
         for number, layers in enumerate((6, 12, 24, 16), 1):
             if number > 1:
                 stages[f"transition{number - 1}"] = transition(channels)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from immunity_lib.layers import differentiated_twice
+
 # The paper takes "the last convolutional layer with dimensions exceeding 8*8" for Grad-CAM.
 # Both readings of "exceeding", as the smallest admissible side of the feature grid.
 HEATMAP_LAYERS = {"larger-than-8x8": 9, "at-least-8x8": 8}
@@ -98,7 +100,8 @@ class Expert(nn.Module):
 
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, 32, 32) in [0, 1] to activations (B, K, u, v) and logits (B, C)."""
-        state = self.head(images)
+        with differentiated_twice(False):  # gradients of the logits end at the activations
+            state = self.head(images)
         return self.activations_of(state), self.tail(state)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_lib.experts.expert import Expert, scale_channels
-from immunity_lib.layers import BatchNorm2d, MaxPool2d, ReLU
+from immunity_lib.layers import BatchNorm2d, Conv2d, MaxPool2d, ReLU
 
 # Output channels: 1x1 | 1x1 -> 3x3 | 1x1 -> "5x5" | pool -> 1x1.
 INCEPTION_CHANNELS = {
@@ -38,7 +38,7 @@ def convolution(
 ) -> nn.Sequential:
     """Convolution that keeps the grid, batch norm, ReLU."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
+        Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias),
         BatchNorm2d(out_channels),
         ReLU(),
     )

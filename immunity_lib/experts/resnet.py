@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from immunity_lib.experts.expert import Expert, scale_channels
-from immunity_lib.layers import BatchNorm2d, ReLU
+from immunity_lib.layers import BatchNorm2d, Conv2d, ReLU
 
 
 class BasicBlock(nn.Module):
@@ -17,10 +17,10 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+            Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
             BatchNorm2d(out_channels),
             ReLU(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             BatchNorm2d(out_channels),
         )
         self.shortcut = nn.Sequential()
@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
             # processors without AVX-512 (oneDNN) where the channels are no multiple of 8
             self.shortcut = nn.Sequential(
                 nn.AvgPool2d(1, stride),
-                nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                Conv2d(in_channels, out_channels, 1, bias=False),
                 BatchNorm2d(out_channels),
             )
         self.relu = ReLU()
@@ -45,7 +45,7 @@ class ResNet18(Expert):
         channels = scale_channels(64, width)
         stages: dict[str, nn.Module] = {
             "stem": nn.Sequential(
-                nn.Conv2d(3, channels, 3, padding=1, bias=False), BatchNorm2d(channels), ReLU()
+                Conv2d(3, channels, 3, padding=1, bias=False), BatchNorm2d(channels), ReLU()
             )
         }
         for number, (full_width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):
