@@ -8,10 +8,13 @@ import resource
 
 import torch
 
-from immunity_lib import ImmunityMoE, build_expert, losses
-from immunity_lib.heatmaps import heatmaps_from_outputs
+from immunity_lib import ImmunityMoE, build_expert
+from immunity_lib.objective import training_loss
+from immunity_lib.recipes import ModelName, recipe
+from immunity_lib.settings import load_preset
 
 STEPS, WARM_UP = 500, 50
+WANTED = recipe(load_preset("demo"), ModelName.parse("parts10-immunity-resnet18-standard-seed0"))
 
 
 def resident_megabytes() -> float:
@@ -29,9 +32,7 @@ def growth(steps: int = STEPS) -> tuple[float, float]:
     images, labels = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
     before = 0.0
     for step in range(WARM_UP + steps):
-        outputs = model.expert_outputs(images)
-        maps = heatmaps_from_outputs(outputs, labels, True, floor=0.1)
-        loss = losses.immunity_loss(outputs, labels, maps, alpha=1.0, beta=1.0, gamma=1.0)
+        loss = training_loss(model, images, labels, WANTED, epochs_done=10.0)
         optimiser.zero_grad()
         loss.total.backward()
         optimiser.step()
