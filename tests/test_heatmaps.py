@@ -11,6 +11,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch.nn import functional
 
 from immunity_lib import ImmunityMoE, build_expert, expert_heatmaps, losses
+from immunity_lib.experts import BASELINES
 from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, normalised
 from immunity_lib.layers import differentiated_twice
 from immunity_lib.moe import ExpertOutputs
@@ -185,10 +186,11 @@ def test_frozen_weights_change_no_map(model, images, labels):
     )
 
 
-def training_model():
+def training_model(expert="resnet18"):
     """Two experts in train mode and double precision."""
     torch.manual_seed(0)
-    model = ImmunityMoE([build_expert("resnet18", 10, 0.0625) for _ in range(2)])
+    options = {"layers": 3} if expert in BASELINES else {}
+    model = ImmunityMoE([build_expert(expert, 10, 0.0625, **options) for _ in range(2)])
     return model.double().train()
 
 
@@ -202,11 +204,15 @@ def total_loss(model, images, labels, floor=0.0, explained="logit", cheap=True):
     ).total
 
 
-@pytest.mark.parametrize("explained", ["logit", "log-probability", "mixture"])
-def test_training_gradient_is_that_of_pytorch_s_own_layers(images, labels, explained):
+@pytest.mark.parametrize(
+    ("expert", "explained"),
+    [("resnet18", "logit"), ("resnet18", "log-probability"), ("resnet18", "mixture")]
+    + [(expert, "logit") for expert in ("googlenet", "densenet121", "pdarts", "robnet-free")],
+)
+def test_training_gradient_is_that_of_pytorch_s_own_layers(images, labels, expert, explained):
     found, expected = ({}, {})
     for gradients, cheap in ((found, True), (expected, False)):
-        model = training_model()
+        model = training_model(expert)
         total_loss(model, images.double(), labels, 0.1, explained, cheap).backward()
         gradients |= {name: parameter.grad for name, parameter in model.named_parameters()}
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
