@@ -92,6 +92,12 @@ class FrozenPGD(Attack):
             points[attacked] = moved
         return points
 
+    def objective(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """At points (B, 3, 32, 32): what is raised, (B,), and the log-probabilities (B, C) that
+        say which points fool the model."""
+        log_probs = self.get_logits(points)
+        return self.loss(log_probs, labels), log_probs
+
     def _step(
         self, attacked: Tensor, images: Tensor, points: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -99,9 +105,9 @@ class FrozenPGD(Attack):
         centres, labels = images[attacked], labels[attacked]
         starts = points[attacked].requires_grad_()
         with torch.enable_grad():
-            log_probs = self.get_logits(starts)
-            loss = self.loss(log_probs, labels).sum()
-        (gradient,) = torch.autograd.grad(loss, starts)
+            raised, log_probs = self.objective(starts, labels)
+            total = raised.sum()
+        (gradient,) = torch.autograd.grad(total, starts)
         moved = starts.detach() + self.alpha * gradient.sign()
         moved = (centres + (moved - centres).clamp(-self.eps, self.eps)).clamp(0, 1)
         if not self.stop_early:

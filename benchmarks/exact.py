@@ -1,0 +1,76 @@
+"""What it costs to know all 120 gates of five experts, in accuracy and in attacks.
+
+Goals: accuracy over all gates at most 1.1 times a plain pass of the experts, and 50 times faster
+than a pass for each gate; PGD on the exact expectation at most 1.15 times PGD on the fixed gate,
+and a tenth of torchattacks' EOTPGD with 10 samples a step, which it is at least as strong as
+(tests/test_exact.py). Run with `python -m benchmarks.exact`.
+"""
+
+from itertools import permutations
+
+import torch
+import torchattacks
+
+from benchmarks.timing import ratios, take_turns
+from immunity_lib import ImmunityMoE, build_expert
+from immunity_lib.attacks.exact import ExactPGD
+from immunity_lib.attacks.folding import folded
+from immunity_lib.attacks.frozen import FrozenPGD
+from immunity_lib.evaluation import correct_by_gate
+
+EXPERTS, IMAGES, WIDTH, ROUNDS, STEPS = 5, 64, 0.125, 5, 5
+EPS, STEP = 8 / 255, 2 / 255
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    experts = [build_expert("googlenet", 10, WIDTH) for _ in range(EXPERTS)]
+    model = ImmunityMoE(experts).to(memory_format=torch.channels_last).eval()
+    with torch.no_grad():
+        model.gate.linear.bias.copy_(torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0]))
+    images = torch.rand(IMAGES, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (IMAGES,))
+    model = folded(model)
+
+    @torch.no_grad()
+    def plain_pass() -> None:
+        model.expert_outputs(images)
+
+    @torch.no_grad()
+    def all_gates() -> None:
+        correct_by_gate(model.expert_outputs(images), labels)
+
+    @torch.no_grad()
+    def gate_by_gate() -> None:
+        for gate in permutations(range(EXPERTS)):
+            model(images, gate)
+
+    seconds = take_turns({"all": all_gates, "plain": plain_pass}, ROUNDS)
+    one_by_one = take_turns({"each": gate_by_gate, "all": all_gates}, 1)
+    print(
+        f"accuracy over 120 gates takes {ratios(seconds['all'], seconds['plain'])} a plain pass; "
+        f"a pass for each gate takes {ratios(one_by_one['each'], one_by_one['all'])} its time"
+    )
+
+    def fixed_gate() -> torch.Tensor:
+        model.evaluation_gate = "trained"
+        return FrozenPGD(model, EPS, STEP, STEPS, stop_early=False)(images, labels)
+
+    def exact() -> torch.Tensor:
+        return ExactPGD(model, EPS, STEP, STEPS)(images, labels)
+
+    def sampled() -> torch.Tensor:
+        model.evaluation_gate = "switch"
+        return torchattacks.EOTPGD(model, EPS, STEP, STEPS, eot_iter=10)(images, labels)
+
+    seconds = take_turns({"exact": exact, "fixed": fixed_gate, "sampled": sampled}, ROUNDS)
+    print(
+        f"PGD on the exact expectation takes {ratios(seconds['exact'], seconds['fixed'])} the time "
+        f"of PGD on the trained gate, EOTPGD with 10 samples "
+        f"{ratios(seconds['sampled'], seconds['exact'])} that of the exact one"
+    )
+
+
+if __name__ == "__main__":
+    main()
