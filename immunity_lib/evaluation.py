@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from immunity_lib.attacks.folding import folded
 from immunity_lib.data import ImageSet
 from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.moe import ExpertOutputs, Gate, ImmunityMoE
+from immunity_lib.randomness import seeded
 
 LARGEST_ENUMERATED = 6  # 720 gates; 7 experts would make 5,040 mixtures per image
 
@@ -124,7 +125,5 @@ def accuracy_under_attack(
             )
             yield adversarial, labels
 
-    devices: Sequence[int] = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return accuracy_over_gates(model, attacked())

@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ from immunity_lib.experts import build_expert
 from immunity_lib.heatmaps import empty_share, heatmaps_from_outputs
 from immunity_lib.moe import ConstantGate, ConvolutionalGate, ImmunityMoE
 from immunity_lib.objective import adversarial_images, training_loss
+from immunity_lib.randomness import seeded
 from immunity_lib.recipes import Recipe
 from immunity_lib.records import write_tensors
 
@@ -73,7 +72,7 @@ def train(
             expert.forward_with_features = torch.compile(expert.forward_with_features)
     optimiser = _optimiser(model, recipe)
     name = name or folder.name
-    with _random_state_kept(recipe.seed):
+    with seeded(recipe.seed):
         source = {
             "recipe": recipe.model_dump(mode="json"),
             "data": dataset.splits["train"].checksum,
@@ -94,15 +93,6 @@ def train(
             save_checkpoint(folder, source | {"log": log}, model, optimiser)
             print(progress_line(name, recipe.epochs, entry), flush=True)
     return model, log
-
-
-@contextmanager
-def _random_state_kept(seed: int) -> Iterator[None]:
-    """Within it, random numbers follow the seed; behind it, they go on as if nothing had been."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def selected_entry(log: list[dict]) -> dict:
@@ -227,7 +217,7 @@ def _diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe, device) 
         sums["mutual_information"] += scores.mutual_information(maps) * count
         sums["input_gradient"] += gradient.flatten(1).norm(dim=1).sum()
         if recipe.adversary:
-            with _random_state_kept(recipe.seed):
+            with seeded(recipe.seed):
                 attacked = adversarial_images(model, images.detach(), labels, recipe)
             with torch.no_grad():
                 predicted = model(attacked, gate="trained").argmax(-1)

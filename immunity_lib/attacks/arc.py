@@ -13,7 +13,7 @@ from torch import Tensor
 from torchattacks.attack import Attack
 
 from immunity_lib.attacks.folding import folded
-from immunity_lib.attacks.frozen import margin
+from immunity_lib.attacks.frozen import margin, within_budget
 from immunity_lib.checks import check_images, check_labels
 from immunity_lib.evaluation import correct_by_gate
 from immunity_lib.moe import ExpertOutputs, ImmunityMoE
@@ -54,7 +54,7 @@ class ArcAttack(Attack):
         for _ in range(self.steps):
             for expert in order:
                 moved = points + self._step(expert, points, labels)
-                moved = (images + (moved - images).clamp(-self.eps, self.eps)).clamp(0, 1)
+                moved = within_budget(moved, images, self.eps)
                 with torch.no_grad():
                     share = _share_fooled(self.model.expert_outputs(moved), labels)
                 kept = share >= fooled

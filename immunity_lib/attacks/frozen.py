@@ -35,6 +35,11 @@ def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
     return best_other - log_probs.gather(1, own).squeeze(1)
 
 
+def within_budget(points: Tensor, images: Tensor, eps: float) -> Tensor:
+    """The points (B, 3, 32, 32), each pixel brought to within eps of its image's and to [0, 1]."""
+    return (images + (points - images).clamp(-eps, eps)).clamp(0, 1)
+
+
 class FrozenPGD(Attack):
     """PGD (l_inf, Madry et al. 2018, arXiv 1706.06083) on a model's folded copy, under the gate
     that the model's `evaluation_gate` names when the attack is made.
@@ -109,7 +114,7 @@ class FrozenPGD(Attack):
             total = raised.sum()
         (gradient,) = torch.autograd.grad(total, starts)
         moved = starts.detach() + self.alpha * gradient.sign()
-        moved = (centres + (moved - centres).clamp(-self.eps, self.eps)).clamp(0, 1)
+        moved = within_budget(moved, centres, self.eps)
         if not self.stop_early:
             return attacked, moved
         resisting = log_probs.argmax(1) == labels
