@@ -16,7 +16,7 @@ from immunity_lib import ImmunityMoE, build_expert
 from immunity_lib.attacks.exact import ExactPGD
 from immunity_lib.attacks.folding import folded
 from immunity_lib.attacks.frozen import FrozenPGD
-from immunity_lib.evaluation import correct_by_gate
+from immunity_lib.evaluation import verdicts
 
 EXPERTS, IMAGES, WIDTH, ROUNDS, STEPS = 5, 64, 0.125, 5, 5
 EPS, STEP = 8 / 255, 2 / 255
@@ -39,7 +39,7 @@ def main() -> None:
 
     @torch.no_grad()
     def all_gates() -> None:
-        correct_by_gate(model.expert_outputs(images), labels)
+        verdicts(model.expert_outputs(images), labels)
 
     @torch.no_grad()
     def gate_by_gate() -> None:

@@ -1,15 +1,18 @@
 """Accuracy, clean and under attack, computed exactly over every state of the switched gate.
 
 A gate of N weights has N! states, and every expert's output is shared by all of them: one pass of
-the experts gives the mixture under each. For N = 5 that is 120, so nothing is sampled.
+the experts gives the mixture under each. For N = 5 that is 120, so nothing is sampled; of more than
+six experts' gates, as many are drawn as six have.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +25,26 @@ from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.moe import ExpertOutputs, Gate, ImmunityMoE
 from immunity_lib.randomness import seeded
 
-LARGEST_ENUMERATED = 6  # 720 gates; 7 experts would make 5,040 mixtures per image
+LARGEST_ENUMERATED = 6  # experts; seven would make 5,040 mixtures per image
+DRAWN = math.factorial(LARGEST_ENUMERATED)
+
+
+@dataclass(frozen=True)
+class GateVerdicts:
+    """Which images are classified correctly, bool, under each way to set the gate.
+
+    trained, uniform: (B,), the gate as trained, and equal weights (the plain ensemble).
+    switched: (B, G), under each of the gate's permutations.
+    """
+
+    trained: Tensor
+    uniform: Tensor
+    switched: Tensor
+
+    @property
+    def failure(self) -> Tensor:
+        """(B,), probability in 0 .. 1 that a uniformly drawn permutation gets the image wrong."""
+        return 1 - self.switched.double().mean(1)
 
 
 @dataclass(frozen=True)
@@ -30,9 +52,12 @@ class GateAccuracy:
     """Shares of correctly classified images, 0 .. 1, under each way to set the gate.
 
     trained, uniform: the gate as trained, and equal weights (the plain ensemble).
-    switched: expected over a uniform permutation of the trained weights, exact.
-    best, worst: of the N! permutations, each held fixed for all images.
+    switched: expected over a uniform permutation of the trained weights.
+    best, worst: of the permutations, each held fixed for all images.
     every: correct under all permutations, image by image.
+    gates: how many permutations that is, all N! of them for up to six experts.
+    drawing_error: half the width of the 95 % interval that drawing them leaves in `switched`; 0
+    where all were counted. Then `best`, `worst` and `every` are exact too, and else of those drawn.
     """
 
     images: int
@@ -42,16 +67,41 @@ class GateAccuracy:
     best: float
     worst: float
     every: float
+    gates: int
+    drawing_error: float
 
-
-def permutations(experts: int) -> Tensor:
-    """All permutations of range(experts), (N!, N), the identity first."""
-    if experts > LARGEST_ENUMERATED:
-        raise ValueError(
-            f"{experts} experts have {math.factorial(experts)} gates, too many to enumerate; "
-            f"at most {LARGEST_ENUMERATED} experts are supported"
+    @classmethod
+    def of(cls, verdicts: GateVerdicts, experts: int) -> GateAccuracy:
+        """From the verdicts on images, of a mixture of so many experts."""
+        by_permutation = verdicts.switched.double().mean(0)
+        drawn = experts > LARGEST_ENUMERATED
+        error = 1.96 * by_permutation.std() / len(by_permutation) ** 0.5 if drawn else 0.0
+        return cls(
+            images=len(verdicts.trained),
+            trained=verdicts.trained.double().mean().item(),
+            uniform=verdicts.uniform.double().mean().item(),
+            switched=by_permutation.mean().item(),
+            best=by_permutation.max().item(),
+            worst=by_permutation.min().item(),
+            every=verdicts.switched.all(1).double().mean().item(),
+            gates=len(by_permutation),
+            drawing_error=float(error),
         )
-    return torch.tensor(list(itertools.permutations(range(experts))))
+
+
+@cache
+def permutations(experts: int) -> Tensor:
+    """All permutations of range(experts), (N!, N), the identity first; of more than six experts,
+    720 drawn at random, always the same ones, with a warning."""
+    if experts <= LARGEST_ENUMERATED:
+        return torch.tensor(list(itertools.permutations(range(experts))))
+    warnings.warn(
+        f"{experts} experts have {math.factorial(experts):,} gates, too many to count: whatever is "
+        f"said of the switched gate is an estimate from {DRAWN} drawn at random",
+        stacklevel=2,
+    )
+    with seeded(0):
+        return torch.rand(DRAWN, experts).argsort(1)
 
 
 def switched_probabilities(outputs: ExpertOutputs) -> Tensor:
@@ -61,38 +111,37 @@ def switched_probabilities(outputs: ExpertOutputs) -> Tensor:
     return outputs.gate[:, states] @ outputs.log_probs.exp()
 
 
-def correct_by_gate(outputs: ExpertOutputs, labels: Tensor) -> dict[str, Tensor]:
-    """Which images are classified correctly: "trained" and "uniform" (B,), "switched" (B, N!)."""
-    return {
-        "trained": outputs.mixture("trained").argmax(-1) == labels,
-        "uniform": outputs.mixture("uniform").argmax(-1) == labels,
-        "switched": switched_probabilities(outputs).argmax(-1) == labels[:, None],
-    }
+def verdicts(outputs: ExpertOutputs, labels: Tensor) -> GateVerdicts:
+    """Which images are classified correctly under each gate, from one pass of the experts."""
+    return GateVerdicts(
+        trained=outputs.mixture("trained").argmax(-1) == labels,
+        uniform=outputs.mixture("uniform").argmax(-1) == labels,
+        switched=switched_probabilities(outputs).argmax(-1) == labels[:, None],
+    )
+
+
+def verdicts_over_gates(
+    model: ImmunityMoE, batches: Iterable[tuple[Tensor, Tensor]]
+) -> GateVerdicts:
+    """Verdicts of a model in eval mode over batches of (images, labels), one pass each."""
+    model.eval()
+    found = []
+    with torch.no_grad():
+        for images, labels in batches:
+            found.append(verdicts(model.expert_outputs(images), labels))
+    return GateVerdicts(
+        *(torch.cat([getattr(one, field.name) for one in found]) for field in fields(GateVerdicts))
+    )
 
 
 def accuracy_over_gates(
     model: ImmunityMoE, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> GateAccuracy:
     """Accuracy of a model in eval mode over batches of (images, labels), one pass each."""
-    model.eval()
-    found: list[dict[str, Tensor]] = []
-    with torch.no_grad():
-        for images, labels in batches:
-            found.append(correct_by_gate(model.expert_outputs(images), labels))
-    correct = {gate: torch.cat([batch[gate] for batch in found]).double() for gate in found[0]}
-    by_permutation = correct["switched"].mean(0)
-    return GateAccuracy(
-        images=len(correct["trained"]),
-        trained=correct["trained"].mean().item(),
-        uniform=correct["uniform"].mean().item(),
-        switched=by_permutation.mean().item(),
-        best=by_permutation.max().item(),
-        worst=by_permutation.min().item(),
-        every=correct["switched"].amin(1).mean().item(),
-    )
+    return GateAccuracy.of(verdicts_over_gates(model, batches), len(model.experts))
 
 
-def accuracy_under_attack(
+def verdicts_under_attack(
     model: ImmunityMoE,
     image_set: ImageSet,
     attack: str,
@@ -104,8 +153,8 @@ def accuracy_under_attack(
     batch_size: int = 250,
     seed: int = 0,
     device: torch.device | None = None,
-) -> GateAccuracy:
-    """Accuracy on adversarial images made against the given gate; "none" leaves images clean.
+) -> GateVerdicts:
+    """Verdicts on adversarial images made against the given gate; "none" leaves images clean.
 
     The attack is on the model's folded copy, which is the same function and differentiated faster.
     The attack's random starts and gates are drawn from `seed`, without touching the caller's
@@ -113,7 +162,7 @@ def accuracy_under_attack(
     """
     batches = evaluation_batches(image_set, batch_size, device=device)
     if attack == "none":
-        return accuracy_over_gates(model, batches)
+        return verdicts_over_gates(model, batches)
 
     target = folded(model)
 
@@ -126,4 +175,4 @@ def accuracy_under_attack(
             yield adversarial, labels
 
     with seeded(seed):
-        return accuracy_over_gates(model, attacked())
+        return verdicts_over_gates(model, attacked())

@@ -1,7 +1,8 @@
 """What is measured of a trained model, as records: accuracy under attack, and heat-map scores.
 
 A record is made once: found again, it is used as it is if it is intact and answers the same
-question about the same weights, and set aside and made anew otherwise.
+question about the same weights, and set aside and made anew otherwise. Beside every mean stand the
+numbers of each image ("per_image", see `packed`), from which differences of models are judged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,7 +21,12 @@ from tqdm import tqdm
 from immunity_lib import scores
 from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches
-from immunity_lib.evaluation import accuracy_over_gates, accuracy_under_attack
+from immunity_lib.evaluation import (
+    GateAccuracy,
+    GateVerdicts,
+    verdicts_over_gates,
+    verdicts_under_attack,
+)
 from immunity_lib.heatmaps import empty_share, expert_heatmaps
 from immunity_lib.models import chosen_device, trained_model, training_record, weights_checksum
 from immunity_lib.moe import ImmunityMoE
@@ -34,13 +41,17 @@ def attack_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict
     """Accuracy of a model, clean and under every attack of the preset.
 
     "clean" is a `GateAccuracy` on all test images of each test split, "attacks" a list of
-    `GateAccuracy` with "attack" and "attacked_gate", on the first `attacked_images` of "test".
+    `GateAccuracy` with "attack" and "attacked_gate", on the first `attacked_images` of "test". Per
+    image: under how many of the gates it is right ("gates"), and whether the plain ensemble is
+    ("uniform").
     """
 
     def measure(model: ImmunityMoE) -> dict:
         device = chosen_device()
         clean = {
-            split: asdict(accuracy_over_gates(model, evaluation_batches(images, BATCH, device)))
+            split: _accuracy(
+                model, verdicts_over_gates(model, evaluation_batches(images, BATCH, device))
+            )
             for split, images in _test_splits(dataset)
         }
         attacks = []
@@ -50,19 +61,20 @@ def attack_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict
         for gate in gates:
             for attack in settings.attacks:
                 started = time.perf_counter()
-                accuracy = accuracy_under_attack(
+                found = verdicts_under_attack(
                     model, target, attack, gate, eps=float(settings.eps),
                     step_size=float(settings.step_size), steps=settings.steps,
                     batch_size=BATCH, device=device,
                 )  # fmt: skip
                 seconds = round(time.perf_counter() - started, 1)
+                accuracy = _accuracy(model, found)
                 print(
-                    f"{name}: {accuracy.switched:.1%} expected under {attack} on the {gate} gate "
-                    f"({accuracy.worst:.1%} at the worst gate), {seconds:.0f} s",
+                    f"{name}: {accuracy['switched']:.1%} expected under {attack} on the {gate} "
+                    f"gate ({accuracy['worst']:.1%} at the worst gate), {seconds:.0f} s",
                     flush=True,
                 )
                 entry = {"attack": attack, "attacked_gate": gate, "seconds": seconds}
-                attacks.append(entry | asdict(accuracy))
+                attacks.append(entry | accuracy)
         return {"clean": clean, "attacks": attacks}
 
     return _recorded("attacks", settings, name, dataset, attack_question(settings), measure)
@@ -87,7 +99,8 @@ def score_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict:
     For each test split: "accuracy" (a `GateAccuracy`), "expert_accuracy" (N), "independence_score",
     "causality_score", "mutual_information" (nats), "empty_maps" (share); on Parts-10 also
     "part_coverage" (N, P), an expert's share of heat on each part where that part is visible, and
-    "background_heat" (N), its share of heat off the object.
+    "background_heat" (N), its share of heat off the object. Per image: the three scores, under how
+    many gates it is right ("gates"), and of how many experts alone ("experts").
     """
     asked = {"test_images": settings.test_images}
 
@@ -143,6 +156,23 @@ def _recorded(
     return record
 
 
+def packed(values: Tensor) -> str:
+    """Numbers of all images in one line of a record, to four digits."""
+    return " ".join(f"{value:.4g}" for value in values.tolist())
+
+
+def unpacked(line: str) -> np.ndarray:
+    """The numbers that `packed` wrote, (B,)."""
+    return np.array(line.split(), dtype=float)
+
+
+def _accuracy(model: ImmunityMoE, verdicts: GateVerdicts) -> dict:
+    per_image = {
+        "gates": packed(verdicts.switched.sum(1)), "uniform": packed(verdicts.uniform.long()),
+    }  # fmt: skip
+    return asdict(GateAccuracy.of(verdicts, len(model.experts))) | {"per_image": per_image}
+
+
 def _test_splits(dataset: Dataset) -> list[tuple[str, ImageSet]]:
     return [(split, images) for split, images in dataset.splits.items() if split.startswith("test")]
 
@@ -157,13 +187,22 @@ def _scores(model: ImmunityMoE, images: ImageSet) -> dict:
             predicted = model.expert_outputs(batch).logits.argmax(-1)
         correct.append((predicted == labels[:, None]).double().cpu())
     all_maps = torch.cat(maps)
+    accuracy = _accuracy(
+        model, verdicts_over_gates(model, evaluation_batches(images, BATCH, device))
+    )
+    experts = torch.cat(correct)
+    by_image = {
+        "independence_score": scores.independence_by_image(all_maps),
+        "causality_score": scores.causality_by_image(all_maps),
+        "mutual_information": scores.information_by_image(all_maps),
+    }
     result = {
-        "accuracy": asdict(accuracy_over_gates(model, evaluation_batches(images, BATCH, device))),
-        "expert_accuracy": torch.cat(correct).mean(0).tolist(),
-        "independence_score": scores.independence_score(all_maps).item(),
-        "causality_score": scores.causality_score(all_maps).item(),
-        "mutual_information": scores.mutual_information(all_maps).item(),
+        "accuracy": accuracy,
+        "expert_accuracy": experts.mean(0).tolist(),
+        **{score: values.mean().item() for score, values in by_image.items()},
         "empty_maps": empty_share(all_maps).mean().item(),
+        "per_image": {score: packed(values) for score, values in by_image.items()}
+        | {"gates": accuracy.pop("per_image")["gates"], "experts": packed(experts.sum(1))},
     }
     if images.part_masks is not None and images.background is not None:
         result["part_coverage"] = part_coverage(all_maps, images.part_masks).tolist()

@@ -52,7 +52,9 @@ class Settings(BaseModel):
     # models
     compared_experts: list[ExpertName] = Field(description="the networks of Table 1", min_length=1)
     expert: ExpertName = Field("googlenet", description="the network of Tables 2, 3 and Figure 2")
-    experts: Annotated[int, Field(ge=2, le=6)] = Field(5, description="N of the mixture")
+    experts: Annotated[int, Field(ge=2)] = Field(
+        5, description="N of the mixture; the gates of more than six are drawn, not counted"
+    )
     width: Annotated[float, Field(gt=0, le=4)] = Field(1.0, description="factor on all channels")
     heatmap_layer: Literal["larger-than-8x8", "at-least-8x8"] = "larger-than-8x8"
     gate_network: Literal["convolutional", "constant"] = "convolutional"

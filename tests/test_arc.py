@@ -5,7 +5,7 @@ import torch
 
 from immunity_lib.attacks.arc import ArcAttack
 from immunity_lib.attacks.exact import ExactPGD
-from immunity_lib.evaluation import correct_by_gate
+from immunity_lib.evaluation import verdicts
 from immunity_lib.moe import ConstantGate
 
 EPS, STEP = 8 / 255, 2 / 255
@@ -13,7 +13,7 @@ EPS, STEP = 8 / 255, 2 / 255
 
 def share_fooled(model, images, labels):
     with torch.no_grad():
-        correct = correct_by_gate(model.expert_outputs(images), labels)["switched"]
+        correct = verdicts(model.expert_outputs(images), labels).switched
     return 1 - correct.double().mean(1)
 
 

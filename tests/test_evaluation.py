@@ -1,6 +1,7 @@
 """Accuracy over all states of the gate, against one forward pass per state."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from hypothesis import strategies as st
 
 from immunity_lib.data import ImageSet
 from immunity_lib.evaluation import (
+    GateAccuracy,
+    GateVerdicts,
     accuracy_over_gates,
-    accuracy_under_attack,
-    correct_by_gate,
     permutations,
     switched_probabilities,
+    verdicts,
+    verdicts_under_attack,
 )
 from immunity_lib.moe import ExpertOutputs
 
@@ -71,11 +74,16 @@ def test_accuracies_are_ordered(seed, experts, images):
     outputs = ExpertOutputs(
         torch.randn(images, experts, 3), torch.randn(images, experts).log_softmax(1), ()
     )
-    correct = correct_by_gate(outputs, torch.randint(3, (images,)))
-    of_each = correct["switched"].double().mean(0)
-    every = correct["switched"].all(1).double().mean()
-    assert every <= of_each.min() and of_each.min() <= of_each.mean() + 1e-12
-    assert of_each.min() <= correct["trained"].double().mean() <= of_each.max()
+    found = GateAccuracy.of(verdicts(outputs, torch.randint(3, (images,))), experts)
+    assert found.every <= found.worst <= found.switched + 1e-12 <= found.best + 2e-12
+    assert found.worst <= found.trained <= found.best
+    assert found.gates == math.factorial(experts) and found.drawing_error == 0
+
+
+def test_failure_is_the_share_of_gates_that_are_wrong():
+    right = torch.tensor([[True, True], [True, False], [False, False]])
+    found = GateVerdicts(right[:, 0], right[:, 0], right).failure
+    assert found.tolist() == [0, 0.5, 1]
 
 
 def test_probabilities_of_every_gate_are_those_of_the_mixture(five_experts, image_set):
@@ -99,16 +107,29 @@ def test_permutations_are_all_and_distinct():
     assert (states.sort(dim=1).values == torch.arange(4)).all()
 
 
-def test_too_many_experts_are_refused(make_linear_model, image_set):
-    with pytest.raises(ValueError, match="7 experts have 5040 gates.* at most 6 experts"):
-        accuracy_over_gates(make_linear_model(7), [as_batch(image_set)])
+def test_gates_of_many_experts_are_drawn_and_it_is_said(make_linear_model, image_set):
+    """Against all 5,040 gates of seven experts, which is slow but can be counted."""
+    permutations.cache_clear()
+    model, (images, _) = make_linear_model(7, sharpness=20.0), as_batch(image_set)
+    labels = some_labels(model, images)
+    with pytest.warns(UserWarning, match="7 experts have 5,040 gates.* estimate from 720 drawn"):
+        found = accuracy_over_gates(model, [(images, labels)])
+    with torch.no_grad():
+        outputs = model.expert_outputs(images)
+        every = torch.tensor(list(itertools.permutations(range(7))))
+        right = (outputs.gate[:, every] @ outputs.log_probs.exp()).argmax(-1) == labels[:, None]
+    exact = right.double().mean().item()
+    assert found.gates == 720 and 0 < found.drawing_error < 0.05
+    assert abs(found.switched - exact) < 2 * found.drawing_error
+    assert (permutations(7).sort(1).values == torch.arange(7)).all()
 
 
 def under_attack(model, image_set, attack, gate="uniform", seed=0, batch_size=250):
-    return accuracy_under_attack(
+    found = verdicts_under_attack(
         model, image_set, attack, gate, eps=8 / 255, step_size=2 / 255, steps=3, seed=seed,
         batch_size=batch_size,
     )  # fmt: skip
+    return GateAccuracy.of(found, len(model.experts))
 
 
 def test_attack_none_is_the_clean_accuracy(five_experts, image_set):

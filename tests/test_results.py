@@ -8,11 +8,20 @@ import torch
 
 from immunity_lib import results
 from immunity_lib.data import Dataset
-from immunity_lib.evaluation import accuracy_over_gates, accuracy_under_attack
+from immunity_lib.evaluation import (
+    accuracy_over_gates,
+    verdicts_under_attack,
+)
 from immunity_lib.models import model_folder, trained_model
 from immunity_lib.recipes import ModelName
 from immunity_lib.records import read_record
-from immunity_lib.results import attack_record, part_coverage, record_path, score_record
+from immunity_lib.results import (
+    attack_record,
+    part_coverage,
+    record_path,
+    score_record,
+    unpacked,
+)
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 SMALL = {"epochs": 1, "attacks": ["fgsm", "pgd"], "attack_gates": ["trained", "uniform"]}
@@ -37,13 +46,13 @@ def settings(make_settings, finished_folder, tmp_path):
 @pytest.fixture
 def measurements(monkeypatch):
     """A spy: every accuracy that is measured from now on."""
-    seen, measure = [], results.accuracy_over_gates
+    seen, measure = [], results.verdicts_over_gates
 
     def spy(model, batches):
         seen.append(model)
         return measure(model, batches)
 
-    monkeypatch.setattr(results, "accuracy_over_gates", spy)
+    monkeypatch.setattr(results, "verdicts_over_gates", spy)
     return seen
 
 
@@ -105,15 +114,20 @@ def test_attack_record_holds_what_evaluation_measures(settings, dataset):
     for split in ("test", "test-shifted"):
         images = dataset.splits[split].images.float() / 255
         expected = accuracy_over_gates(model, [(images, dataset.splits[split].labels)])
-        assert result["clean"][split] == vars(expected)
+        assert result["clean"][split].items() >= vars(expected).items()
     found = [(entry["attack"], entry["attacked_gate"]) for entry in result["attacks"]]
     assert found == [("fgsm", "trained"), ("pgd", "trained"), ("fgsm", "uniform"),
                      ("pgd", "uniform")]  # fmt: skip
-    expected = accuracy_under_attack(
+    expected = verdicts_under_attack(
         model, dataset.splits["test"].first(16), "pgd", "uniform",
         eps=8 / 255, step_size=2 / 255, steps=3,
     )  # fmt: skip
-    assert result["attacks"][-1].items() >= vars(expected).items()
+    last = result["attacks"][-1]
+    assert last["switched"] == pytest.approx(1 - expected.failure.mean().item())
+    gates = unpacked(last["per_image"]["gates"])
+    assert gates.tolist() == expected.switched.sum(1).tolist() and len(gates) == 16
+    assert gates.mean() / last["gates"] == pytest.approx(last["switched"])
+    assert unpacked(last["per_image"]["uniform"]).mean() == last["uniform"]
 
 
 def test_a_stand_alone_network_is_attacked_under_one_gate(settings, dataset):
@@ -136,6 +150,13 @@ def test_score_record_is_within_its_ranges(settings):
         assert 0 <= split["mutual_information"] <= np.log(2)
         assert split["independence_score"] >= 0 and split["causality_score"] >= 0
         assert 0 <= split["empty_maps"] <= 1
+        for score, line in split["per_image"].items():
+            values = unpacked(line)
+            assert len(values) == 32
+            if score in split:
+                assert values.mean() == pytest.approx(split[score], rel=1e-3)
+        experts = unpacked(split["per_image"]["experts"])
+        assert experts.mean() / 2 == pytest.approx(np.mean(split["expert_accuracy"]))
         for shares in (*split["part_coverage"], split["background_heat"]):
             assert all(0 <= share <= 1 for share in shares)
 

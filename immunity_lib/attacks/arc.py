@@ -15,7 +15,7 @@ from torchattacks.attack import Attack
 from immunity_lib.attacks.folding import folded
 from immunity_lib.attacks.frozen import margin, within_budget
 from immunity_lib.checks import check_images, check_labels
-from immunity_lib.evaluation import correct_by_gate
+from immunity_lib.evaluation import verdicts
 from immunity_lib.moe import ExpertOutputs, ImmunityMoE
 
 BEYOND = 1.05  # of the estimated distance to a decision boundary
@@ -78,4 +78,4 @@ class ArcAttack(Attack):
 
 def _share_fooled(outputs: ExpertOutputs, labels: Tensor) -> Tensor:
     """Of the gate's permutations, for each image, (B,)."""
-    return 1 - correct_by_gate(outputs, labels)["switched"].double().mean(1)
+    return verdicts(outputs, labels).failure

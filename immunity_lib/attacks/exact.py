@@ -45,10 +45,9 @@ class ExactPGD(FrozenPGD):
         aim: Aim = "expected",
     ) -> None:
         """eps, alpha: budget and step size, in units of the image's range [0, 1]. Raises
-        ValueError for an unknown aim and for a model with too many experts to enumerate."""
+        ValueError for an unknown aim."""
         if aim not in ("expected", "weakest"):
             raise ValueError(f"unknown aim {aim!r}; choose expected or weakest")
-        permutations(len(model.experts))  # refuses too many
         super().__init__(model, eps, alpha, steps, random_start, stop_early=False)
         self.aim = aim
 
