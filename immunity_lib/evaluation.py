@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -45,6 +45,13 @@ class GateVerdicts:
     def failure(self) -> Tensor:
         """(B,), probability in 0 .. 1 that a uniformly drawn permutation gets the image wrong."""
         return 1 - self.switched.double().mean(1)
+
+    @classmethod
+    def joined(cls, batches: Sequence[GateVerdicts]) -> GateVerdicts:
+        """Of all images of the batches."""
+        return cls(
+            *(torch.cat([getattr(one, field.name) for one in batches]) for field in fields(cls))
+        )
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,7 @@ def verdicts_over_gates(
     with torch.no_grad():
         for images, labels in batches:
             found.append(verdicts(model.expert_outputs(images), labels))
-    return GateVerdicts(
-        *(torch.cat([getattr(one, field.name) for one in found]) for field in fields(GateVerdicts))
-    )
+    return GateVerdicts.joined(found)
 
 
 def accuracy_over_gates(

@@ -1,7 +1,8 @@
 """Models by name: which there are in a preset, and everything that determines each.
 
 A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; its variants are
-configurations of one model, and its recipe is all that its weights depend on.
+configurations of one model, and its recipe is all that its weights depend on. With loss weights of
+its own the method has them behind it: `immunity-beta4-gamma0`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ METHODS = {
     "immunity-literal": "with both losses on heat maps as the equations literally say",
 }
 _NAME = re.compile(
-    "(?P<dataset>{})-(?P<method>{})-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
+    "(?P<dataset>{})-(?P<method>{})(-beta(?P<beta>[0-9.]+)-gamma(?P<gamma>[0-9.]+))?"
+    "-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
         *("|".join(sorted(names, key=len, reverse=True)) for names in
           (DATASETS, METHODS, EXPERTS, REGIMES))
     )
@@ -52,9 +54,12 @@ class ModelName(BaseModel):
     expert: str
     regime: str
     seed: int
+    beta: float | None = None  # of eq (12); None: the preset's
+    gamma: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.dataset}-{self.method}-{self.expert}-{self.regime}-seed{self.seed}"
+        weights = "" if self.beta is None else f"-beta{self.beta:g}-gamma{self.gamma:g}"
+        return f"{self.dataset}-{self.method}{weights}-{self.expert}-{self.regime}-seed{self.seed}"
 
     @classmethod
     def parse(cls, name: str) -> ModelName:
@@ -133,6 +138,8 @@ def recipe(settings: Settings, name: ModelName) -> Recipe:
         changes["beta"] = 0.0
     if name.method in ("standalone", "moe", "moe-mi"):
         changes["gamma"] = 0.0
+    if name.beta is not None:
+        changes |= {"beta": name.beta, "gamma": name.gamma}
     if name.method == "immunity-literal":
         changes |= {"floor": 0.0, "warmup_epochs": 0.0}
     weights = {"trades": settings.trades_weight, "alp": settings.pairing_weight}
@@ -203,14 +210,48 @@ def table3_models(settings: Settings) -> list[ModelName]:
     ]
 
 
+def swept_models(settings: Settings) -> list[ModelName]:
+    """Immunity with one of its losses alone, its weight times each of the preset's factors. With
+    the factors 0 and 1, these are models of Table 3."""
+    weights = [(settings.beta * factor, 0.0) for factor in settings.weight_factors]
+    weights += [(0.0, settings.gamma * factor) for factor in settings.weight_factors]
+    return [
+        _name(settings, "immunity", seed=seed).model_copy(update={"beta": beta, "gamma": gamma})
+        for beta, gamma in weights
+        for seed in settings.seeds
+    ]
+
+
 def literal_model(settings: Settings) -> ModelName:
     """The model that shows what the literal heat-map losses do."""
     return _name(settings, "immunity-literal", seed=settings.seeds[0])
 
 
 def attacked_models(settings: Settings) -> list[ModelName]:
-    """Every model of Tables 2 and 3, once."""
-    return list(dict.fromkeys(table2_models(settings) + table3_models(settings)))
+    """Every model of Tables 2 and 3 and of the sweep of loss weights, once."""
+    every = table2_models(settings) + table3_models(settings) + swept_models(settings)
+    return list(dict.fromkeys(every))
+
+
+def judged_models(settings: Settings) -> list[ModelName]:
+    """The mixtures under adaptive attacks: with and without the losses, under every regime."""
+    return [
+        _name(settings, method, regime=regime, seed=seed)
+        for regime in settings.regimes
+        for method in ("moe", "immunity")
+        for seed in settings.seeds
+    ]
+
+
+def surrogates(settings: Settings, judged: ModelName) -> list[ModelName]:
+    """The other mixtures that were trained like this one, to attack it through."""
+    return [
+        name
+        for name in attacked_models(settings)
+        if name.method != "standalone"
+        and name != judged
+        and name == judged.model_copy(update={"method": name.method})
+    ]
 
 
 def trained_models(settings: Settings) -> list[ModelName]:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from immunity_lib.evaluation import (
 from immunity_lib.heatmaps import empty_share, expert_heatmaps
 from immunity_lib.models import chosen_device, trained_model, training_record, weights_checksum
 from immunity_lib.moe import ImmunityMoE
+from immunity_lib.packing import packed
 from immunity_lib.recipes import ModelName, members
 from immunity_lib.records import DamagedFile, provenance, read_record, set_aside, write_record
 from immunity_lib.settings import Settings
@@ -49,10 +49,10 @@ def attack_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict
     def measure(model: ImmunityMoE) -> dict:
         device = chosen_device()
         clean = {
-            split: _accuracy(
+            split: scored(
                 model, verdicts_over_gates(model, evaluation_batches(images, BATCH, device))
             )
-            for split, images in _test_splits(dataset)
+            for split, images in test_splits(dataset)
         }
         attacks = []
         target = dataset.splits["test"].first(settings.attacked_images)
@@ -67,7 +67,7 @@ def attack_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict
                     batch_size=BATCH, device=device,
                 )  # fmt: skip
                 seconds = round(time.perf_counter() - started, 1)
-                accuracy = _accuracy(model, found)
+                accuracy = scored(model, found)
                 print(
                     f"{name}: {accuracy['switched']:.1%} expected under {attack} on the {gate} "
                     f"gate ({accuracy['worst']:.1%} at the worst gate), {seconds:.0f} s",
@@ -77,7 +77,7 @@ def attack_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict
                 attacks.append(entry | accuracy)
         return {"clean": clean, "attacks": attacks}
 
-    return _recorded("attacks", settings, name, dataset, attack_question(settings), measure)
+    return recorded("attacks", settings, name, dataset, attack_question(settings), measure)
 
 
 def attack_question(settings: Settings) -> dict[str, Any]:
@@ -105,17 +105,29 @@ def score_record(settings: Settings, name: ModelName, dataset: Dataset) -> dict:
     asked = {"test_images": settings.test_images}
 
     def measure(model: ImmunityMoE) -> dict:
-        return {split: _scores(model, images) for split, images in _test_splits(dataset)}
+        return {split: _scores(model, images) for split, images in test_splits(dataset)}
 
-    return _recorded("scores", settings, name, dataset, asked, measure)
+    return recorded("scores", settings, name, dataset, asked, measure)
 
 
 def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
-    """Where the record of a kind, "attacks" or "scores", lies."""
+    """Where the record of a kind, "attacks", "scores" or "adaptive", lies."""
     return settings.runs / "records" / f"{name}.{kind}.json"
 
 
-def _recorded(
+def question_of(
+    settings: Settings, name: ModelName, dataset: Dataset, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """What a record answers: of which weights and test images, and what is asked of them."""
+    trained = members(settings, name) if name.method == "ensemble" else [name]
+    return {
+        "weights": [weights_checksum(settings, training_record(settings, one)) for one in trained],
+        "data": {split: images.checksum for split, images in test_splits(dataset)},
+        "asked": asked,
+    }
+
+
+def recorded(
     kind: str,
     settings: Settings,
     name: ModelName,
@@ -123,14 +135,12 @@ def _recorded(
     asked: dict[str, Any],
     measure: Callable[[ImmunityMoE], dict],
 ) -> dict:
+    """The record of a kind of measurement on a trained model: read, or else measured and written.
+
+    asked: the settings that the answer depends on."""
     path = record_path(settings, name, kind)
     model = trained_model(settings, name, dataset)
-    trained = members(settings, name) if name.method == "ensemble" else [name]
-    question = {
-        "weights": [weights_checksum(settings, training_record(settings, one)) for one in trained],
-        "data": {split: images.checksum for split, images in _test_splits(dataset)},
-        "asked": asked,
-    }
+    question = question_of(settings, name, dataset, asked)
     if path.exists():
         try:
             record = read_record(path)
@@ -156,24 +166,20 @@ def _recorded(
     return record
 
 
-def packed(values: Tensor) -> str:
-    """Numbers of all images in one line of a record, to four digits."""
-    return " ".join(f"{value:.4g}" for value in values.tolist())
+def scored(model: ImmunityMoE, verdicts: GateVerdicts) -> dict:
+    """The fields of a `GateAccuracy`, and "per_image": under how many "gates" each image is right,
+    and whether under the "uniform" and the "trained" one."""
+    return asdict(GateAccuracy.of(verdicts, len(model.experts))) | {
+        "per_image": {
+            "gates": packed(verdicts.switched.sum(1)),
+            "uniform": packed(verdicts.uniform.long()),
+            "trained": packed(verdicts.trained.long()),
+        }
+    }
 
 
-def unpacked(line: str) -> np.ndarray:
-    """The numbers that `packed` wrote, (B,)."""
-    return np.array(line.split(), dtype=float)
-
-
-def _accuracy(model: ImmunityMoE, verdicts: GateVerdicts) -> dict:
-    per_image = {
-        "gates": packed(verdicts.switched.sum(1)), "uniform": packed(verdicts.uniform.long()),
-    }  # fmt: skip
-    return asdict(GateAccuracy.of(verdicts, len(model.experts))) | {"per_image": per_image}
-
-
-def _test_splits(dataset: Dataset) -> list[tuple[str, ImageSet]]:
+def test_splits(dataset: Dataset) -> list[tuple[str, ImageSet]]:
+    """The test images of a data set, by the name of their split."""
     return [(split, images) for split, images in dataset.splits.items() if split.startswith("test")]
 
 
@@ -187,9 +193,7 @@ def _scores(model: ImmunityMoE, images: ImageSet) -> dict:
             predicted = model.expert_outputs(batch).logits.argmax(-1)
         correct.append((predicted == labels[:, None]).double().cpu())
     all_maps = torch.cat(maps)
-    accuracy = _accuracy(
-        model, verdicts_over_gates(model, evaluation_batches(images, BATCH, device))
-    )
+    accuracy = scored(model, verdicts_over_gates(model, evaluation_batches(images, BATCH, device)))
     experts = torch.cat(correct)
     by_image = {
         "independence_score": scores.independence_by_image(all_maps),

@@ -110,9 +110,26 @@ class Settings(BaseModel):
     steps: Count = 20
     attack_gates: list[GateName] = Field(["switch", "uniform"], min_length=1)
 
+    # adaptive attacks
+    judged_images: Count = Field(1000, description="of the test images, for adaptive attacks")
+    gate_samples: list[Count] = Field(
+        [1, 2, 5, 10, 20], description="of the gate for each gradient of EOTPGD, an attack for each"
+    )
+    judge_steps: Count = Field(
+        100, description="of AutoAttack; Square has 50 queries and random noise 100 draws for each"
+    )
+
+    # the sweep of the loss weights
+    weight_factors: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="on beta and on gamma, one at a time; 0 and 1 are in the ablation"
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        lists = ("seeds", "compared_experts", "baselines", "regimes", "attacks", "attack_gates")
+        lists = (
+            "seeds", "compared_experts", "baselines", "regimes", "attacks", "attack_gates",
+            "gate_samples", "weight_factors",
+        )  # fmt: skip
         for field in lists:
             values = getattr(self, field)
             if len(set(values)) < len(values):
@@ -124,11 +141,13 @@ class Settings(BaseModel):
                 "data set images, but data_folder is empty; name the folder that holds a folder of "
                 "images for each class"
             )
-        if self.test_images is not None and self.attacked_images > self.test_images:
-            raise ValueError(
-                f"attacked_images is {self.attacked_images}, but test_images only "
-                f"{self.test_images}; lower the one or raise the other"
-            )
+        for field in ("attacked_images", "judged_images"):
+            count = getattr(self, field)
+            if self.test_images is not None and count > self.test_images:
+                raise ValueError(
+                    f"{field} is {count}, but test_images only {self.test_images}; lower the one "
+                    "or raise the other"
+                )
         return self
 
     @property

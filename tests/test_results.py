@@ -13,6 +13,7 @@ from immunity_lib.evaluation import (
     verdicts_under_attack,
 )
 from immunity_lib.models import model_folder, trained_model
+from immunity_lib.packing import unpacked
 from immunity_lib.recipes import ModelName
 from immunity_lib.records import read_record
 from immunity_lib.results import (
@@ -20,7 +21,6 @@ from immunity_lib.results import (
     part_coverage,
     record_path,
     score_record,
-    unpacked,
 )
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
