@@ -17,8 +17,9 @@ RUNS, FIGURES = settings.runs, settings.figures
 DRAWING = [
     ROOT / "immunity_lib" / name
     for name in (
-        "architecture.py", "artefacts.py", "plots.py", "printing.py", "reported.csv", "reported.py",
-        "tables.py",
+        "adaptive_plots.py", "adaptive_tables.py", "architecture.py", "artefacts.py", "claims.py",
+        "claims.yaml", "comparisons.py", "intervals.py", "loss_weights.py", "plots.py",
+        "printing.py", "reported.csv", "reported.py", "tables.py",
     )
 ]
 
@@ -65,11 +66,16 @@ def scores(names):
 
 # Of the models of both tables, the notebook of Table 1 makes the scores
 OF_TABLE1 = recipes.table1_models(settings)
-OF_TABLE3_ALONE = [name for name in recipes.table3_models(settings) if name not in OF_TABLE1]
+SCORED_ALONE = [
+    name
+    for name in recipes.table3_models(settings) + recipes.swept_models(settings)
+    if name not in OF_TABLE1
+]
+JUDGED = recipes.judged_models(settings)
 
 
 wildcard_constraints:
-    model="[a-z0-9-]+",
+    model="[a-z0-9.-]+",
 
 
 # Preset files and library files are not inputs of the long rules: a change of prose or of an
@@ -101,6 +107,25 @@ rule attack:
         RUNS / "notebooks/03_attacks-{model}.log",
     shell:
         run_notebook("03_attacks", MODEL)
+
+
+rule judge:
+    input:
+        lambda wildcards: trained(
+            [
+                recipes.ModelName.parse(wildcards.model),
+                *recipes.surrogates(settings, recipes.ModelName.parse(wildcards.model)),
+            ]
+        ),
+    output:
+        record=update(RUNS / "records/{model}.adaptive.json"),
+        notebook=RUNS / "notebooks/06_adaptive_attacks-{model}.ipynb",
+    params:
+        asked=results.adaptive_question(settings),
+    log:
+        RUNS / "notebooks/06_adaptive_attacks-{model}.log",
+    shell:
+        run_notebook("06_adaptive_attacks", MODEL)
 
 
 rule start_here:
@@ -148,15 +173,18 @@ rule attacks:
 
 rule ablation:
     input:
-        [RUNS / f"records/{name}.attacks.json" for name in recipes.table3_models(settings)],
+        [
+            RUNS / f"records/{name}.attacks.json"
+            for name in recipes.table3_models(settings) + recipes.swept_models(settings)
+        ],
         scores(name for name in recipes.table3_models(settings) if name in OF_TABLE1),
         trained([recipes.literal_model(settings)]),
         notebook="notebooks/04_ablation.ipynb",
         library=DRAWING,
     output:
         drawn("table3", table=True),
-        [update(record) for record in scores(OF_TABLE3_ALONE)],
-        drawn("ablation_curves", "literal_maps"),
+        [update(record) for record in scores(SCORED_ALONE)],
+        drawn("ablation_curves", "loss_weights", "literal_maps"),
         notebook=RUNS / "notebooks/04_ablation.ipynb",
     log:
         RUNS / "notebooks/04_ablation.log",
@@ -180,6 +208,38 @@ rule heatmaps:
         run_notebook("05_heatmaps")
 
 
+rule adaptive_attacks:
+    input:
+        [RUNS / f"records/{name}.adaptive.json" for name in JUDGED],
+        notebook="notebooks/06_adaptive_attacks.ipynb",
+        library=DRAWING,
+    output:
+        drawn("gate_worth", "attack_suite", table=True),
+        drawn("adaptive_attacks", "attack_strength"),
+        notebook=RUNS / "notebooks/06_adaptive_attacks.ipynb",
+    log:
+        RUNS / "notebooks/06_adaptive_attacks.log",
+    shell:
+        run_notebook("06_adaptive_attacks")
+
+
+rule claims:
+    input:
+        [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
+        [RUNS / f"records/{name}.adaptive.json" for name in JUDGED],
+        scores(OF_TABLE1 + SCORED_ALONE),
+        notebook="notebooks/07_claims.ipynb",
+        library=DRAWING,
+    output:
+        drawn("claims", table=True),
+        drawn("verdicts"),
+        notebook=RUNS / "notebooks/07_claims.ipynb",
+    log:
+        RUNS / "notebooks/07_claims.log",
+    shell:
+        run_notebook("07_claims")
+
+
 rule all:
     default_target: True
     input:
@@ -190,8 +250,11 @@ rule all:
             for file in (settings.weights_file, "record.json")
         ],
         [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
+        [RUNS / f"records/{name}.adaptive.json" for name in JUDGED],
         rules.start_here.output,
         rules.expert_selection.output,
         rules.attacks.output,
         rules.ablation.output,
         rules.heatmaps.output,
+        rules.adaptive_attacks.output,
+        rules.claims.output,

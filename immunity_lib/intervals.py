@@ -32,7 +32,7 @@ def paired_interval(differences: np.ndarray) -> Interval:
     values = differences.ravel()
     effect = float(values.mean())
     if np.ptp(values) < 1e-12:
-        rest = binomtest(0, images).proportion_ci(method="wilson").high
+        rest = float(binomtest(0, images).proportion_ci(method="wilson").high)
         return Interval(effect, effect - rest, effect + rest)
     by_image, by_seed = np.tile(np.arange(images), seeds), np.repeat(np.arange(seeds), images)
     ways = [by_image] if seeds == 1 else [np.column_stack((by_image, by_seed)), by_seed]
@@ -40,7 +40,8 @@ def paired_interval(differences: np.ndarray) -> Interval:
         fit = statsmodels.OLS(values, np.ones(len(values))).fit(
             cov_type="cluster", cov_kwds={"groups": groups}, use_t=True
         )
-        low, high = fit.conf_int()[0]
+        with np.errstate(invalid="ignore"):
+            low, high = fit.conf_int()[0]
         if np.isfinite([low, high]).all():
             break
     return Interval(effect, float(low), float(high))

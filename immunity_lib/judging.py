@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,11 +20,18 @@ from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.evaluation import GateVerdicts, switched_probabilities, verdicts
 from immunity_lib.models import chosen_device, trained_model, training_record, weights_checksum
 from immunity_lib.moe import ImmunityMoE
-from immunity_lib.packing import unpacked
+from immunity_lib.per_image import worst_case
 from immunity_lib.randomness import seeded
 from immunity_lib.recipes import ModelName, surrogates
 from immunity_lib.records import DamagedFile, read_record, write_record
-from immunity_lib.results import BATCH, question_of, record_path, recorded, scored
+from immunity_lib.results import (
+    BATCH,
+    adaptive_question,
+    question_of,
+    record_path,
+    recorded,
+    scored,
+)
 from immunity_lib.settings import Settings
 
 
@@ -44,7 +50,7 @@ def adaptive_record(settings: Settings, name: ModelName, dataset: Dataset) -> di
 
     def measure(model: ImmunityMoE) -> dict:
         question = question_of(settings, name, dataset, asked)
-        target = dataset.splits["test"].first(settings.judged_images)
+        target = dataset.splits["test"].first(settings.judged_count)
         batches = list(evaluation_batches(target, len(target), chosen_device()))
         (images, labels), effort = batches[0], effort_of(settings)
         result = judge(
@@ -61,19 +67,6 @@ def adaptive_record(settings: Settings, name: ModelName, dataset: Dataset) -> di
     record = recorded("adaptive", settings, name, dataset, asked, measure)
     unfinished.unlink(missing_ok=True)
     return record
-
-
-def adaptive_question(settings: Settings) -> dict[str, Any]:
-    """The settings that an adaptive record depends on."""
-    return {
-        "eps": str(settings.eps),
-        "step_size": str(settings.step_size),
-        "steps": settings.steps,
-        "gate_samples": settings.gate_samples,
-        "judge_steps": settings.judge_steps,
-        "images": settings.judged_images,
-        "test_images": settings.test_images,
-    }
 
 
 def effort_of(settings: Settings) -> Effort:
@@ -170,23 +163,6 @@ def agreement(model: ImmunityMoE, images: Tensor, labels: Tensor) -> dict:
         "unanimous": (shares.amax(1) == 1).double().mean().item(),
         "pairs": shares.square().sum(1).mean().item(),
     } | scored(model, GateVerdicts.joined(found))
-
-
-def worst_case(attacks: list[dict]) -> dict[str, np.ndarray]:
-    """Over attacks, image by image: "failure", the highest failure probability over the gate, and
-    "uniform" and "trained", 1 where any attack fools that gate; each (B,)."""
-    right = {
-        gate: np.min([unpacked(entry["per_image"][gate]) for entry in attacks], axis=0)
-        for gate in ("gates", "uniform", "trained")
-    }
-    failure = 1 - right.pop("gates") / attacks[0]["gates"]
-    return {"failure": failure} | {gate: 1 - least for gate, least in right.items()}
-
-
-def success_within(failure: np.ndarray, queries: int) -> float:
-    """Probability that an attacker who may try so often succeeds, mean over images: 1 - (1 - q)^k
-    for an image that fails with probability q at each try."""
-    return float((1 - (1 - failure) ** queries).mean())
 
 
 def _attacked(target, images, labels, attack, effort) -> dict:

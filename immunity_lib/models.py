@@ -38,11 +38,13 @@ def dataset_of(settings: Settings, name: str = "") -> Dataset:
         name or settings.dataset, settings.data_folder or None,
         settings.train_images, settings.validation_images, settings.test_images,
     )  # fmt: skip
-    if settings.attacked_images > len(dataset.splits["test"]):
-        raise ValueError(
-            f"attacked_images is {settings.attacked_images}, but {dataset.name} has only "
-            f"{len(dataset.splits['test'])} test images; lower it"
-        )
+    available = len(dataset.splits["test"])
+    for field in ("attacked_images", "judged_images"):
+        count = getattr(settings, field)
+        if count is not None and count > available:
+            raise ValueError(
+                f"{field} is {count}, but {dataset.name} has only {available} test images; lower it"
+            )
     return dataset
 
 

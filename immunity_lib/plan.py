@@ -9,6 +9,7 @@ linear layers. For one image of one epoch, T being the share behind the Grad-CAM
     TRADES, logit pairing       + 3          the other images of the pair
 
 An attack with s steps on a test image takes 2 s, each measurement of accuracy 1, heat maps 1 + T.
+The adaptive attacks of notebook 06 are counted as if every image resisted, which few do.
 Left out: batch norms, losses, augmentation, the small held-out split. Hours are this arithmetic
 over an assumed sustained speed, the same for all. On a CPU, measured epochs (`make bench`) keep to
 the proportions within a third for networks of plain convolutions, ResNet18 at half its bill aside;
@@ -27,11 +28,21 @@ from functools import cache
 import pandas as pd
 import torch
 
+from immunity_lib.attacks.auto_attack import DRAWS, QUERIES_PER_STEP
+from immunity_lib.attacks.black_box import DRAWS_PER_STEP
+from immunity_lib.attacks.sanity import BUDGETS
 from immunity_lib.data import Dataset, cifar, folder, parts
 from immunity_lib.experts import multiply_accumulates
 from immunity_lib.moe import ImmunityMoE
 from immunity_lib.objective import training_loss
-from immunity_lib.recipes import ModelName, Recipe, attacked_models, recipe, trained_models
+from immunity_lib.recipes import (
+    ModelName,
+    Recipe,
+    attacked_models,
+    judged_models,
+    recipe,
+    trained_models,
+)
 from immunity_lib.settings import Settings, load_preset, preset_names
 from immunity_lib.training import build_model
 
@@ -57,8 +68,11 @@ class Job:
 def planned_jobs(settings: Settings) -> list[Job]:
     """Every model that the preset trains. Nothing is computed and no data are read, but for the
     names of the files of a data set of your own."""
-    attacked = set(attacked_models(settings))
-    return [planned_job(settings, name, name in attacked) for name in trained_models(settings)]
+    attacked, judged = set(attacked_models(settings)), set(judged_models(settings))
+    return [
+        planned_job(settings, name, name in attacked, name in judged)
+        for name in trained_models(settings)
+    ]
 
 
 def passes_of_training(wanted: Recipe, tail_share: float) -> float:
@@ -78,6 +92,19 @@ def passes_of_attacks(settings: Settings, single: bool) -> float:
     steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
     gates = 1 if single else len(settings.attack_gates)
     return gates * sum(2 * count + 1 for count in steps)
+
+
+def passes_of_judging(settings: Settings) -> int:
+    """Forward passes that the adaptive attacks cost, at most, for every judged image."""
+    of_pgd = 3 + 2 + 2 + 1 + 3  # the paper's, frozen gates, exact, single experts, other mixtures
+    of_checks = len(BUDGETS) + 2
+    arc = 2 + settings.experts  # a gradient of every expert, and an answer after each
+    per_step = 2 * (of_pgd + of_checks + sum(settings.gate_samples)) + arc
+    # AutoAttack on two fixed gates: APGD, on nine targets too, FAB on nine and Square; on the
+    # switched one, two APGD with 20 draws; then Square alone and noise
+    standard, rand = 2 + 9 * 2 + 9 * 3 + QUERIES_PER_STEP, 2 * 2 * DRAWS
+    per_judge_step = 2 * standard + rand + QUERIES_PER_STEP + DRAWS_PER_STEP
+    return settings.steps * per_step + settings.judge_steps * per_judge_step
 
 
 def memory_of_training(model: ImmunityMoE, wanted: Recipe) -> int:
@@ -116,8 +143,9 @@ def shapes_of(wanted: Recipe, classes: int) -> ImmunityMoE:
         return build_model(wanted, stand_in)
 
 
-def planned_job(settings: Settings, name: ModelName, attacked: bool) -> Job:
-    """One model of the preset, trained and measured; attacked: whether by the attacks too."""
+def planned_job(settings: Settings, name: ModelName, attacked: bool, judged: bool = False) -> Job:
+    """One model of the preset, trained and measured; attacked, judged: whether under the attacks
+    and the adaptive attacks too."""
     wanted = recipe(settings, name)
     classes, train_images, test_images = _images(settings, name.dataset)
     parameters, head, tail, memory = _counted(
@@ -128,6 +156,8 @@ def planned_job(settings: Settings, name: ModelName, attacked: bool) -> Job:
     if attacked:
         single = wanted.experts == 1
         measured += settings.attacked_images * passes_of_attacks(settings, single) + test_images
+    if judged:
+        measured += settings.judged_count * passes_of_judging(settings)
     passes = passes_of_training(wanted, tail / forward)
     return Job(
         name, parameters, forward, round(train_images * wanted.epochs * passes * forward),

@@ -20,7 +20,7 @@ FIELDS = (
     "paper",  # the number that the paper reports, empty where it is not known,
     "paper_data",  # and the data it is for; empty where the paper has no such cell
 )
-DECIMALS = {"%": 1, "1e-3": 2, "pixels^4": 0, "nats": 3}
+DECIMALS = {"%": 1, "points": 1, "1e-3": 2, "pixels^4": 0, "nats": 3}
 UNKNOWN = "not in our source"
 DATA = {
     "parts10": "Parts-10",

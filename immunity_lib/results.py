@@ -29,7 +29,7 @@ from immunity_lib.evaluation import (
 from immunity_lib.heatmaps import empty_share, expert_heatmaps
 from immunity_lib.models import chosen_device, trained_model, training_record, weights_checksum
 from immunity_lib.moe import ImmunityMoE
-from immunity_lib.packing import packed
+from immunity_lib.per_image import packed
 from immunity_lib.recipes import ModelName, members
 from immunity_lib.records import DamagedFile, provenance, read_record, set_aside, write_record
 from immunity_lib.settings import Settings
@@ -89,6 +89,19 @@ def attack_question(settings: Settings) -> dict[str, Any]:
         "step_size": str(settings.step_size),
         "steps": settings.steps,
         "images": settings.attacked_images,
+        "test_images": settings.test_images,
+    }
+
+
+def adaptive_question(settings: Settings) -> dict[str, Any]:
+    """The settings that an adaptive record depends on."""
+    return {
+        "eps": str(settings.eps),
+        "step_size": str(settings.step_size),
+        "steps": settings.steps,
+        "gate_samples": settings.gate_samples,
+        "judge_steps": settings.judge_steps,
+        "images": settings.judged_count,
         "test_images": settings.test_images,
     }
 

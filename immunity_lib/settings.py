@@ -111,7 +111,9 @@ class Settings(BaseModel):
     attack_gates: list[GateName] = Field(["switch", "uniform"], min_length=1)
 
     # adaptive attacks
-    judged_images: Count = Field(1000, description="of the test images, for adaptive attacks")
+    judged_images: Count | None = Field(
+        None, description="of the test images, for adaptive attacks; null: those of all attacks"
+    )
     gate_samples: list[Count] = Field(
         [1, 2, 5, 10, 20], description="of the gate for each gradient of EOTPGD, an attack for each"
     )
@@ -143,7 +145,7 @@ class Settings(BaseModel):
             )
         for field in ("attacked_images", "judged_images"):
             count = getattr(self, field)
-            if self.test_images is not None and count > self.test_images:
+            if None not in (self.test_images, count) and count > self.test_images:
                 raise ValueError(
                     f"{field} is {count}, but test_images only {self.test_images}; lower the one "
                     "or raise the other"
@@ -154,6 +156,11 @@ class Settings(BaseModel):
     def datasets(self) -> list[str]:
         """The data sets of Table 2; the first is that of everything else."""
         return [self.dataset, *self.further_datasets]
+
+    @property
+    def judged_count(self) -> int:
+        """How many test images meet the adaptive attacks."""
+        return self.judged_images or self.attacked_images
 
     @property
     def runs(self) -> Path:

@@ -56,8 +56,8 @@ def table1(settings: Settings) -> pd.DataFrame:
     under its switched gate. "experts alone" and "ensemble" (equal weights) compare like with like.
     """
     cells = []
-    for names in _without_seeds(table1_models(settings)):
-        results = [_record(settings, name, "scores")["result"]["test"] for name in names]
+    for names in without_seeds(table1_models(settings)):
+        results = [stored_record(settings, name, "scores")["result"]["test"] for name in names]
         network = NETWORKS[names[0].expert]
         model = f"Immunity-{network}" if names[0].method == "immunity" else network
         alone = [accuracy for result in results for accuracy in result["expert_accuracy"]]
@@ -68,7 +68,7 @@ def table1(settings: Settings) -> pd.DataFrame:
             Column("ensemble"): [result["accuracy"]["uniform"] for result in results],
         } | _scores(results)
         images = results[0]["accuracy"]["images"]
-        cells += _row({"model": model}, columns, images, ("table1", model))
+        cells += row_of_cells({"model": model}, columns, images, ("table1", model))
     return pd.DataFrame(cells)
 
 
@@ -94,12 +94,12 @@ def table3(settings: Settings) -> pd.DataFrame:
     names = table3_models(settings)
     measured = gate_accuracies(settings, names).groupby("model", sort=False)
     cells = []
-    for (model, group), seeds in zip(measured, _without_seeds(names), strict=True):
+    for (model, group), seeds in zip(measured, without_seeds(names), strict=True):
         label, reported = {"model": model}, ("table3", model)
         cells += _attack_row(settings, group, label, reported)
-        results = [_record(settings, name, "scores")["result"]["test"] for name in seeds]
+        results = [stored_record(settings, name, "scores")["result"]["test"] for name in seeds]
         images = results[0]["accuracy"]["images"]
-        cells += _row(label, _scores(results), images, reported)
+        cells += row_of_cells(label, _scores(results), images, reported)
     return pd.DataFrame(cells)
 
 
@@ -115,7 +115,7 @@ def gates_table(settings: Settings) -> pd.DataFrame:
         label = {"data": data} if settings.further_datasets else {}
         label |= dict(zip(("training", "model", "attacked gate"), labels, strict=True))
         columns = {Column(text): list(group[state]) for state, text in GATE_STATES.items()}
-        cells += _row(label, columns, int(group["images"].iloc[0]))
+        cells += row_of_cells(label, columns, int(group["images"].iloc[0]))
     return pd.DataFrame(cells)
 
 
@@ -124,7 +124,7 @@ def gate_accuracies(settings: Settings, names: Sequence[ModelName]) -> pd.DataFr
     title), attacked_gate ("" if clean), images, and the shares of a `GateAccuracy`."""
     lines = []
     for name in names:
-        result = _record(settings, name, "attacks")["result"]
+        result = stored_record(settings, name, "attacks")["result"]
         clean = {"attack": "clean", "attacked_gate": "", **result["clean"]["test"]}
         for entry in [clean, *result["attacks"]]:
             network = NETWORKS[name.expert]
@@ -149,7 +149,18 @@ def write_table(
     from. Returns the paths.
     """
     caption = f"{caption} {evidence(settings, frame)}"
-    text = printed(frame)
+    return write_text_table(settings, frame, printed(frame), name, caption, records)
+
+
+def write_text_table(
+    settings: Settings,
+    frame: pd.DataFrame,
+    text: pd.DataFrame,
+    name: str,
+    caption: str,
+    records: Sequence[Path],
+) -> list[Path]:
+    """As `write_table`, for a frame of any form; text: what of it is printed."""
     escaped = caption
     for special in r"%&_#$":
         escaped = escaped.replace(special, f"\\{special}")
@@ -161,20 +172,23 @@ def write_table(
     return write_artefact(settings, name, contents, caption, records)
 
 
-def _record(settings: Settings, name: ModelName, kind: str) -> dict:
+def stored_record(settings: Settings, name: ModelName, kind: str) -> dict:
+    """The record of a kind, "attacks", "scores" or "adaptive"; raises FileNotFoundError, with the
+    command that makes it, where there is none."""
     path = record_path(settings, name, kind)
     if not path.exists():
         command = f"make reproduce PRESET={settings.preset}"
-        if kind == "attacks":
+        notebooks = {"attacks": "03_attacks", "adaptive": "06_adaptive_attacks"}
+        if kind in notebooks:
             command = (
-                f"papermill notebooks/03_attacks.ipynb out.ipynb -p preset {settings.preset} "
-                f"-p model {name}"
+                f"papermill notebooks/{notebooks[kind]}.ipynb out.ipynb "
+                f"-p preset {settings.preset} -p model {name}"
             )
         raise FileNotFoundError(f"{name} has no record of its {kind} yet ({path}); run: {command}")
     return read_record(path)
 
 
-def _without_seeds(names: Sequence[ModelName]) -> Iterable[list[ModelName]]:
+def without_seeds(names: Sequence[ModelName]) -> Iterable[list[ModelName]]:
     """The names that differ by their seed alone, together."""
     groups: dict[ModelName, list[ModelName]] = {}
     for name in names:
@@ -200,17 +214,18 @@ def _attack_row(
                 f"it is of other settings; run: make reproduce PRESET={settings.preset}"
             )
         columns = {Column(attack): list(these["switched"])}
-        cells += _row(label, columns, int(these["images"].iloc[0]), reported)
+        cells += row_of_cells(label, columns, int(these["images"].iloc[0]), reported)
     return cells
 
 
-def _row(
+def row_of_cells(
     label: dict[str, str],
     columns: dict[Column, list[float]],
     images: int,
     reported: tuple[str, str] = ("", ""),
 ) -> list[dict]:
-    """A cell for every column; reported: artefact and row of reported.csv that the row answers."""
+    """A line of a tidy table, with a cell for every column; reported: artefact and row of
+    reported.csv that the line answers."""
     paper = reported_numbers()
     artefact, row = reported
     paper_data = "CIFAR-100" if row.startswith("CIFAR-100") else "CIFAR-10"

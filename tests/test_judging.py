@@ -12,9 +12,9 @@ from immunity_lib.attacks import check_budget, sanity
 from immunity_lib.attacks.auto_attack import auto_attack
 from immunity_lib.attacks.black_box import random_noise, square
 from immunity_lib.attacks.suite import Effort, adaptive_attacks
-from immunity_lib.judging import adaptive_record, agreement, judge, success_within, worst_case
+from immunity_lib.judging import adaptive_record, agreement, judge
 from immunity_lib.models import trained_model
-from immunity_lib.packing import unpacked
+from immunity_lib.per_image import success_within, unpacked, worst_case
 from immunity_lib.recipes import ModelName, judged_models, surrogates
 from immunity_lib.records import read_record, write_record
 
@@ -213,16 +213,17 @@ def test_a_judgement_that_was_stopped_goes_on(make_settings, dataset, tmp_path, 
     for name in (NAME, *surrogates(settings, NAME)):
         trained_model(settings, name, dataset)
     unfinished = tmp_path / "runs/tiny/records" / f"{NAME}.adaptive-unfinished.json"
-    made, attack = [], judging._attacked
+    made, cut, attack = [], [], judging._attacked
 
     def stopped(target, images, labels, one, effort):
         made.append(one.name)
-        if one.name == "pgd-trained" and len(made) < 6:
-            raise KeyboardInterrupt
+        if one.name == "pgd-trained" and not cut:
+            cut.append(True)
+            raise RuntimeError("a power cut")
         return attack(target, images, labels, one, effort)
 
     monkeypatch.setattr(judging, "_attacked", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="power cut"):
         adaptive_record(settings, NAME, dataset)
     assert [e["attack"] for e in read_record(unfinished)["attacks"]] == [
         "fgsm",

@@ -25,8 +25,8 @@ def notebook(request):
     return request.param
 
 
-def test_there_are_six():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05"]
+def test_there_are_eight():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(8)]
 
 
 def test_parameters_are_plain_literals_with_an_explanation(notebook):

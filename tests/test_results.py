@@ -13,7 +13,7 @@ from immunity_lib.evaluation import (
     verdicts_under_attack,
 )
 from immunity_lib.models import model_folder, trained_model
-from immunity_lib.packing import unpacked
+from immunity_lib.per_image import unpacked
 from immunity_lib.recipes import ModelName
 from immunity_lib.records import read_record
 from immunity_lib.results import (

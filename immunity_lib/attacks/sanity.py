@@ -160,7 +160,7 @@ def verdicts_on(model: ImmunityMoE, images: Tensor, labels: Tensor) -> GateVerdi
 
 def share_of_zero_gradients(model: ImmunityMoE, images: Tensor, labels: Tensor) -> float:
     """Of images, 0 .. 1, at which the plain ensemble's cross entropy has a gradient of exactly
-    zero, or none. (Under other gates, the gate's own gradient could hide that the experts have none.)"""
+    zero, or none. (Under other gates the gate's own gradient could hide that experts have none.)"""
     points = images.clone().requires_grad_()
     loss = cross_entropy(model(points, "uniform"), labels).sum()
     (gradient,) = torch.autograd.grad(loss, points, allow_unused=True)
