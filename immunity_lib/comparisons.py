@@ -113,7 +113,9 @@ def _accuracy_differences(settings: Settings, measure: Accuracy) -> tuple[np.nda
     own = _of(settings, every, measure.model)
     if measure.against == "baselines":
         others = {
-            NETWORKS[baseline]: [name for name in every if name.expert == baseline]
+            NETWORKS[baseline]: [
+                name for name in every if (name.method, name.expert) == ("standalone", baseline)
+            ]
             for baseline in settings.baselines
         }
         if not others:

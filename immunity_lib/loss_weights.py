@@ -21,7 +21,7 @@ PANELS = {
     "part_coverage": ("heat on the best covered part, %", 100),
     "background_heat": ("heat on the background, %", 100),
     "clean": ("accuracy, clean, %", 100),
-    "attacked": ("accuracy under PGD, %", 100),
+    "attacked": ("accuracy under attack, %", 100),
 }
 
 

@@ -79,7 +79,7 @@ def test_weight_curves_have_a_panel_for_each_measure_there_is():
     ])  # fmt: skip
     figure = weight_curves(sweep)
     titles = [panel.get_title() for panel in figure.axes if panel.axison]
-    assert titles == ["I(C,E), nats", "accuracy, clean, %", "accuracy under PGD, %"]
+    assert titles == ["I(C,E), nats", "accuracy, clean, %", "accuracy under attack, %"]
     panel = figure.axes[0]
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["0", "1", "4"]
     assert any(list(line.get_ydata()) == [0, 1, 4] for line in panel.get_lines())

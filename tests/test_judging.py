@@ -13,7 +13,6 @@ from immunity_lib.attacks.auto_attack import auto_attack
 from immunity_lib.attacks.black_box import random_noise, square
 from immunity_lib.attacks.suite import Effort, adaptive_attacks
 from immunity_lib.judging import adaptive_record, agreement, judge
-from immunity_lib.models import trained_model
 from immunity_lib.per_image import success_within, unpacked, worst_case
 from immunity_lib.recipes import ModelName, judged_models, surrogates
 from immunity_lib.records import read_record, write_record
@@ -210,8 +209,6 @@ def test_who_is_judged_and_through_whom(make_settings):
 
 def test_a_judgement_that_was_stopped_goes_on(make_settings, dataset, tmp_path, monkeypatch):
     settings = make_settings(output_folder=str(tmp_path), **JUDGED)
-    for name in (NAME, *surrogates(settings, NAME)):
-        trained_model(settings, name, dataset)
     unfinished = tmp_path / "runs/tiny/records" / f"{NAME}.adaptive-unfinished.json"
     made, cut, attack = [], [], judging._attacked
 

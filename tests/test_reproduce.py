@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
-from immunity_lib.recipes import attacked_models, table3_models, trained_models
+from immunity_lib.attacks.suite import FAMILIES
+from immunity_lib.claims import VERDICTS, read_claims
+from immunity_lib.recipes import attacked_models, judged_models, table3_models, trained_models
 from immunity_lib.records import ROOT, read_record, read_tensors
 from immunity_lib.settings import load_preset
 
@@ -43,7 +46,7 @@ def settings(smoke):
 def test_it_ends_by_listing_every_table_and_figure(smoke, settings):
     _, done = smoke
     made = {path.stem for path in settings.figures.glob("*.json")}
-    assert {"table1", "table2", "table3", "figure1", "figure2"} <= made
+    assert {"table1", "table2", "table3", "figure1", "figure2", "gate_worth", "claims"} <= made
     listing = done.stdout[done.stdout.index("Tables and figures of preset smoke") :]
     for name in made:
         files = [path for path in settings.figures.glob(f"{name}.*") if path.suffix != ".json"]
@@ -80,6 +83,20 @@ def test_every_attack_of_every_model_is_recorded(smoke, settings):
         for entry in result["attacks"]:
             assert entry["worst"] <= entry["switched"] <= entry["best"]
             assert entry["every"] <= entry["worst"]
+
+
+def test_every_judged_mixture_meets_every_attack_and_check(smoke, settings):
+    for name in judged_models(settings):
+        result = read_record(settings.runs / "records" / f"{name}.adaptive.json")["result"]
+        assert {entry["family"] for entry in result["attacks"]} == set(FAMILIES)
+        assert len(result["checks"]) == 8 and result["by_budget"][-1][0] == 1
+        assert not (settings.runs / "records" / f"{name}.adaptive-unfinished.json").exists()
+
+
+def test_every_claim_has_a_verdict(smoke, settings):
+    found = pd.read_csv(settings.figures / "claims.csv")
+    assert list(found["claim"]) == [claim.id for claim in read_claims()]
+    assert set(found["verdict"]) <= set(VERDICTS)
 
 
 def test_no_record_or_sidecar_names_a_path_of_this_machine(smoke, settings):
@@ -131,6 +148,7 @@ def test_killed_it_goes_on_when_asked_again(tmp_path):
     preset = tmp_path / "short.yaml"
     fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
     fields |= {"preset": "short", "regimes": ["standard"], "baselines": []}
+    fields |= {"weight_factors": []}
     fields |= {"expert": "resnet18", "compared_experts": ["resnet18"]}
     preset.write_text(yaml.safe_dump(fields))
     command = [sys.executable, "-m", "immunity_lib.reproduce", "--preset", str(preset)]
