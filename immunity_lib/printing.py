@@ -6,9 +6,14 @@ the row, then `FIELDS`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pandas as pd
 
 from immunity_lib.settings import Settings
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 FIELDS = (
     "column",
@@ -71,6 +76,13 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
     return text if (frame["paper_data"] != "").any() else text.drop(columns="source")
 
 
+def readable(text: pd.DataFrame) -> Styler:
+    """A table of sentences for a notebook: lines are broken, and begin on the left."""
+    left = "text-align: left; white-space: normal; vertical-align: top"
+    styles = [{"selector": selector, "props": left} for selector in ("th", "td")]
+    return text.style.hide(axis="index").set_table_styles(styles)
+
+
 def evidence(settings: Settings, frame: pd.DataFrame) -> str:
     """What a table rests on, in words: data, seeds, images and the error that those leave."""
     seeds = "one seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
@@ -104,7 +116,7 @@ def binomial_half_width(share: float, images: int) -> float:
 
 def _ours(cell: dict) -> str:
     decimals = DECIMALS[cell["unit"]]
-    text = f"{cell['value']:.{decimals}f}"
+    text = f"{round(cell['value'], decimals) + 0.0:.{decimals}f}"  # no "-0.0"
     if cell["count"] > 1:
         text += f" ± {cell['standard_deviation']:.{decimals}f} ({cell['count']})"
     return text
