@@ -39,7 +39,7 @@ def worth_of_the_gate(settings: Settings, names: Sequence[ModelName]) -> pd.Data
 def _headline(result: dict) -> dict[str, float]:
     attacks, clean = result["attacks"], result["agreement"]
     worst = worst_case(attacks)
-    paper = worst_case([entry for entry in attacks if entry["family"] == "paper"])
+    paper = worst_case(attacks, ["paper"])
     left = {gate: 1 - worst[gate].mean() for gate in worst}
     return {
         "same answer": clean["unanimous"],
@@ -142,7 +142,6 @@ def missed_without_gradients(result: dict) -> np.ndarray:
     """Indices of images that attacks without gradients fool more often than those with them: the
     ones to look at first."""
     white, black = (
-        worst_case([entry for entry in result["attacks"] if entry["family"] in families])
-        for families in (WHITE_BOX, BLACK_BOX)
+        worst_case(result["attacks"], families)["failure"] for families in (WHITE_BOX, BLACK_BOX)
     )
-    return np.flatnonzero(black["failure"] > white["failure"] + 1e-9)
+    return np.flatnonzero(black > white + 1e-9)

@@ -121,8 +121,9 @@ def judge(
     right and whether the "uniform" and the "trained" gate are; "by_budget", pairs of eps and
     expected accuracy; "checks", a list of `Finding`.
     """
-    target = folded(model)
     suite = adaptive_attacks(model, effort, through)
+    target = folded(model)
+    sanity.check_gives_gradients(target, images[:1])
     results = {entry["attack"]: entry for entry in done or []}
     with seeded(0):
         for attack in suite:
@@ -190,8 +191,6 @@ def _attacked(target, images, labels, attack, effort) -> dict:
 
 
 def _checks(target, images, labels, effort, results, by_budget) -> list[sanity.Finding]:
-    white = [entry for entry in results.values() if entry["family"] in WHITE_BOX]
-    black = [entry for entry in results.values() if entry["family"] in BLACK_BOX]
     alone = [
         results[f"pgd-expert-{number + 1}"]["experts_alone"][number]
         for number in range(len(target.experts))
@@ -205,7 +204,8 @@ def _checks(target, images, labels, effort, results, by_budget) -> list[sanity.F
         sanity.falls_to_zero(by_budget),
         sanity.iterative_beats_single_step(results["pgd"]["switched"], results["fgsm"]["switched"]),
         sanity.white_box_beats_black_box(
-            worst_case(white)["failure"], worst_case(black)["failure"]
+            worst_case(results.values(), WHITE_BOX)["failure"],
+            worst_case(results.values(), BLACK_BOX)["failure"],
         ),
         sanity.doubling_steps_changes_little(once, twice),
         sanity.gradients_are_not_zero(sanity.share_of_zero_gradients(target, images, labels)),

@@ -1,5 +1,7 @@
 """Numbers of all images in one line of a record, and what follows from them over attacks."""
 
+from collections.abc import Collection, Iterable
+
 import numpy as np
 from torch import Tensor
 
@@ -14,9 +16,13 @@ def unpacked(line: str) -> np.ndarray:
     return np.array(line.split(), dtype=float)
 
 
-def worst_case(attacks: list[dict]) -> dict[str, np.ndarray]:
+def worst_case(
+    attacks: Iterable[dict], families: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
     """Over attacks, image by image: "failure", the highest failure probability over the gate, and
-    "uniform" and "trained", 1 where any attack fools that gate; each (B,)."""
+    "uniform" and "trained", 1 where any attack fools that gate; each (B,). families: of attacks,
+    None for all."""
+    attacks = [entry for entry in attacks if families is None or entry["family"] in families]
     right = {
         gate: np.min([unpacked(entry["per_image"][gate]) for entry in attacks], axis=0)
         for gate in ("gates", "uniform", "trained")

@@ -13,6 +13,7 @@ from immunity_lib.attacks.auto_attack import auto_attack
 from immunity_lib.attacks.black_box import random_noise, square
 from immunity_lib.attacks.suite import Effort, adaptive_attacks
 from immunity_lib.judging import adaptive_record, agreement, judge
+from immunity_lib.moe import ConstantGate
 from immunity_lib.per_image import success_within, unpacked, worst_case
 from immunity_lib.recipes import ModelName, judged_models, surrogates
 from immunity_lib.records import read_record, write_record
@@ -197,6 +198,20 @@ def test_auto_attack_of_few_classes_is_refused(make_linear_model, images, labels
 def test_a_model_without_a_gate_is_refused_with_what_works():
     with pytest.raises(ValueError, match="got a Linear; attacks that work on any model.*PGD"):
         adaptive_attacks(nn.Linear(2, 2), EFFORT, {})
+
+
+class Detaches(Decoy):
+    """It hands no gradient on at all."""
+
+    def forward_with_features(self, images):
+        return self.expert.forward_with_features(images.detach())
+
+
+def test_a_model_without_gradients_is_refused_with_what_works(make_linear_model, many_images):
+    decoy = spoilt(make_linear_model(2), Detaches)
+    decoy.gate = ConstantGate(2)
+    with pytest.raises(ValueError, match="gives no gradient.*that work: square and random_noise"):
+        judged(decoy, many_images)
 
 
 def test_who_is_judged_and_through_whom(make_settings):

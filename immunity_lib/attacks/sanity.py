@@ -135,6 +135,16 @@ def auto_attack_flags_nothing(flags: Sequence[str]) -> Finding:
     )
 
 
+def check_gives_gradients(model: ImmunityMoE, images: Tensor) -> None:
+    """Raise ValueError for a model whose answers have no gradient in its images at all, as one that
+    detaches them; images: (B, 3, 32, 32)."""
+    if not model(images.clone().requires_grad_(), "uniform").requires_grad:
+        raise ValueError(
+            "the model gives no gradient in its images, which most of these attacks follow; "
+            "attacks that work: square and random_noise of attacks/black_box.py"
+        )
+
+
 def accuracy_by_budget(
     model: ImmunityMoE, images: Tensor, labels: Tensor, steps: int
 ) -> dict[float, float]:
