@@ -131,11 +131,12 @@ def printed_verdicts(found: pd.DataFrame) -> pd.DataFrame:
         f"{row.effect:+.1f} [{row.low:+.1f}, {row.high:+.1f}] {row.unit}" if known else ""
         for row, known in zip(found.itertuples(index=False), tested, strict=True)
     ]
+    reasons = found["reason"].astype(object).fillna("")  # all empty, they would be numbers
     return pd.DataFrame({
         "claim": found["claim"],
         "where": found["where"],
         "predicted": found["predicted"],
         "effect [95 % interval]": effects,
         "against": found["against"].fillna(""),
-        "verdict": found["verdict"].where(tested, found["verdict"] + ": " + found["reason"]),
+        "verdict": found["verdict"].where(tested, found["verdict"] + ": " + reasons),
     })  # fmt: skip

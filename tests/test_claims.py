@@ -1,6 +1,7 @@
 """Verdicts on the paper's claims: from records whose answer is known beforehand."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from scipy import stats
@@ -231,3 +232,15 @@ def test_the_sweep_has_the_ablation_at_its_factors_zero_and_one(settings):
     assert len(sweep) == 6 * len(settings.seeds)
     at_zero = sweep[sweep["factor"] == 0].groupby("loss")["mutual_information"].mean()
     assert at_zero.nunique() == 1, "without either loss, both sweeps start at the same models"
+
+
+def test_verdicts_can_be_printed_where_every_claim_was_tested():
+    """Their reasons are then all empty, which pandas takes for numbers."""
+    tested = pd.DataFrame(
+        {
+            "claim": ["one"], "where": ["section 1"], "predicted": ["at or above 0"],
+            "effect": [1.0], "low": [0.5], "high": [1.5], "unit": ["points"], "against": [None],
+            "verdict": ["holds"], "reason": [np.nan],
+        }
+    )  # fmt: skip
+    assert list(printed_verdicts(tested)["verdict"]) == ["holds"]
