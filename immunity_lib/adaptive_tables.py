@@ -9,9 +9,9 @@ import pandas as pd
 
 from immunity_lib.attacks.suite import BLACK_BOX, FAMILIES, WHITE_BOX
 from immunity_lib.per_image import success_within, worst_case
-from immunity_lib.recipes import ModelName
+from immunity_lib.recipes import MIXTURES, ModelName
 from immunity_lib.settings import Settings
-from immunity_lib.tables import METHODS, Column, row_of_cells, stored_record, without_seeds
+from immunity_lib.tables import Column, row_of_cells, stored_record, without_seeds
 
 QUERIES = (1, 5, 20)
 
@@ -135,7 +135,7 @@ def result_of(settings: Settings, name: ModelName) -> dict:
 
 def label_of(name: ModelName) -> dict[str, str]:
     """What labels a judged mixture in a table."""
-    return {"training": name.regime, "model": METHODS[name.method]}
+    return {"training": name.regime, "model": MIXTURES[name.method]}
 
 
 def missed_without_gradients(result: dict) -> np.ndarray:

@@ -12,6 +12,7 @@ from immunity_lib.per_image import unpacked, worst_case
 from immunity_lib.printing import DATA, NETWORKS
 from immunity_lib.recipes import (
     METHODS,
+    MIXTURES,
     ModelName,
     judged_models,
     table1_models,
@@ -19,7 +20,6 @@ from immunity_lib.recipes import (
     table3_models,
 )
 from immunity_lib.settings import Settings
-from immunity_lib.tables import METHODS as METHOD_TITLES
 from immunity_lib.tables import stored_record
 
 Method = Annotated[str, Field(pattern=f"^({'|'.join(METHODS)})$")]
@@ -163,7 +163,7 @@ def _of(settings: Settings, names: Sequence[ModelName], method: str) -> list[Mod
 
 
 def _title(settings: Settings, method: str) -> str:
-    return METHOD_TITLES.get(method, f"independent {NETWORKS[settings.expert]}s")
+    return MIXTURES.get(method, f"independent {NETWORKS[settings.expert]}s")
 
 
 def _clean(settings: Settings, names: Sequence[ModelName]) -> np.ndarray:

@@ -35,6 +35,8 @@ METHODS = {
     "immunity": "with both losses",
     "immunity-literal": "with both losses on heat maps as the equations literally say",
 }
+# The mixtures of the ablation, as readers call them
+MIXTURES = {"moe": "MoE", "moe-mi": "MoE+MI", "moe-ps": "MoE+PS", "immunity": "Immunity"}
 _NAME = re.compile(
     "(?P<dataset>{})-(?P<method>{})(-beta(?P<beta>[0-9.]+)-gamma(?P<gamma>[0-9.]+))?"
     "-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
@@ -203,11 +205,7 @@ def table2_models(settings: Settings) -> list[ModelName]:
 
 def table3_models(settings: Settings) -> list[ModelName]:
     """The ablation, under standard training."""
-    return [
-        _name(settings, method, seed=seed)
-        for method in ("moe", "moe-mi", "moe-ps", "immunity")
-        for seed in settings.seeds
-    ]
+    return [_name(settings, method, seed=seed) for method in MIXTURES for seed in settings.seeds]
 
 
 def swept_models(settings: Settings) -> list[ModelName]:
@@ -240,6 +238,15 @@ def judged_models(settings: Settings) -> list[ModelName]:
         for regime in settings.regimes
         for method in ("moe", "immunity")
         for seed in settings.seeds
+    ]
+
+
+def explored_models(settings: Settings) -> list[ModelName]:
+    """The mixtures that the explorer offers: every variant of the ablation under every regime."""
+    return [
+        _name(settings, method, regime=regime, seed=settings.seeds[0])
+        for regime in settings.regimes
+        for method in MIXTURES
     ]
 
 

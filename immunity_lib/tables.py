@@ -15,13 +15,18 @@ import pandas as pd
 from immunity_lib.artefacts import write_artefact
 from immunity_lib.experts import BASELINES
 from immunity_lib.printing import ATTACK_TITLES, DATA, NETWORKS, evidence, printed
-from immunity_lib.recipes import ModelName, table1_models, table2_models, table3_models
+from immunity_lib.recipes import (
+    MIXTURES,
+    ModelName,
+    table1_models,
+    table2_models,
+    table3_models,
+)
 from immunity_lib.records import read_record
 from immunity_lib.reported import reported_numbers
 from immunity_lib.results import record_path
 from immunity_lib.settings import Settings
 
-METHODS = {"moe": "MoE", "moe-mi": "MoE+MI", "moe-ps": "MoE+PS", "immunity": "Immunity"}
 STRONGEST_FIRST = ("pgd", "apgd", "cw", "mim", "bim", "fgsm")
 GATE_STATES = {
     "trained": "trained",
@@ -133,7 +138,7 @@ def gate_accuracies(settings: Settings, names: Sequence[ModelName]) -> pd.DataFr
             label = {
                 "data": DATA[name.dataset],
                 "regime": name.regime,
-                "model": METHODS.get(name.method, alone),
+                "model": MIXTURES.get(name.method, alone),
                 "seed": name.seed,
             }
             lines.append(label | entry | {"attack": attack})
