@@ -37,7 +37,7 @@ def run_notebook(name, model=""):
     return (
         f"{sys.executable} -m papermill notebooks/{name}.ipynb {{output.notebook}} -k python3 "
         f"-r preset '{config['preset']}' -r data_folder '{settings.data_folder}' "
-        f"-r output_folder '{settings.output_folder}' -p interactive False {model} "
+        f"-r output_folder '{settings.output_folder}' -p interactive False -p pretrained False {model} "
         "--cwd . --no-progress-bar --stdout-file >(cat >&2) 2> {log}"
     )
 

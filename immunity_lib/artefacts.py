@@ -10,7 +10,7 @@ from immunity_lib.records import read_record, write_atomically, write_record
 from immunity_lib.settings import Settings
 
 # Of this machine and moment; the rest of the settings is what a result rests on
-NOT_OF_THE_RESULT = {"model", "data_folder", "output_folder", "interactive"}
+NOT_OF_THE_RESULT = {"model", "data_folder", "output_folder", "interactive", "pretrained"}
 
 
 def write_artefact(

@@ -1,8 +1,12 @@
-"""Trained models by name: loaded where they are, trained where they are not yet."""
+"""Trained models by name: loaded where they are, trained where they are not yet.
+
+Looked for in `runs/` first, then in `pretrained/`, whose weights come with the project.
+"""
 
 from __future__ import annotations
 
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,8 +27,10 @@ from immunity_lib.records import (
     write_record,
     write_tensors,
 )
-from immunity_lib.settings import Settings
+from immunity_lib.settings import ROOT, Settings
 from immunity_lib.training import build_model, selected_entry, train
+
+PRETRAINED = ROOT / "pretrained"
 
 
 def chosen_device() -> torch.device:
@@ -49,8 +55,21 @@ def dataset_of(settings: Settings, name: str = "") -> Dataset:
 
 
 def model_folder(settings: Settings, name: ModelName) -> Path:
-    """Where everything about a model lies."""
-    return settings.runs / "models" / str(name)
+    """Where everything about a model lies: what was trained here goes before what came with the
+    project."""
+    own = _own_folder(settings, name)
+    if not (own / "record.json").exists() and is_pretrained(settings, name):
+        return PRETRAINED / settings.preset / str(name)
+    return own
+
+
+def is_pretrained(settings: Settings, name: ModelName) -> bool:
+    """Whether the project brings weights of this model, trained with these settings."""
+    folder = PRETRAINED / settings.preset / str(name)
+    if not (settings.pretrained and (folder / settings.weights_file).exists()):
+        return False
+    known = read_record(folder / "record.json")["recipe"]
+    return Recipe.model_validate(known) == recipe(settings, name)
 
 
 def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
@@ -61,10 +80,12 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
     """
     if name.method == "ensemble":
         return _ensemble([trained_model(settings, one, dataset) for one in members(settings, name)])
-    wanted, folder = recipe(settings, name), model_folder(settings, name)
+    wanted, folder = recipe(settings, name), _own_folder(settings, name)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # a second process waits, then finds the model trained
-        model = _load(settings, folder, wanted, dataset)
+        model = _load(settings, folder, wanted, dataset) or _load_pretrained(
+            settings, name, wanted, dataset
+        )
         if model is None:
             _train_and_save(settings, folder, wanted, dataset, name)
             model = _load(settings, folder, wanted, dataset)
@@ -81,23 +102,57 @@ def weights_checksum(settings: Settings, record: dict) -> str:
     return record["weights"] if settings.reported_epoch == "last" else record["selected"]["weights"]
 
 
+def _own_folder(settings: Settings, name: ModelName) -> Path:
+    return settings.runs / "models" / str(name)
+
+
 def _load(settings: Settings, folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE | None:
     """The model in the folder, or None if there is none that can be used."""
     weights, record = folder / settings.weights_file, folder / "record.json"
     if not (weights.exists() and record.exists()):
         return None
     try:
-        known = read_record(record)
-        tensors, _ = read_tensors(weights, weights_checksum(settings, known))
+        return _stored_model(settings, folder, wanted, dataset)
+    except DamagedFile as error:
+        for path in (weights, record):
+            set_aside(path, f"{error}; the model is trained anew")
+        return None
+
+
+def _load_pretrained(
+    settings: Settings, name: ModelName, wanted: Recipe, dataset: Dataset
+) -> ImmunityMoE | None:
+    """The model that comes with the project, or None; its files stay as they are."""
+    if not is_pretrained(settings, name):
+        return None
+    try:
+        model = _stored_model(settings, PRETRAINED / settings.preset / str(name), wanted, dataset)
+    except DamagedFile as error:
+        print(f"the weights of {name} that come with the project are not used: {error}")
+        return None
+    _say_pretrained(name)
+    return model
+
+
+@cache
+def _say_pretrained(name: ModelName) -> None:
+    """Once in a process."""
+    print(f"{name}: weights that come with the project")
+
+
+def _stored_model(
+    settings: Settings, folder: Path, wanted: Recipe, dataset: Dataset
+) -> ImmunityMoE:
+    """The model in the folder; DamagedFile says why it cannot be used."""
+    try:
+        known = read_record(folder / "record.json")
+        tensors, _ = read_tensors(folder / settings.weights_file, weights_checksum(settings, known))
         same = Recipe.model_validate(known["recipe"]) == wanted
         same_data = known["data"]["checksum"] == dataset.splits["train"].checksum
-        reason = "" if same and same_data else "it was trained with other settings or other data"
-    except (DamagedFile, ValidationError, KeyError) as error:
-        reason = f"{error!r}" if isinstance(error, KeyError) else str(error)
-    if reason:
-        for path in (weights, record):
-            set_aside(path, f"{reason}; the model is trained anew")
-        return None
+    except (ValidationError, KeyError) as error:
+        raise DamagedFile(repr(error) if isinstance(error, KeyError) else str(error)) from error
+    if not (same and same_data):
+        raise DamagedFile("it was trained with other settings or other data")
     model = build_model(wanted, dataset)
     model.load_state_dict(tensors)
     return model

@@ -41,6 +41,9 @@ class Settings(BaseModel):
     )
     output_folder: str = Field("", description="where runs/ and figures/ go; empty: the project")
     interactive: bool = Field(True, description="show widgets; batch runs set this to false")
+    pretrained: bool = Field(
+        True, description="use weights that come with the project; `make reproduce` trains all anew"
+    )
 
     # data
     dataset: DatasetName
