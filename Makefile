@@ -10,11 +10,11 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 INSTALLED := .venv/.installed
 UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-deps
 
-.PHONY: help reproduce smoke plan lab test test-fast bench lock
+.PHONY: help reproduce smoke plan lab explorer site pretrained test test-fast bench lock
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
-	@echo 'Variables of reproduce, smoke and plan, as in "make reproduce PRESET=cifar10-small DATA=folder":'
+	@echo 'Variables of reproduce, smoke, plan, site and pretrained, as in "make reproduce PRESET=cifar10-small DATA=folder":'
 	@echo '  PRESET  a file of presets/: smoke, demo (default), cifar10-small, paper, or a path'
 	@echo '  DATA    folder of CIFAR or of your own images; smoke and demo need none'
 	@echo '  JOBS    notebooks beside each other (default: all cores)'
@@ -32,6 +32,16 @@ plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks
+
+# The kernel of the next reader runs beforehand, so that the page opens at once
+explorer: $(INSTALLED)  ## serve the explorer of notebook 05 as a page
+	.venv/bin/voila notebooks/05_heatmaps.ipynb --preheat_kernel=True --pool_size=1
+
+site: reproduce  ## make what is missing of PRESET, and all of it as plain HTML
+	.venv/bin/python -m immunity_lib.site --preset $(PRESET)
+
+pretrained: $(INSTALLED)  ## write the weights that come with the project from those in runs/
+	.venv/bin/python -m immunity_lib.pretrained --preset $(PRESET) $(if $(DATA),--data "$(DATA)")
 
 test: $(INSTALLED)  ## check the style and run all tests
 	.venv/bin/python -m ruff check .

@@ -14,14 +14,16 @@ settings = load_preset(
     output_folder=config.get("output_folder") or "",
 )
 RUNS, FIGURES = settings.runs, settings.figures
+LIBRARY = ROOT / "immunity_lib"
 DRAWING = [
-    ROOT / "immunity_lib" / name
+    LIBRARY / name
     for name in (
         "adaptive_plots.py", "adaptive_tables.py", "architecture.py", "artefacts.py", "claims.py",
         "claims.yaml", "comparisons.py", "intervals.py", "loss_weights.py", "plots.py",
         "printing.py", "reported.csv", "reported.py", "tables.py",
     )
 ]
+EXPLORER = sorted(LIBRARY.glob("explorer/*.*"))
 
 # One thread each: models that train beside each other use the cores better than one with several.
 # The allocator keeps its memory instead of handing it back after every layer.
@@ -196,9 +198,11 @@ rule heatmaps:
     input:
         trained(recipes.table3_models(settings)),
         notebook="notebooks/05_heatmaps.ipynb",
-        library=DRAWING,
+        library=DRAWING + EXPLORER,
     output:
         drawn("figure2", "figure2_moe"),
+        drawn("explorer_gallery", "explorer_attack", "explorer_gates", "explorer_methods"),
+        [FIGURES / f"stepper.{ending}" for ending in ("html", "json")],
         # Only Parts-10 knows its true parts
         drawn("part_coverage") if settings.dataset == "parts10" else [],
         notebook=RUNS / "notebooks/05_heatmaps.ipynb",

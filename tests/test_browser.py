@@ -1,13 +1,13 @@
-"""A notebook in JupyterLab, opened and run from top to bottom in a real browser."""
+"""Notebooks, the explorer, its page and the site, as a reader meets them: in a real browser."""
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import contextmanager
 
 import pytest
@@ -17,7 +17,10 @@ from immunity_lib.settings import ROOT
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium browser on the PATH"),
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="needs a browser on the PATH: install chromium (Debian: apt-get install chromium)",
+    ),
 ]
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
@@ -25,68 +28,86 @@ TOKEN = "for-this-test-alone"
 
 
 @contextmanager
-def jupyterlab(folder, state):
-    """JupyterLab on a folder, with nothing of the user's own configuration; yields its address."""
-    settings = state / "lab-settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    quiet = {"fetchNews": "false", "checkForUpdates": False}
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def server(command, port, state):
+    """A server of notebooks, with nothing of the user's own configuration, until it is left."""
     environment = os.environ | {
         "JUPYTERLAB_SETTINGS_DIR": str(state / "lab-settings"),
         "JUPYTER_CONFIG_DIR": str(state / "config"),
         "JUPYTER_DATA_DIR": str(state / "data"),
         "JUPYTER_RUNTIME_DIR": str(state / "runtime"),
+        "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "jupyterlab", str(folder), "--no-browser", "--allow-root"]
-    command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
-    command += [f"--IdentityProvider.token={TOKEN}"]
-    with open(state / "lab.log", "w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    with open(state / "server.log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=state)
         try:
-            address = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline:
-                try:
-                    urllib.request.urlopen(f"{address}/api?token={TOKEN}", timeout=5)
+                try:  # no page is asked for: that would cost Voila one of its kernels
+                    socket.create_connection(("127.0.0.1", port), timeout=5).close()
                     break
                 except OSError:
                     time.sleep(0.5)
-            yield address
+            yield
         finally:
-            server.terminate()
-            server.wait(30)
+            process.terminate()
+            process.wait(30)
 
 
-def run_all(address, notebook, screenshot, seconds):
-    """Run every cell of a notebook in the browser and save it; takes a picture of the end.
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
-    notebook: its path; it lies in the folder that JupyterLab serves at the address.
-    """
+
+@contextmanager
+def jupyterlab(folder, state, theme="JupyterLab Light"):
+    """JupyterLab on a folder; yields its address."""
+    settings = state / "lab-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
+    port = free_port()
+    command = [sys.executable, "-m", "jupyterlab", str(folder), "--no-browser", "--allow-root"]
+    command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={TOKEN}"]
+    with server(command, port, state):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def browser_page(width=1300, **options):
+    """A page of a fresh browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page = browser.new_page(viewport={"width": width, "height": 1000}, **options)
         page.set_default_timeout(120_000)
-        page.goto(f"{address}/lab/tree/{notebook.name}?token={TOKEN}")
-        page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
-        # The notebook's own indicator says idle before the kernel is connected
-        page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
-        page.click("text=Run")
-        page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
-        # The kernel is idle between two cells as well, so the saved notebook is asked
-        deadline = time.monotonic() + seconds
-        while not came_to_its_end(notebook) and time.monotonic() < deadline:
-            page.wait_for_timeout(2000)
-            page.keyboard.press("Control+s")
-        page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
-        page.keyboard.press("Control+s")  # with what the last cell put out
-        page.wait_for_timeout(2000)
-        page.screenshot(path=screenshot)
+        yield page
         browser.close()
+
+
+def run_all(page, address, notebook):
+    """Open a notebook and have all of its cells run. It lies in the folder that is served."""
+    page.goto(f"{address}/lab/tree/{notebook.name}?token={TOKEN}")
+    page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
+    # The notebook's own indicator says idle before the kernel is connected
+    page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
+    page.click("text=Run")
+    page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
+
+
+def wait_for_the_end(page, notebook, seconds):
+    """Save the notebook until every cell has been run, or one has failed."""
+    # The kernel is idle between two cells as well, so the saved notebook is asked
+    deadline = time.monotonic() + seconds
+    while not came_to_its_end(notebook) and time.monotonic() < deadline:
+        page.wait_for_timeout(2000)
+        page.keyboard.press("Control+s")
+    page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
+    page.keyboard.press("Control+s")  # with what the last cell put out
+    page.wait_for_timeout(2000)
 
 
 def came_to_its_end(notebook):
@@ -99,20 +120,34 @@ def errors(cell):
     return [output for output in cell["outputs"] if output["output_type"] == "error"]
 
 
-@pytest.mark.parametrize("name", ["00_start_here", "02_training"])
-def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
-    """With its defaults, but for the preset, which is the smallest, and where the results go."""
-    folder, state = tmp_path / "notebooks", tmp_path / "state"
-    folder.mkdir()
-    state.mkdir()
+def written(folder, name, **parameters):
+    """A notebook of the project in a folder, with some of its parameters changed."""
+    folder.mkdir(exist_ok=True)
     content = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
-    parameters = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
-    text = "".join(parameters["source"]).replace('preset = "demo"', 'preset = "smoke"')
-    parameters["source"] = text.replace('output_folder = ""', f'output_folder = "{tmp_path}"')
+    cell = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
+    cell["source"] = "".join(cell["source"]) + "".join(
+        f"\n{parameter} = {value!r}" for parameter, value in parameters.items()
+    )
     notebook = folder / f"{name}.ipynb"
     notebook.write_text(json.dumps(content))
-    with jupyterlab(folder, state) as address:
-        run_all(address, notebook, tmp_path / "end.png", seconds=300)
+    return notebook
+
+
+@pytest.fixture
+def state(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["00_start_here", "02_training"])
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, state):
+    """With its defaults, but for the preset, which is the smallest, and where the results go."""
+    folder = tmp_path / "notebooks"
+    notebook = written(folder, name, preset="smoke", output_folder=str(tmp_path))
+    with jupyterlab(folder, state) as address, browser_page() as page:
+        run_all(page, address, notebook)
+        wait_for_the_end(page, notebook, seconds=300)
     done = json.loads(notebook.read_text())
     for cell in done["cells"]:
         if cell["cell_type"] == "code":
@@ -121,3 +156,105 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
     pictures = [out for cell in done["cells"] for out in cell.get("outputs", [])
                 if "image/png" in out.get("data", {})]  # fmt: skip
     assert pictures, "no figure is shown"
+
+
+def shown(page):
+    """What the explorer says, and its pictures."""
+    views = page.locator("div.explorer")
+    texts = [text for text in views.all_inner_texts()]
+    pictures = page.eval_on_selector_all("div.explorer img", "all => all.map(one => one.src)")
+    return texts, pictures
+
+
+def changed_by(page, act, what):
+    """Do something with the explorer and wait until its words, or pictures, are others."""
+    part = ["words", "pictures"].index(what)
+    before = shown(page)[part]
+    act()
+    deadline = time.monotonic() + 60
+    while shown(page)[part] == before:
+        assert time.monotonic() < deadline, f"the {what} did not change"
+        page.wait_for_timeout(50)
+
+
+def slide(page, name, key="ArrowRight"):
+    """Press a key on the slider of that name."""
+    slider = page.locator(".widget-hslider", has=page.locator(f"label:text-is('{name}')"))
+    slider.locator(".noUi-handle").focus()
+    page.keyboard.press(key)
+
+
+def choose(page, name, option):
+    """In the drop-down of that name."""
+    chooser = page.locator(".widget-dropdown", has=page.locator(f"label:text-is('{name}')"))
+    chooser.locator("select").select_option(option)
+
+
+def use_the_explorer(page, pictures):
+    """Everything that moves, and what it has to move; takes screenshots on the way."""
+    page.wait_for_selector("div.explorer >> text=under this gate")
+    page.wait_for_selector("text=/^ready/")
+    page.locator(".explorer-gallery").scroll_into_view_if_needed()
+    changed_by(page, lambda: page.click(".explorer-image-33"), "pictures")
+    slide(page, "step")
+    changed_by(page, lambda: [slide(page, "step") for _ in range(7)], "pictures")
+    changed_by(page, lambda: slide(page, "eps"), "pictures")
+    changed_by(page, lambda: slide(page, "gate", "End"), "words")
+    changed_by(page, lambda: slide(page, "expert"), "pictures")
+    changed_by(page, lambda: page.check("text=maps over the image"), "pictures")
+    changed_by(page, lambda: page.check("text=outline the true parts"), "pictures")
+    page.screenshot(path=pictures / "explorer.png")
+    changed_by(page, lambda: choose(page, "CAM method", "Layer-CAM"), "pictures")
+    changed_by(page, lambda: choose(page, "compared with", "none"), "words")
+    letter = {"name": "letter.txt", "mimeType": "text/plain", "buffer": b"no image"}
+    with page.expect_file_chooser() as chooser:
+        page.click("text=own image")
+    chooser.value.set_files(letter)
+    page.wait_for_selector("text=letter.txt cannot be read as an image")
+    assert page.locator("text=/Error|Traceback/").count() <= 1  # of the letter
+
+
+def test_the_explorer_moves_in_jupyterlab(tmp_path, state):
+    """From opening the notebook to moved maps, nothing trained: the weights come with it."""
+    folder = tmp_path / "notebooks"
+    notebook = written(folder, "05_heatmaps", output_folder=str(tmp_path))
+    with jupyterlab(folder, state) as address, browser_page() as page:
+        run_all(page, address, notebook)
+        wait_for_the_end(page, notebook, seconds=300)
+        use_the_explorer(page, tmp_path)
+        page.keyboard.press("Control+s")
+    done = json.loads(notebook.read_text())
+    assert not any(errors(cell) for cell in done["cells"] if cell["cell_type"] == "code")
+
+
+def test_the_explorer_moves_on_voila_s_page(tmp_path, state):
+    """As `make explorer` serves it."""
+    notebook = written(tmp_path / "notebooks", "05_heatmaps", output_folder=str(tmp_path))
+    port = free_port()
+    recipe = re.search(r"voila notebooks/05_heatmaps.ipynb (.*)", (ROOT / "Makefile").read_text())
+    command = [sys.executable, "-m", "voila", str(notebook), *recipe[1].split(), "--no-browser"]
+    with server([*command, f"--port={port}"], port, state), browser_page() as page:
+        page.goto(f"http://127.0.0.1:{port}")
+        use_the_explorer(page, tmp_path)
+
+
+def test_the_stepper_works_from_a_file_without_a_network():
+    """The one that the demo made."""
+    problems = []
+    with browser_page(width=800) as page:
+        page.context.set_offline(True)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(request.url))
+        page.goto((ROOT / "figures" / "demo" / "stepper.html").as_uri())
+        page.wait_for_selector("text=under this gate")
+        canvas = "document.querySelectorAll('canvas')[1].toDataURL()"
+        view = page.locator("#view")
+        for control, key in (("#step", "End"), ("#state", "End"), ("#subject", "ArrowDown")):
+            before = page.evaluate(canvas), view.inner_text()
+            page.focus(control)
+            page.keyboard.press(key)
+            page.wait_for_timeout(300)
+            after = page.evaluate(canvas), view.inner_text()
+            assert before[1] != after[1], control
+            assert (before[0] != after[0]) == (control != "#state"), control
+    assert not problems

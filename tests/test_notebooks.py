@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import pytest
 
@@ -60,6 +61,37 @@ def test_every_code_cell_follows_prose_or_the_step_it_belongs_to(notebook):
     assert kinds[0] == "markdown"
     in_a_row = max(len(run) for run in "".join(k[0] for k in kinds).split("m"))
     assert in_a_row <= 3, "more than three code cells in a row without a word between them"
+
+
+def test_closes_with_exercises_and_their_answers_folded_away(notebook):
+    last = source(cells(notebook)[-1])
+    assert last.startswith("## Exercises")
+    exercises = re.split(r"^### \d", last, flags=re.MULTILINE)[1:]
+    assert 3 <= len(exercises) <= 5
+    for exercise in exercises:
+        question, answer = exercise.split("<details><summary>Answer</summary>\n\n")
+        assert len(question) > 80 and answer.strip().endswith("</details>")
+        for snippet in re.findall(r"```python\n(.*?)```", answer, re.DOTALL):
+            ast.parse(snippet)
+
+
+def test_the_way_in_names_every_other_notebook():
+    way_in = "".join(source(cell) for cell in cells(NOTEBOOKS[0], "markdown"))
+    for path in NOTEBOOKS[1:]:
+        assert f"({path.name})" in way_in
+
+
+def test_every_equation_is_computed_by_hand_and_by_the_library():
+    """Each with a cell of its own; that both agree, the notebook itself asserts."""
+    code = [source(cell) for cell in cells(NOTEBOOKS[0], "code")]
+    by_hand = [cell for cell in code if "side_by_side" in cell or "by hand" in cell]
+    functions = (
+        "mixture(", "switched_probabilities(", "classification_loss(", "grad_cam(",
+        "mutual_information(", "mutual_information_loss(", "centre_of_mass(",
+        "position_stability_loss(", "immunity_loss(", "independence_score(", "causality_score(",
+    )  # fmt: skip
+    for function in functions:
+        assert any(function in cell for cell in by_hand), function
 
 
 def test_every_equation_stands_in_the_library_and_in_a_notebook():

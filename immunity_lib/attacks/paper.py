@@ -79,7 +79,7 @@ def attack_images(
     check_labels(labels, model.experts[0].num_classes)
     import torchattacks  # costs a second, which only attackers should pay
 
-    with _modes_restored(model), model.evaluated_with(gate):
+    with modes_restored(model), model.evaluated_with(gate):
         perturb = ATTACKS[attack](torchattacks, model, eps, step_size, steps)
         adversarial = perturb(images, labels)
     check_budget(images, adversarial, eps)
@@ -97,7 +97,7 @@ def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:
 
 
 @contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
+def modes_restored(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

@@ -12,6 +12,7 @@ files that do not end as an image's do (.jpg, .png, ...; torchvision's IMG_EXTEN
 import hashlib
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ def _decoded(paths: list[str], split: str) -> np.ndarray:
 
     def decode(row: int) -> str:
         try:
-            images[row] = _pixels(paths[row])
+            images[row] = pixels(paths[row])
         except Exception as error:  # for a broken file, Pillow raises errors of all kinds
             return f"{paths[row]} ({error})"
         return ""
@@ -133,11 +134,14 @@ def _decoded(paths: list[str], split: str) -> np.ndarray:
     return images
 
 
-def _pixels(path: str) -> np.ndarray:
+def pixels(file: str | BinaryIO) -> np.ndarray:
+    """Pixels (3, 32, 32) uint8 of an image file: upright, in RGB, shorter side resized, then centre
+    crop. Raises ValueError for more than 8 bits a channel, and whatever Pillow does if it is
+    broken."""
     from PIL import Image, ImageOps
     from torchvision.transforms import functional
 
-    with Image.open(path) as picture:
+    with Image.open(file) as picture:
         if picture.mode.startswith(("I", "F")):  # Pillow would clip them to white
             raise ValueError(f"pixels of mode {picture.mode}; save it with 8 bits a channel")
         picture.draft(None, (8 * SIDE, 8 * SIDE))  # large JPEGs: decoded at a fraction of the size
