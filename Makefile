@@ -30,12 +30,12 @@ reproduce smoke: $(INSTALLED)
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
 	.venv/bin/python -m immunity_lib.plan --preset $(PRESET) $(if $(DATA),--data "$(DATA)")
 
-lab: $(INSTALLED)  ## open the notebooks in JupyterLab
-	.venv/bin/jupyter lab notebooks
+lab: $(INSTALLED)  ## open the notebooks in JupyterLab, the explorer's first
+	.venv/bin/jupyter lab notebooks/05_heatmaps.ipynb
 
-# The kernel of the next reader runs beforehand, so that the page opens at once
+# Each reader has a kernel of his own, with one thread: several of them share the cores
 explorer: $(INSTALLED)  ## serve the explorer of notebook 05 as a page
-	.venv/bin/voila notebooks/05_heatmaps.ipynb --preheat_kernel=True --pool_size=1
+	OMP_NUM_THREADS=1 .venv/bin/voila notebooks/05_heatmaps.ipynb --progressive_rendering=True
 
 site: reproduce  ## make what is missing of PRESET, and all of it as plain HTML
 	.venv/bin/python -m immunity_lib.site --preset $(PRESET)

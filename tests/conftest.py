@@ -1,6 +1,7 @@
 """Shared fixtures: the smallest data, settings and models on which meaning can be tested."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,16 @@ hypothesis_settings.register_profile(
     "reproducible", deadline=None, max_examples=40, derandomize=True, database=None
 )
 hypothesis_settings.load_profile("reproducible")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--screenshots", type=Path, help="folder for the pictures that the browser tests take"
+    )
+    parser.addoption(
+        "--batch-runs", type=int, default=1, help="how often each notebook runs in batch"
+    )
+
 
 TINY = {
     "preset": "tiny", "dataset": "parts10", "train_images": 48, "validation_images": 16,

@@ -24,13 +24,14 @@ GATES_IN_A_ROW = 40
 STYLE = """<style>
 .explorer { color: var(--jp-ui-font-color1, inherit); font-size: 13px; line-height: 1.35; }
 .explorer h4 { font-size: 14px; margin: 10px 0 4px; font-weight: 600; }
-.explorer .maps { display: flex; flex-wrap: wrap; gap: 8px; }
-.explorer figure { margin: 0; width: 132px; border: 2px solid transparent; padding: 2px; }
+.explorer .maps { display: flex; flex-wrap: wrap; gap: 4px; }
+.explorer figure { margin: 0; width: 136px; box-sizing: border-box; padding: 2px;
+  border: 2px solid transparent; }
 .explorer figure.chosen { border-color: var(--jp-brand-color1, #2a7ab0); border-radius: 3px; }
 .explorer img { width: 128px; height: 128px; image-rendering: pixelated; display: block;
   margin: 0; max-width: none; }
 .explorer .large img { width: 224px; height: 224px; }
-.explorer figure.large { width: 228px; }
+.explorer figure.large { width: 236px; }
 .explorer .bar { height: 5px; background: var(--jp-border-color2, #bbb); margin: 3px 0; }
 .explorer .bar i { display: block; height: 100%; background: var(--jp-ui-font-color1, #333); }
 .explorer svg { max-width: 720px; width: 100%; height: auto; display: block; margin: 4px 0; }
@@ -40,7 +41,7 @@ STYLE = """<style>
 .explorer td, .explorer th { padding: 1px 10px 1px 0; text-align: left; border: 0;
   color: var(--jp-ui-font-color1, inherit); background: none; }
 .explorer .legend { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 8px; }
-.explorer .scale { position: relative; width: 220px; height: 30px; margin-right: 14px; }
+.explorer .scale { position: relative; width: 220px; height: 30px; margin: 0 14px 0 8px; }
 .explorer .scale span { position: absolute; top: 12px; transform: translateX(-50%); }
 .explorer .scale .ramp { top: 0; left: 0; width: 100%; height: 11px; transform: none; }
 .explorer .key { width: 14px; height: 0; border-top: 3px solid; display: inline-block; }

@@ -59,13 +59,14 @@ class Explorer(widgets.VBox):
         first, second = standard[-1], standard[0]
         self.subject = subject or exploration.gallery[0]
         self.seen = [self.subject]
+        narrow = {"indent": False, "layout": {"width": "auto", "margin": "2px 16px 2px 8px"}}
         wide = {"style": {"description_width": "100px"}, "layout": {"width": "340px"}}
 
         self.of_class = widgets.Dropdown(
             options=["all", *dataset.class_names], description="class", **wide
         )
         self.only_broken = widgets.Checkbox(
-            description="only those that the attack breaks", indent=False
+            description="only those that the attack breaks", **narrow
         )
         self.upload = widgets.FileUpload(accept="image/*", description="own image")
         self.model = widgets.Dropdown(options=names, value=first, description="model", **wide)
@@ -100,8 +101,8 @@ class Explorer(widgets.VBox):
             tooltip="write the images looked at, with their maps under attack, as one HTML file",
             layout={"width": "auto"},
         )  # fmt: skip
-        self.overlay = widgets.Checkbox(description="maps over the image", indent=False)
-        self.parts = widgets.Checkbox(description="outline the true parts", indent=False)
+        self.overlay = widgets.Checkbox(description="maps over the image", **narrow)
+        self.parts = widgets.Checkbox(description="outline the true parts", **narrow)
         self.status = widgets.HTML()
         self.view, self.detail = widgets.HTML(), widgets.HTML()
         self.gallery = widgets.HBox()
