@@ -1,13 +1,15 @@
 """The small weights that come with the project, made from trained models: `make pretrained`.
 
 They let a notebook show its models before anything is trained. Half precision halves their size;
-each record says which weights they were rounded from and what that changed.
+each record says which weights they were rounded from and what that changed. Beside them lies the
+record of their heat maps' scores.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,7 +17,8 @@ from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.models import PRETRAINED, dataset_of, trained_model, training_record
 from immunity_lib.moe import ImmunityMoE
 from immunity_lib.recipes import ModelName, explored_models
-from immunity_lib.records import read_tensors, write_record, write_tensors
+from immunity_lib.records import read_tensors, write_atomically, write_record, write_tensors
+from immunity_lib.results import record_path, score_record
 from immunity_lib.settings import Settings, load_preset
 
 
@@ -28,6 +31,7 @@ def publish(settings: Settings, name: ModelName) -> bool:
     dataset = dataset_of(own)
     model, record = trained_model(own, name, dataset), training_record(own, name)
     folder = PRETRAINED / settings.preset / str(name)
+    (folder / "scores.json").unlink(missing_ok=True)  # of the weights before
     tensors, notes = read_tensors(source / "model.safetensors", record["weights"])
     halves = {k: one.half() if one.is_floating_point() else one for k, one in tensors.items()}
     checksum = write_tensors(folder / "model.safetensors", halves, notes)
@@ -37,6 +41,11 @@ def publish(settings: Settings, name: ModelName) -> bool:
     rounding = {"from": record["weights"], "to": "float16", "expert_answers_kept": kept}
     del record["selected"]  # that epoch's weights are not published
     write_record(folder / "record.json", record | {"weights": checksum, "rounding": rounding})
+    with TemporaryDirectory() as elsewhere:
+        published = settings.model_copy(update={"output_folder": elsewhere, "pretrained": True})
+        score_record(published, name, dataset)
+        scores = record_path(published, name, "scores").read_bytes()
+    write_atomically(folder / "scores.json", scores)
     print(f"{folder}: {kept:.2%} of the experts' answers on test images are those before rounding")
     return True
 

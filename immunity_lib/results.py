@@ -27,11 +27,24 @@ from immunity_lib.evaluation import (
     verdicts_under_attack,
 )
 from immunity_lib.heatmaps import empty_share, expert_heatmaps
-from immunity_lib.models import chosen_device, trained_model, training_record, weights_checksum
+from immunity_lib.models import (
+    PRETRAINED,
+    chosen_device,
+    trained_model,
+    training_record,
+    weights_checksum,
+)
 from immunity_lib.moe import ImmunityMoE
 from immunity_lib.per_image import packed
 from immunity_lib.recipes import ModelName, members
-from immunity_lib.records import DamagedFile, provenance, read_record, set_aside, write_record
+from immunity_lib.records import (
+    DamagedFile,
+    provenance,
+    read_record,
+    set_aside,
+    write_atomically,
+    write_record,
+)
 from immunity_lib.settings import Settings
 
 BATCH = 250
@@ -154,13 +167,20 @@ def recorded(
     path = record_path(settings, name, kind)
     model = trained_model(settings, name, dataset)
     question = question_of(settings, name, dataset, asked)
+
+    def answers(record: dict) -> bool:
+        return all(record.get(key) == value for key, value in question.items())
+
+    published = PRETRAINED / settings.preset / str(name) / f"{kind}.json"
+    if not path.exists() and published.exists() and answers(read_record(published)):
+        write_atomically(path, published.read_bytes())  # of the weights that come with the project
     if path.exists():
         try:
             record = read_record(path)
         except DamagedFile as error:
             set_aside(path, f"{error}; it is made anew")
         else:
-            if all(record.get(key) == value for key, value in question.items()):
+            if answers(record):
                 return record
             set_aside(path, "it is about other weights, data or settings; it is made anew")
     started = time.perf_counter()

@@ -7,12 +7,12 @@ import subprocess
 import pytest
 import torch
 
-from immunity_lib import models, pretrained
+from immunity_lib import models, pretrained, results
 from immunity_lib.models import model_folder, trained_model, training_record
 from immunity_lib.pretrained import publish
 from immunity_lib.recipes import ModelName, explored_models, recipe
 from immunity_lib.records import read_record, read_tensors
-from immunity_lib.results import attack_record
+from immunity_lib.results import attack_record, record_path, score_record
 from immunity_lib.settings import ROOT, load_preset
 
 PUBLISHED = sorted((ROOT / "pretrained").glob("*/*/record.json"))
@@ -66,6 +66,7 @@ def project(make_settings, dataset, tmp_path, monkeypatch):
     """Settings with a model trained and published, in folders of the test's own."""
     monkeypatch.setattr(models, "PRETRAINED", tmp_path / "pretrained")
     monkeypatch.setattr(pretrained, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(results, "PRETRAINED", tmp_path / "pretrained")
     monkeypatch.setattr(pretrained, "dataset_of", lambda settings: dataset)
     settings = make_settings(output_folder=str(tmp_path), epochs=1)
     trained_model(settings, NAME, dataset)
@@ -92,6 +93,21 @@ def test_without_it_the_published_model_answers_alike(project, dataset, images, 
     )
     assert next(found.parameters()).dtype == torch.float32
     assert published_record(project)["rounding"]["from"] != published_record(project)["weights"]
+
+
+def test_scores_of_published_weights_come_with_them(project, dataset, monkeypatch):
+    shutil.rmtree(project.runs)
+    published = read_record(models.PRETRAINED / project.preset / str(NAME) / "scores.json")
+    monkeypatch.setattr(results, "_scores", None)
+    assert score_record(project, NAME, dataset) == published
+    assert published["weights"] == [published_record(project)["weights"]]
+    assert record_path(project, NAME, "scores").exists(), "a figure can name it as its source"
+
+
+def test_scores_of_published_weights_are_not_taken_for_those_of_others(project, dataset):
+    """Trained here again, to the same weights before rounding."""
+    record = score_record(project.model_copy(update={"pretrained": False}), NAME, dataset)
+    assert record["weights"] != [published_record(project)["weights"]]
 
 
 def test_a_result_names_the_weights_it_was_measured_on(project, dataset):
