@@ -30,16 +30,19 @@ def test_each_is_whole_and_of_the_preset_as_it_is_now(path):
     name = ModelName.parse(path.parent.name)
     assert record["recipe"] == recipe(settings, name).model_dump(mode="json")
     assert record["rounding"]["expert_answers_kept"] > 0.99
+    scores = read_record(path.with_name("scores.json"))
+    assert scores["model"] == str(name) and scores["weights"] == [record["weights"]]
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
 def test_each_was_made_by_a_commit_of_this_history(path):
-    made_by = read_record(path)["provenance"]
-    assert not made_by["uncommitted_changes"]
-    asked = ["git", "cat-file", "-e", f"{made_by['commit']}^{{commit}}"]
-    known = subprocess.run(asked, cwd=ROOT, capture_output=True)
-    shallow = ROOT / ".git" / "shallow"
-    assert known.returncode == 0 or shallow.exists() or not (ROOT / ".git").exists()
+    for record in (path, path.with_name("scores.json")):
+        made_by = read_record(record)["provenance"]
+        assert not made_by["uncommitted_changes"]
+        asked = ["git", "merge-base", "--is-ancestor", made_by["commit"], "HEAD"]
+        known = subprocess.run(asked, cwd=ROOT, capture_output=True)
+        shallow = ROOT / ".git" / "shallow"
+        assert known.returncode == 0 or shallow.exists() or not (ROOT / ".git").exists()
 
 
 def test_the_demo_has_every_variant_under_both_regimes():
