@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import pytest
 
 from immunity_lib.records import provenance, write_record
-from immunity_lib.settings import ROOT
+from immunity_lib.settings import ROOT, load_preset
+from immunity_lib.site import build
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = [
@@ -266,14 +267,23 @@ def test_the_explorer_moves_on_voila_s_page(tmp_path, state):
         use_the_explorer(page)
 
 
-def test_the_stepper_works_from_a_file_without_a_network():
-    """The one that the demo made."""
+def test_the_site_works_from_a_file_without_a_network(tmp_path):
+    """With what the demo made, and a notebook full of equations."""
+    settings = load_preset("demo", output_folder=str(tmp_path))
+    shutil.copytree(ROOT / "figures" / "demo", settings.figures)
+    (settings.runs / "notebooks").mkdir(parents=True)
+    shutil.copy(ROOT / "notebooks" / "00_start_here.ipynb", settings.runs / "notebooks")
     problems = []
     with browser_page(width=800) as page:
         page.context.set_offline(True)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("requestfailed", lambda request: problems.append(request.url))
-        page.goto((ROOT / "figures" / "demo" / "stepper.html").as_uri())
+        page.goto(build(settings).as_uri())
+        page.click("text=00_start_here")
+        equation = page.locator(".equation math").first
+        assert equation.bounding_box()["height"] > 10, "an equation is drawn"
+        page.click("text=All notebooks and figures")
+        page.click("text=Step through")
         page.wait_for_selector("text=under this gate")
         canvas = "document.querySelectorAll('canvas')[1].toDataURL()"
         view = page.locator("#view")
@@ -281,7 +291,7 @@ def test_the_stepper_works_from_a_file_without_a_network():
             before = page.evaluate(canvas), view.inner_text()
             page.focus(control)
             page.keyboard.press(key)
-            page.wait_for_timeout(300)
+            page.wait_for_timeout(500)
             after = page.evaluate(canvas), view.inner_text()
             assert before[1] != after[1], control
             assert (before[0] != after[0]) == (control != "#state"), control

@@ -1,4 +1,4 @@
-"""The explorer's widgets: what to look at on the left of each line, what is seen below them.
+"""The explorer's widgets: controls above, and below them what they show.
 
 Everything shown is computed by an `Exploration`, once. A slider only looks it up, so that it
 answers at once; a new image, model, method or class is computed when it is chosen.
@@ -125,10 +125,8 @@ class Explorer(widgets.VBox):
         )
         if not dataset.part_names:
             self.parts.layout.display = "none"
-        for control in (self.of_class, self.only_broken):
+        for control in (self.of_class, self.only_broken, self.model, self.attacked_gate):
             control.observe(lambda change: self._choose_images(), "value")
-        self.model.observe(lambda change: self._choose_images(), "value")
-        self.attacked_gate.observe(lambda change: self._choose_images(), "value")
         for control in (
             self.model, self.other, self.attacked_gate, self.method, self.explained, self.budget,
             self.step, self.state, self.expert, self.overlay, self.parts,
