@@ -23,7 +23,7 @@ from immunity_lib.recipes import ModelName, explored_models
 from immunity_lib.settings import Settings
 
 KEPT = 128  # results; a set of heat maps takes some 3 MB
-PER_CLASS = 3  # images of the gallery
+GALLERY = 30  # images to choose from, as many of each class as there is room for
 BUDGETS = (0, Fraction(1, 4), Fraction(1, 2), 1, Fraction(3, 2), 2)  # times the preset's eps
 PRESET_BUDGET = BUDGETS.index(1)
 TRUE_CLASS, ANSWER = "its true class", "what the plain ensemble answers"
@@ -138,8 +138,8 @@ class Exploration:
         return self.gallery[int((after.failure - 0.5).abs().argmin())]
 
     def _once(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        # JupyterLab serves widgets in a thread beside the cells that still run, and an attack sets
-        # its model's gate
+        # JupyterLab can serve widgets in a thread beside the cells that still run, and an attack
+        # sets its model's gate
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = compute()
@@ -153,8 +153,9 @@ class Exploration:
 
     def _gallery(self) -> list[Subject]:
         test, subjects = self.dataset.splits["test"], []
-        for label, class_name in enumerate(self.dataset.class_names):
-            for row in (test.labels == label).nonzero()[:PER_CLASS, 0].tolist():
+        per_class = max(1, GALLERY // len(self.dataset.class_names))
+        for label, class_name in enumerate(self.dataset.class_names[:GALLERY]):
+            for row in (test.labels == label).nonzero()[:per_class, 0].tolist():
                 masks = None if test.part_masks is None else test.part_masks[row]
                 title = f"{class_name}, test image {row}"
                 subjects.append(Subject(title, test.images[row] / 255, label, masks))

@@ -18,6 +18,7 @@ from immunity_lib.explorer.cam_methods import CAM_METHODS
 from immunity_lib.explorer.drawing import colours, data_address
 from immunity_lib.explorer.exploration import (
     ANSWER,
+    GALLERY,
     PRESET_BUDGET,
     TRUE_CLASS,
     Exploration,
@@ -63,7 +64,7 @@ class Explorer(widgets.VBox):
         wide = {"style": {"description_width": "100px"}, "layout": {"width": "340px"}}
 
         self.of_class = widgets.Dropdown(
-            options=["all", *dataset.class_names], description="class", **wide
+            options=["all", *dataset.class_names[:GALLERY]], description="class", **wide
         )
         self.only_broken = widgets.Checkbox(
             description="only those that the attack breaks", **narrow

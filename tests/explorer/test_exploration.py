@@ -1,9 +1,12 @@
 """What the explorer computes: once, truly, and of the models that are there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from immunity_lib import expert_heatmaps
+from immunity_lib.data.image_set import ImageSet
 from immunity_lib.evaluation import switched_probabilities
 from immunity_lib.explorer import Exploration, Subject
 from immunity_lib.explorer import exploration as module
@@ -85,6 +88,17 @@ def test_an_own_image_is_led_away_from_what_the_ensemble_answers(exploration, na
     own = Subject("mine", subject.image, None)
     answers = exploration.answers(names[0], own, "uniform")
     assert answers.asked == answers.ensemble[0, 0].argmax()
+
+
+def test_the_gallery_stays_small_whatever_the_number_of_classes(exploration):
+    """As on CIFAR-100: the first thirty classes, an image of each."""
+    many = replace(
+        exploration.dataset, class_names=tuple(f"class {k}" for k in range(100)), part_names=(),
+        splits={"test": ImageSet(torch.zeros(300, 3, 32, 32, dtype=torch.uint8),
+                                 torch.arange(300) % 100)},
+    )  # fmt: skip
+    gallery = Exploration(exploration.settings, many).gallery
+    assert [subject.label for subject in gallery] == list(range(30))
 
 
 def test_broken_images_are_right_before_and_wrong_after(exploration, names):
