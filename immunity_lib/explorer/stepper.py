@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from html import escape
 
 import jinja2
 import matplotlib
@@ -43,7 +44,7 @@ def stepper(
         ]
         shown.append(
             {
-                "title": subject.title,
+                "title": escape(subject.title),
                 "asked": answers[0].asked,
                 "legend": page.legend(top, ()),
                 "models": models,
@@ -52,7 +53,8 @@ def stepper(
     experts = answers[0].gate.shape[-1]
     ramp = matplotlib.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3]
     data = {
-        "classes": exploration.dataset.class_names,
+        # Names of files and folders, which the page writes as HTML
+        "classes": [escape(name) for name in exploration.dataset.class_names],
         "gates": permutations(experts).tolist(),
         "ramp": ramp.tolist(),
         "subjects": shown,

@@ -127,6 +127,15 @@ def test_what_goes_wrong_is_said(explorer, monkeypatch):
     assert "ZeroDivisionError" in explorer.status.value
 
 
+def test_a_file_s_name_stays_text_on_the_page_that_is_taken_home(explorer):
+    content = BytesIO()
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(content, "PNG")
+    explorer.upload.value = (uploaded(content.getvalue(), "<img src=x onerror=alert(1)>.png"),)
+    explorer.save.click()
+    page = (explorer.exploration.settings.runs / "explorer" / "session.html").read_text()
+    assert "&lt;img src=x" in page and "<img src=x" not in page
+
+
 def test_the_session_is_taken_home_as_one_page(explorer):
     explorer.thumbnails[1].click()
     explorer.save.click()
