@@ -113,7 +113,12 @@ def grad_cam(
 
 def empty_share(maps: Tensor) -> Tensor:
     """Share of empty maps per expert, (N,), of normalised maps made with floor 0."""
-    return (maps.amax((-2, -1)) == maps.amin((-2, -1))).float().mean(0)
+    return is_empty(maps).float().mean(0)
+
+
+def is_empty(maps: Tensor) -> Tensor:
+    """Which normalised maps (..., 32, 32), made with floor 0, are empty, bool (...)."""
+    return maps.amax((-2, -1)) == maps.amin((-2, -1))
 
 
 def _explained_score(outputs: ExpertOutputs, labels: Tensor, explained: str) -> Tensor:

@@ -57,15 +57,25 @@ def dataset_of(settings: Settings, name: str = "") -> Dataset:
 def model_folder(settings: Settings, name: ModelName) -> Path:
     """Where everything about a model lies: what was trained here goes before what came with the
     project."""
-    own = _own_folder(settings, name)
+    own = own_folder(settings, name)
     if not (own / "record.json").exists() and is_pretrained(settings, name):
-        return PRETRAINED / settings.preset / str(name)
+        return pretrained_folder(settings, name)
     return own
+
+
+def own_folder(settings: Settings, name: ModelName) -> Path:
+    """Where a model lies that was trained here."""
+    return settings.runs / "models" / str(name)
+
+
+def pretrained_folder(settings: Settings, name: ModelName) -> Path:
+    """Where a model lies that comes with the project."""
+    return PRETRAINED / settings.preset / str(name)
 
 
 def is_pretrained(settings: Settings, name: ModelName) -> bool:
     """Whether the project brings weights of this model, trained with these settings."""
-    folder = PRETRAINED / settings.preset / str(name)
+    folder = pretrained_folder(settings, name)
     if not (settings.pretrained and (folder / settings.weights_file).exists()):
         return False
     known = read_record(folder / "record.json")["recipe"]
@@ -80,7 +90,7 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
     """
     if name.method == "ensemble":
         return _ensemble([trained_model(settings, one, dataset) for one in members(settings, name)])
-    wanted, folder = recipe(settings, name), _own_folder(settings, name)
+    wanted, folder = recipe(settings, name), own_folder(settings, name)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # a second process waits, then finds the model trained
         model = _load(settings, folder, wanted, dataset) or _load_pretrained(
@@ -100,10 +110,6 @@ def training_record(settings: Settings, name: ModelName) -> dict:
 def weights_checksum(settings: Settings, record: dict) -> str:
     """Of the reported epoch's weights, from a training record."""
     return record["weights"] if settings.reported_epoch == "last" else record["selected"]["weights"]
-
-
-def _own_folder(settings: Settings, name: ModelName) -> Path:
-    return settings.runs / "models" / str(name)
 
 
 def _load(settings: Settings, folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE | None:
@@ -126,7 +132,7 @@ def _load_pretrained(
     if not is_pretrained(settings, name):
         return None
     try:
-        model = _stored_model(settings, PRETRAINED / settings.preset / str(name), wanted, dataset)
+        model = _stored_model(settings, pretrained_folder(settings, name), wanted, dataset)
     except DamagedFile as error:
         print(f"the weights of {name} that come with the project are not used: {error}")
         return None

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from immunity_lib.artefacts import write_artefact
+from immunity_lib.heatmaps import is_empty
 from immunity_lib.settings import Settings
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def heatmap_grid(
         axes[row, 0].set_xlabel(titles[row], fontsize=9)
         for expert in range(experts):
             panel, heat = axes[row, expert + 1], maps[row, expert].numpy(force=True)
-            empty = bool(heat.max() == heat.min())
+            empty = bool(is_empty(maps[row, expert]))
             heat = heat * 0 if empty else heat / heat.max()
             drawn = panel.imshow(heat, cmap="magma", vmin=0, vmax=1)
             if empty:

@@ -13,8 +13,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from immunity_lib.data import Dataset
 from immunity_lib.data.batches import evaluation_batches
-from immunity_lib.models import PRETRAINED, dataset_of, trained_model, training_record
+from immunity_lib.models import (
+    dataset_of,
+    own_folder,
+    pretrained_folder,
+    trained_model,
+    training_record,
+)
 from immunity_lib.moe import ImmunityMoE
 from immunity_lib.recipes import ModelName, explored_models
 from immunity_lib.records import read_tensors, write_atomically, write_record, write_tensors
@@ -22,15 +29,13 @@ from immunity_lib.results import record_path, score_record
 from immunity_lib.settings import Settings, load_preset
 
 
-def publish(settings: Settings, name: ModelName) -> bool:
+def publish(settings: Settings, name: ModelName, dataset: Dataset) -> bool:
     """Write pretrained/<preset>/<name>/ from the model in runs/; False if it is not trained yet."""
-    source = settings.runs / "models" / str(name)
+    source, folder = own_folder(settings, name), pretrained_folder(settings, name)
     if not (source / "record.json").exists():
         return False
     own = settings.model_copy(update={"pretrained": False})
-    dataset = dataset_of(own)
     model, record = trained_model(own, name, dataset), training_record(own, name)
-    folder = PRETRAINED / settings.preset / str(name)
     (folder / "scores.json").unlink(missing_ok=True)  # of the weights before
     tensors, notes = read_tensors(source / "model.safetensors", record["weights"])
     halves = {k: one.half() if one.is_floating_point() else one for k, one in tensors.items()}
@@ -66,7 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         settings = load_preset(options.preset, data_folder=options.data)
-        missing = [name for name in explored_models(settings) if not publish(settings, name)]
+        dataset = dataset_of(settings)
+        names = explored_models(settings)
+        missing = [name for name in names if not publish(settings, name, dataset)]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,8 +28,8 @@ from immunity_lib.evaluation import (
 )
 from immunity_lib.heatmaps import empty_share, expert_heatmaps
 from immunity_lib.models import (
-    PRETRAINED,
     chosen_device,
+    pretrained_folder,
     trained_model,
     training_record,
     weights_checksum,
@@ -171,7 +171,7 @@ def recorded(
     def answers(record: dict) -> bool:
         return all(record.get(key) == value for key, value in question.items())
 
-    published = PRETRAINED / settings.preset / str(name) / f"{kind}.json"
+    published = pretrained_folder(settings, name) / f"{kind}.json"
     if not path.exists() and published.exists() and answers(read_record(published)):
         write_atomically(path, published.read_bytes())  # of the weights that come with the project
     if path.exists():

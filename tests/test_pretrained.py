@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from immunity_lib import models, pretrained, results
+from immunity_lib import models, results
 from immunity_lib.models import model_folder, trained_model, training_record
 from immunity_lib.pretrained import publish
 from immunity_lib.recipes import ModelName, explored_models, recipe
@@ -68,12 +68,9 @@ def test_the_demo_s_models_are_there_without_training(tmp_path, monkeypatch):
 def project(make_settings, dataset, tmp_path, monkeypatch):
     """Settings with a model trained and published, in folders of the test's own."""
     monkeypatch.setattr(models, "PRETRAINED", tmp_path / "pretrained")
-    monkeypatch.setattr(pretrained, "PRETRAINED", tmp_path / "pretrained")
-    monkeypatch.setattr(results, "PRETRAINED", tmp_path / "pretrained")
-    monkeypatch.setattr(pretrained, "dataset_of", lambda settings: dataset)
     settings = make_settings(output_folder=str(tmp_path), epochs=1)
     trained_model(settings, NAME, dataset)
-    assert publish(settings, NAME)
+    assert publish(settings, NAME, dataset)
     return settings
 
 
@@ -145,7 +142,7 @@ def test_damaged_ones_are_left_where_they_are_and_not_used(project, dataset, cap
     assert model_folder(project, NAME) == project.runs / "models" / str(NAME)
 
 
-def test_what_is_not_trained_is_not_published(project):
+def test_what_is_not_trained_is_not_published(project, dataset):
     other = ModelName.parse("parts10-immunity-resnet18-standard-seed0")
-    assert not publish(project, other)
+    assert not publish(project, other, dataset)
     assert not (models.PRETRAINED / project.preset / str(other)).exists()

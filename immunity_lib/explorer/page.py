@@ -17,6 +17,7 @@ from torch import Tensor
 from immunity_lib.explorer import drawing
 from immunity_lib.explorer.exploration import Subject
 from immunity_lib.explorer.moments import Moment
+from immunity_lib.heatmaps import is_empty
 
 RIGHT, WRONG = "\N{CHECK MARK}", "\N{BALLOT X}"
 GATES_IN_A_ROW = 40
@@ -73,7 +74,7 @@ def model_row(
             f'<div class="bar"><i style="width:{weights[expert]:.1%}"></i></div>'
             f"weight {weights[expert]:.2f}"
         )
-        if heat.max() == heat.min():
+        if is_empty(heat):
             caption += ", empty map"
         figures.append(
             _figure(

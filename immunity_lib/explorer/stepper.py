@@ -19,6 +19,7 @@ from immunity_lib.explorer import page
 from immunity_lib.explorer.drawing import COLOUR_MAP, brightness, colours, data_address, scale_top
 from immunity_lib.explorer.exploration import Answers, Exploration, Subject
 from immunity_lib.explorer.moments import label_of
+from immunity_lib.heatmaps import is_empty
 from immunity_lib.recipes import ModelName
 
 
@@ -83,7 +84,7 @@ def _path(answers: Answers, maps: Tensor, budget: int, top: float) -> dict:
         "images": data_address(np.concatenate([colours(frame) for frame in frames])),
         "heat": data_address(sheet),
         "weights": _rounded(answers.gate[budget]),
-        "empty": (maps.amax((-2, -1)) == maps.amin((-2, -1))).tolist(),
+        "empty": is_empty(maps).tolist(),
         # Each expert's probabilities; the mixtures follow from them, eq (1)
         "experts": _rounded(experts),
     }
