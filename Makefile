@@ -2,7 +2,10 @@
 
 PRESET ?= demo
 DATA ?=
+OUTPUT ?=
 JOBS ?=
+PROFILE ?=
+PROCESSES ?=
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 
 # Remade when the lock or the project changes. The stamp is written last, so that an install
@@ -10,25 +13,34 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 INSTALLED := .venv/.installed
 UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-deps
 
-.PHONY: help reproduce smoke plan lab explorer site pretrained test test-fast bench lock
+WHAT = --preset $(PRESET) $(if $(DATA),--data "$(DATA)")
+WHERE = $(if $(OUTPUT),--output "$(OUTPUT)")
+
+.PHONY: help reproduce smoke plan status lab explorer site pretrained test test-fast test-node bench lock
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
-	@echo 'Variables of reproduce, smoke, plan, site and pretrained, as in "make reproduce PRESET=cifar10-small DATA=folder":'
-	@echo '  PRESET  a file of presets/: smoke, demo (default), cifar10-small, paper, or a path'
-	@echo '  DATA    folder of CIFAR or of your own images; smoke and demo need none'
-	@echo '  JOBS    notebooks beside each other (default: all cores)'
+	@echo 'Variables, as in "make reproduce PRESET=cifar10-small DATA=folder":'
+	@echo '  PRESET     a file of presets/: smoke, demo (default), cifar10-small, paper, or a path'
+	@echo '  DATA       folder of CIFAR or of your own images; smoke and demo need none'
+	@echo '  OUTPUT     where runs/ and figures/ go (default: here)'
+	@echo '  JOBS       notebooks beside each other (default: all cores)'
+	@echo '  PROFILE    where they run: gpu-node, slurm, or a path (default: on this machine)'
+	@echo '  PROCESSES  GPUs that train one model together (default: 1)'
 	@echo 'PYTHON names the Python 3.11 that the environment .venv is made from.'
 
 reproduce:  ## make every table and figure of PRESET (the first run installs .venv)
 smoke:  ## the same graph at its smallest, to see that everything runs
 smoke: override PRESET = smoke
 reproduce smoke: $(INSTALLED)
-	.venv/bin/python -m immunity_lib.reproduce --preset $(PRESET) \
-		$(if $(DATA),--data "$(DATA)") $(if $(JOBS),--jobs $(JOBS))
+	.venv/bin/python -m immunity_lib.reproduce $(WHAT) $(WHERE) $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(PROFILE),--profile "$(PROFILE)") $(if $(PROCESSES),--processes $(PROCESSES))
 
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
-	.venv/bin/python -m immunity_lib.plan --preset $(PRESET) $(if $(DATA),--data "$(DATA)")
+	.venv/bin/python -m immunity_lib.plan $(WHAT)
+
+status: $(INSTALLED)  ## how far PRESET is, and when it will be done; from any machine
+	.venv/bin/python -m immunity_lib.status $(WHAT) $(WHERE)
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab, the explorer's first
 	.venv/bin/jupyter lab notebooks/05_heatmaps.ipynb
@@ -38,18 +50,21 @@ explorer: $(INSTALLED)  ## serve the explorer of notebook 05 as a page
 	OMP_NUM_THREADS=1 .venv/bin/voila notebooks/05_heatmaps.ipynb --progressive_rendering=True
 
 site: reproduce  ## make what is missing of PRESET, and all of it as plain HTML
-	.venv/bin/python -m immunity_lib.site --preset $(PRESET)
+	.venv/bin/python -m immunity_lib.site --preset $(PRESET) $(WHERE)
 
 pretrained: $(INSTALLED)  ## write the weights that come with the project from those in runs/
-	.venv/bin/python -m immunity_lib.pretrained --preset $(PRESET) $(if $(DATA),--data "$(DATA)")
+	.venv/bin/python -m immunity_lib.pretrained $(WHAT)
 
-test: $(INSTALLED)  ## check the style and run all tests
+test: $(INSTALLED)  ## check the style and run all tests but those of test-node
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -m "not node"
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow and not node"
+
+test-node: $(INSTALLED)  ## run the tests of faults, container and cluster, an hour or two
+	.venv/bin/python -m pytest -m node
 
 bench: $(INSTALLED)  ## time the library beside its peers
 	.venv/bin/python -m benchmarks
@@ -66,7 +81,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c '$(NEEDS_PYTHON)'
 	test -f $@ || $(PYTHON) -m venv --clear .venv
 	rm -f $@
-	.venv/bin/python -m pip install --quiet uv
+	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.lock
+	.venv/bin/python -m pip install --quiet --no-deps --require-hashes -r .venv/uv.lock
 	$(UV_INSTALL) --require-hashes -r requirements.lock
 	$(UV_INSTALL) --no-build-isolation -e .
 	touch $@

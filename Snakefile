@@ -1,19 +1,26 @@
 # The paper as a graph: trained models -> measurements -> tables and figures. Every node is a
 # notebook that papermill runs; a preset says how large. `make reproduce` starts it.
 
+import shlex
 import sys
 
 from immunity_lib import recipes, results
 from immunity_lib.settings import ROOT, load_preset
 
-workdir: ROOT
-
 settings = load_preset(
     config["preset"],
     data_folder=config.get("data_folder") or "",
     output_folder=config.get("output_folder") or "",
+    processes=config.get("processes"),
 )
 RUNS, FIGURES = settings.runs, settings.figures
+
+
+# What Snakemake itself keeps lies with the results: the project's folder may be read-only
+workdir: RUNS
+
+
+NOTEBOOKS = ROOT / "notebooks"
 LIBRARY = ROOT / "immunity_lib"
 DRAWING = [
     LIBRARY / name
@@ -36,15 +43,31 @@ shell.prefix(
 def run_notebook(name, model=""):
     """The command that runs a notebook. What it prints is shown; what its kernel says beside that
     goes to the log, with the traceback of a cell that fails."""
-    return (
-        f"{sys.executable} -m papermill notebooks/{name}.ipynb {{output.notebook}} -k python3 "
-        f"-r preset '{config['preset']}' -r data_folder '{settings.data_folder}' "
-        f"-r output_folder '{settings.output_folder}' -p interactive False -p pretrained False {model} "
-        "--cwd . --no-progress-bar --stdout-file >(cat >&2) 2> {log}"
-    )
+    given = {
+        "preset": config["preset"],
+        "data": settings.data_folder,
+        "output": settings.output_folder,
+        "gpus": config.get("gpus", "") if model else "",
+        "processes": settings.processes if name == "02_training" else 1,
+    }
+    options = [f"--{option}={value}" for option, value in given.items() if value]
+    command = shlex.join([sys.executable, "-m", "immunity_lib.batch", name, *options])
+    # exec: the job ends with the graph that started it. Braces would be wildcards
+    return "exec " + command.replace("{", "{{").replace("}", "}}") + model
 
 
-MODEL = "-r model {wildcards.model}"
+MODEL = " --model={wildcards.model}"
+REQUESTS = config.get("requests", {})  # of a cluster; without one, jobs take what there is
+ON_GPUS = bool(REQUESTS or config.get("gpus"))
+
+
+def request(resource, name):
+    """How much of a resource a job on one model asks a cluster for: more with every attempt."""
+
+    def of_attempt(wildcards, attempt):
+        return attempt * REQUESTS.get(f"{name}-{wildcards.model}", {}).get(resource, 0)
+
+    return of_attempt
 
 
 def trained(names):
@@ -93,6 +116,10 @@ rule train:
         ).model_dump_json(),
     log:
         RUNS / "notebooks/02_training-{model}.log",
+    resources:
+        gpu=settings.processes * ON_GPUS,
+        mem_mb=request("mem_mb", "02_training"),
+        runtime=request("runtime", "02_training"),
     shell:
         run_notebook("02_training", MODEL)
 
@@ -107,6 +134,10 @@ rule attack:
         asked=results.attack_question(settings),
     log:
         RUNS / "notebooks/03_attacks-{model}.log",
+    resources:
+        gpu=int(ON_GPUS),
+        mem_mb=request("mem_mb", "03_attacks"),
+        runtime=request("runtime", "03_attacks"),
     shell:
         run_notebook("03_attacks", MODEL)
 
@@ -126,13 +157,17 @@ rule judge:
         asked=results.adaptive_question(settings),
     log:
         RUNS / "notebooks/06_adaptive_attacks-{model}.log",
+    resources:
+        gpu=int(ON_GPUS),
+        mem_mb=request("mem_mb", "06_adaptive_attacks"),
+        runtime=request("runtime", "06_adaptive_attacks"),
     shell:
         run_notebook("06_adaptive_attacks", MODEL)
 
 
 rule start_here:
     input:
-        notebook="notebooks/00_start_here.ipynb",
+        notebook=NOTEBOOKS / "00_start_here.ipynb",
         library=DRAWING,
     output:
         drawn("figure1"),
@@ -146,7 +181,7 @@ rule start_here:
 rule expert_selection:
     input:
         trained(OF_TABLE1),
-        notebook="notebooks/01_expert_selection.ipynb",
+        notebook=NOTEBOOKS / "01_expert_selection.ipynb",
         library=DRAWING,
     output:
         drawn("table1", table=True),
@@ -161,7 +196,7 @@ rule expert_selection:
 rule attacks:
     input:
         [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
-        notebook="notebooks/03_attacks.ipynb",
+        notebook=NOTEBOOKS / "03_attacks.ipynb",
         library=DRAWING,
     output:
         drawn("table2", "gates", table=True),
@@ -181,7 +216,7 @@ rule ablation:
         ],
         scores(name for name in recipes.table3_models(settings) if name in OF_TABLE1),
         trained([recipes.literal_model(settings)]),
-        notebook="notebooks/04_ablation.ipynb",
+        notebook=NOTEBOOKS / "04_ablation.ipynb",
         library=DRAWING,
     output:
         drawn("table3", table=True),
@@ -197,7 +232,7 @@ rule ablation:
 rule heatmaps:
     input:
         trained(recipes.table3_models(settings)),
-        notebook="notebooks/05_heatmaps.ipynb",
+        notebook=NOTEBOOKS / "05_heatmaps.ipynb",
         library=DRAWING + EXPLORER,
     output:
         drawn("figure2", "figure2_moe"),
@@ -215,7 +250,7 @@ rule heatmaps:
 rule adaptive_attacks:
     input:
         [RUNS / f"records/{name}.adaptive.json" for name in JUDGED],
-        notebook="notebooks/06_adaptive_attacks.ipynb",
+        notebook=NOTEBOOKS / "06_adaptive_attacks.ipynb",
         library=DRAWING,
     output:
         drawn("gate_worth", "attack_suite", table=True),
@@ -232,7 +267,7 @@ rule claims:
         [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
         [RUNS / f"records/{name}.adaptive.json" for name in JUDGED],
         scores(OF_TABLE1 + SCORED_ALONE),
-        notebook="notebooks/07_claims.ipynb",
+        notebook=NOTEBOOKS / "07_claims.ipynb",
         library=DRAWING,
     output:
         drawn("claims", table=True),

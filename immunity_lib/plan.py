@@ -57,12 +57,23 @@ class Job:
     parameters: int
     forward: int  # multiply-accumulates of one image
     training: int  # multiply-accumulates
-    evaluation: int
+    attacks: int  # and scores
+    judging: int  # the adaptive attacks
     memory: int  # bytes, in training
 
+    @property
+    def evaluation(self) -> int:
+        """Multiply-accumulates of everything behind the training."""
+        return self.attacks + self.judging
+
     def hours(self, tflops: float) -> float:
-        """At a sustained speed in TFLOP/s; a multiply-accumulate is two operations."""
-        return 2 * (self.training + self.evaluation) / (tflops * 1e12) / 3600
+        """All of it at a sustained speed in TFLOP/s."""
+        return hours(self.training + self.evaluation, tflops)
+
+
+def hours(multiply_accumulates: int, tflops: float) -> float:
+    """At a sustained speed in TFLOP/s; a multiply-accumulate is two operations."""
+    return 2 * multiply_accumulates / (tflops * 1e12) / 3600
 
 
 def planned_jobs(settings: Settings) -> list[Job]:
@@ -156,12 +167,11 @@ def planned_job(settings: Settings, name: ModelName, attacked: bool, judged: boo
     if attacked:
         single = wanted.experts == 1
         measured += settings.attacked_images * passes_of_attacks(settings, single) + test_images
-    if judged:
-        measured += settings.judged_count * passes_of_judging(settings)
+    judging = settings.judged_count * passes_of_judging(settings) if judged else 0
     passes = passes_of_training(wanted, tail / forward)
     return Job(
         name, parameters, forward, round(train_images * wanted.epochs * passes * forward),
-        round(measured * forward), memory,
+        round(measured * forward), round(judging * forward), memory,
     )  # fmt: skip
 
 
@@ -211,7 +221,7 @@ def printed_plan(settings: Settings, jobs: list[Job], tflops: float) -> str:
     frame = pd.DataFrame(lines).groupby("model", sort=False)
     table = frame.mean()
     table.insert(0, "jobs", frame.size())
-    hours = [job.hours(tflops) for job in jobs]
+    each = [job.hours(tflops) for job in jobs]
     disk = sum(8 * job.parameters for job in jobs) + 2e6 * len(jobs)
     return "\n".join(
         [
@@ -221,7 +231,7 @@ def printed_plan(settings: Settings, jobs: list[Job], tflops: float) -> str:
             f"{len(jobs)} trainings, {sum(job.training for job in jobs) / 1e18:.3g} EMAC in "
             f"training and {sum(job.evaluation for job in jobs) / 1e18:.3g} EMAC in attacks and "
             f"scores",
-            f"{sum(hours):,.0f} GPU hours in all, {max(hours):,.1f} for the longest job, at an "
+            f"{sum(each):,.0f} GPU hours in all, {max(each):,.1f} for the longest job, at an "
             f"assumed {tflops:g} TFLOP/s sustained (--tflops); nothing here was run on a GPU",
             f"{max(job.memory for job in jobs) / 1e9:.1f} GB for the largest job in float32, and 1 "
             "to 2 GB for a GPU's libraries",

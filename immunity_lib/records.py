@@ -15,14 +15,12 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from immunity_lib.settings import ROOT
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 
@@ -77,12 +75,14 @@ def _checksum_of_json(content: dict[str, Any]) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> str:
     """Write tensors and JSON-able notes as one safetensors file; returns their checksum."""
+    from safetensors.torch import save  # torch costs seconds to import, and records are read often
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(notes, sort_keys=True)
     checksum = _checksum_of_tensors(tensors, text)
     # In one entry, since safetensors writes several in random order: equal content, equal bytes
     written = json.dumps({"notes": text, "checksum": checksum})
-    write_atomically(path, serialise(tensors, {"immunity": written}))
+    write_atomically(path, save(tensors, {"immunity": written}))
     return checksum
 
 
@@ -93,6 +93,8 @@ def read_tensors(
 
     checksum: what `write_tensors` returned, from a caller that wants that very file.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             written = json.loads((file.metadata() or {}).get("immunity", "{}"))
@@ -109,6 +111,8 @@ def read_tensors(
 
 
 def _checksum_of_tensors(tensors: dict[str, Tensor], notes: str) -> str:
+    import torch
+
     digest = hashlib.sha256(notes.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -119,6 +123,8 @@ def _checksum_of_tensors(tensors: dict[str, Tensor], notes: str) -> str:
 
 def provenance() -> dict[str, Any]:
     """What a result depends on besides its settings: code, packages and hardware."""
+    import torch
+
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "immunity_lib")),

@@ -3,24 +3,34 @@
 Checks the preset, the data and the files of earlier runs before anything is computed, lets
 Snakemake make what is missing, and ends with a list of what there is and what it shows. Killed at
 any moment, the same command goes on.
+
+On a machine with several GPUs, each job takes one of its own; with the profile of a cluster,
+Snakemake submits every job to its scheduler (profiles/).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from immunity_lib.records import DamagedFile, read_record, read_tensors, set_aside
+from immunity_lib.cluster import profile_folder, requests, submits
+from immunity_lib.damage import set_aside_damaged
+from immunity_lib.plan import ASSUMED_TFLOPS
+from immunity_lib.records import read_record, write_record
 from immunity_lib.settings import ROOT, Settings, load_preset, preset_names
+from immunity_lib.stopping import STOPPED, sigterm_handed_on
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the graph of a preset; returns the exit status."""
     options = _parser().parse_args(arguments)
+    # A container's first process is not ended by a signal that it does not handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     preset = options.preset
     if preset not in preset_names() and Path(preset).is_file():
         preset = os.path.abspath(preset)  # notebooks run elsewhere than here
@@ -29,7 +39,20 @@ def main(arguments: list[str] | None = None) -> int:
             preset,
             data_folder=os.path.abspath(options.data) if options.data else "",
             output_folder=os.path.abspath(options.output) if options.output else "",
+            processes=options.processes,
         )
+        if set(settings.output_folder) & set("{}"):
+            raise ValueError(
+                f"output folder {settings.output_folder!r} has a brace in its name, which stands "
+                "for a wildcard in the graph; choose another"
+            )
+        config = {
+            "preset": preset,
+            "data_folder": settings.data_folder,
+            "output_folder": settings.output_folder,
+            "processes": settings.processes,
+            **_placement(settings, options),
+        }
         from immunity_lib.models import chosen_device, dataset_of
 
         # Downloads them once, before models train beside each other
@@ -44,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Held until this process ends, however it ends: so Snakemake's own lock, which a kill
         # would leave behind, is not needed
         with FileLock(settings.runs / ".lock", timeout=0):
-            set_aside_damaged(settings.runs)
-            status = _run_graph(settings, preset, options.jobs)
+            set_aside_damaged(settings)
+            status = _run_graph(settings, config, options)
     except Timeout:
         print(
             f"error: preset {settings.preset} is being reproduced by another process; "
@@ -64,17 +87,6 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def set_aside_damaged(runs: Path) -> None:
-    """Rename every record and weights file that is truncated or altered; it is made again."""
-    readers = {"*.json": read_record, "*.safetensors": read_tensors}
-    for pattern, read in readers.items():
-        for path in sorted(runs.rglob(pattern)):
-            try:
-                read(path)
-            except DamagedFile as error:
-                set_aside(path, f"{error}; it is made anew")
-
-
 def listing(settings: Settings) -> str:
     """Every table and figure of the preset, with its path and what it shows."""
     lines = [f"Tables and figures of preset {settings.preset}:"]
@@ -90,26 +102,49 @@ def listing(settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def _run_graph(settings: Settings, preset: str, jobs: int | None) -> int:
+def _placement(settings: Settings, options: argparse.Namespace) -> dict:
+    """Where the jobs run: on "gpus" of this machine, or where a cluster's scheduler puts them, by
+    their "requests"."""
+    from torch.cuda import device_count
+
+    if options.profile and submits(profile_folder(options.profile)):
+        return {"gpus": "", "requests": requests(settings, options.tflops)}
+    gpus = device_count()
+    if 0 < gpus < settings.processes:
+        raise ValueError(f"processes is {settings.processes}, but this machine has {gpus} GPUs")
+    return {"gpus": ",".join(map(str, range(gpus)))}
+
+
+def _run_graph(settings: Settings, config: dict, options: argparse.Namespace) -> int:
     from snakemake.cli import main as snakemake
 
+    described = settings.runs / "graph.json"
+    write_record(described, config)
     arguments = [
         "--snakefile", str(ROOT / "Snakefile"),
-        "--cores", str(jobs or "all"),
+        "--directory", str(settings.runs),
+        "--configfile", str(described),
         "--nolock",
         "--rerun-incomplete",
         "--rerun-triggers", "mtime", "params",
         "--keep-incomplete",  # the executed part of a notebook that failed, to read
         "--quiet", "rules",
         "--show-failed-logs",
-        "--config", f"preset={preset}", f"data_folder={settings.data_folder}",
-        f"output_folder={settings.output_folder}",
     ]  # fmt: skip
-    try:
-        snakemake(arguments)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
-    return 0
+    if options.profile:
+        arguments += ["--profile", str(profile_folder(options.profile))]
+    if "requests" not in config:
+        gpus = len(config["gpus"].split(",")) if config["gpus"] else 0
+        arguments += ["--cores", str(options.jobs or "all"), "--resources", f"gpu={gpus}"]
+    elif options.jobs:
+        arguments += ["--jobs", str(options.jobs)]
+    with sigterm_handed_on(cluster="requests" in config) as stopped:
+        try:
+            snakemake(arguments)
+            status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    return STOPPED if stopped.is_set() else status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,6 +162,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", default="", help="where runs/ and figures/ go")
     parser.add_argument("--jobs", type=int, help="notebooks beside each other (default: all cores)")
+    parser.add_argument(
+        "--processes", type=int, help="GPUs that train one model together (default: 1)"
+    )
+    parser.add_argument(
+        "--profile", default="", help="a folder of profiles/, as slurm, or the path of your own"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=ASSUMED_TFLOPS,
+        help="sustained speed of a cluster's GPU, by which a job's time limit is reckoned "
+        f"(default: {ASSUMED_TFLOPS:g} TFLOP/s)",
+    )
     return parser
 
 

@@ -34,12 +34,19 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    preset: str = Field(description="its name; results lie under it in runs/ and figures/")
+    preset: str = Field(
+        description="its name; results lie under it in runs/ and figures/",
+        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
     model: str = Field("", description="one model of the preset by name; empty: all of them")
     data_folder: str = Field(
         "", description="where CIFAR (empty: data/, it is downloaded) or the own images lie"
     )
     output_folder: str = Field("", description="where runs/ and figures/ go; empty: the project")
+    processes: Count = Field(
+        1,
+        description="that train one model together, each on a GPU of its own where there are GPUs",
+    )
     interactive: bool = Field(True, description="show widgets; batch runs set this to false")
     pretrained: bool = Field(
         True, description="use weights that come with the project; `make reproduce` trains all anew"
@@ -202,18 +209,25 @@ def load_preset(preset: str, **changes: Any) -> Settings:
             f"unknown preset {preset!r}; valid names: {', '.join(preset_names())}, "
             "or the path of a YAML file"
         )
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold fields like 'epochs: 10'; found {content!r}")
+    content = read_yaml(path)
     for field in ("data_folder", "output_folder"):
         if content.get(field):
             content[field] = str(path.resolve().parent / content[field])
+    for field in ("data_folder", "output_folder", "processes"):
         if not changes.get(field):  # an empty one says nothing
             changes.pop(field, None)
     return _checked({"preset": path.stem} | content | changes)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file; raises ValueError that names a file that is none."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold fields like 'epochs: 10'; found {content!r}")
+    return content
 
 
 def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
@@ -249,5 +263,10 @@ def _explained(problem: Mapping[str, Any]) -> str:
         return f"unknown parameter {name!r}; valid names: {', '.join(Settings.model_fields)}"
     if problem["type"] == "missing":
         return f"{name} is missing: {Settings.model_fields[name].description or 'give a value'}"
+    if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
+        return (
+            f"{name} = {problem['input']!r}: give it letters, digits, '.', '_' and '-' alone, "
+            "the first a letter or digit"
+        )
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name} = {problem['input']!r}: {message}" if name else message
