@@ -82,7 +82,12 @@ def build(settings: Settings) -> Path:
     exporter = _PageExporter()
     pages = [path.stem for path in executed]
     for path in tqdm(executed, "notebooks"):
-        page, _ = exporter.from_filename(str(path))
+        try:
+            page, _ = exporter.from_filename(str(path))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is no whole notebook ({error}); `make reproduce` makes it anew"
+            ) from error
         write_atomically(site / "notebooks" / f"{path.stem}.html", _linked(page, pages))
     shutil.copytree(settings.figures, site / "figures", ignore=shutil.ignore_patterns("records"))
     chapters = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
