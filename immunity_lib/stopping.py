@@ -1,4 +1,4 @@
-"""SIGTERM, by which schedulers and containers ask a process to end, for the graph as a whole."""
+"""SIGTERM, by which a scheduler or a container warns that it will end a process in some seconds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,29 @@ STOPPED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM en
 
 
 @contextmanager
+def sigterm_noted() -> Iterator[list[int]]:
+    """Within it, SIGTERM ends nothing but lands in the list, so that there is time to save what
+    was computed. Behind it, SystemExit(143) makes up for one that came.
+
+    Only the main thread can handle signals; in any other, SIGTERM does what it did before.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    if received:
+        raise SystemExit(STOPPED)
+
+
+@contextmanager
 def sigterm_handed_on(cluster: bool) -> Iterator[threading.Event]:
-    """Within it, SIGTERM reaches the running jobs too; the event says whether there was one.
+    """Within it, SIGTERM reaches the running jobs of the graph too; the event says whether there
+    was one.
 
     Snakemake's own answer to SIGTERM is to start no further job and to wait for those that run,
     which takes hours. Told as well, they write their checkpoints and end. On a cluster they are

@@ -1,32 +1,33 @@
 """Standard and adversarial training of a mixture, resumable to the bit.
 
-After every epoch the weights, the optimiser's momentum, the random state and the log so far go
-into one checkpoint, written atomically. A killed run goes on from there and ends where an
-uninterrupted one would have (on the CPU, bit for bit).
+After every epoch, and when SIGTERM warns of the end, the weights, the optimiser's momentum, the
+random state and the log so far go into one checkpoint, written atomically. A run that was killed
+or stopped goes on from there and ends where an uninterrupted one would have (on the CPU, bit for
+bit).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from immunity_lib import scores
-from immunity_lib.checkpoints import restore_checkpoint, save_checkpoint, write_log
-from immunity_lib.data import Dataset, ImageSet
-from immunity_lib.data.batches import evaluation_batches, training_batches
+from immunity_lib.checkpoints import Progress, restore_checkpoint, save_checkpoint, write_log
+from immunity_lib.data import Dataset
+from immunity_lib.data.batches import training_batches
+from immunity_lib.diagnosis import diagnose
 from immunity_lib.experts import build_expert
-from immunity_lib.heatmaps import empty_share, heatmaps_from_outputs
 from immunity_lib.moe import ConstantGate, ConvolutionalGate, ImmunityMoE
 from immunity_lib.objective import adversarial_images, training_loss
 from immunity_lib.randomness import seeded
 from immunity_lib.recipes import Recipe
 from immunity_lib.records import write_tensors
+from immunity_lib.stopping import STOPPED, sigterm_noted
 
 
 class TrainingDiverged(ArithmeticError):
@@ -62,9 +63,10 @@ def train(
     """Train a recipe from its last checkpoint in `folder`, or from the start.
 
     Returns the model after the last epoch and its log, one entry an epoch as described in
-    `_diagnose` and `_train_epoch`; the log is in `folder/log.jsonl` too, and the weights of the
+    `diagnose` and `_train_epoch`; the log is in `folder/log.jsonl` too, and the weights of the
     epoch that was best on the validation images (`selected_entry`) in `selected.safetensors`.
-    name: for the progress lines. Raises TrainingDiverged at the first loss that is not finite.
+    name: for the progress lines. Raises TrainingDiverged at the first loss that is not finite, and
+    SystemExit(143) when SIGTERM has come: the checkpoint is then of the batch just done.
     """
     model = build_model(recipe, dataset).to(device)
     if recipe.compiled:
@@ -72,27 +74,32 @@ def train(
             expert.forward_with_features = torch.compile(expert.forward_with_features)
     optimiser = _optimiser(model, recipe)
     name = name or folder.name
-    with seeded(recipe.seed):
+    with seeded(recipe.seed), sigterm_noted() as sigterms:
         source = {
             "recipe": recipe.model_dump(mode="json"),
             "data": dataset.splits["train"].checksum,
         }
-        log = restore_checkpoint(folder, source, model, optimiser)
-        for epoch in range(len(log), recipe.epochs):
-            started = time.perf_counter()
-            entry = {"epoch": epoch + 1}
-            entry |= _train_epoch(model, optimiser, recipe, dataset, epoch, name, device)
-            entry |= _diagnose(model, dataset.splits["validation"], recipe, device)
-            entry["seconds"] = round(time.perf_counter() - started, 2)
-            log.append(entry)
-            if selected_entry(log) is entry:
-                entry["weights"] = write_tensors(
-                    folder / "selected.safetensors", model.state_dict(), {"epoch": entry["epoch"]}
+        progress = restore_checkpoint(folder, source, model, optimiser)
+        write_log(folder, progress.log)
+        while len(progress.log) < recipe.epochs:
+            started = time.perf_counter() - progress.seconds
+            _train_epoch(model, optimiser, recipe, dataset, progress, name, device, sigterms)
+            progress.seconds = time.perf_counter() - started
+            if not sigterms:
+                entry = _finish_epoch(model, recipe, dataset, progress, folder, device)
+                progress = Progress([*progress.log, entry])
+                write_log(folder, progress.log)
+            save_checkpoint(folder, source, progress, model, optimiser)
+            if not progress.batches:
+                print(progress_line(name, recipe.epochs, entry), flush=True)
+            if sigterms:
+                print(
+                    f"{name} stopped by SIGTERM after {_place(progress, recipe, dataset)}; "
+                    "the same command goes on from there",
+                    flush=True,
                 )
-            write_log(folder, log)
-            save_checkpoint(folder, source | {"log": log}, model, optimiser)
-            print(progress_line(name, recipe.epochs, entry), flush=True)
-    return model, log
+                raise SystemExit(STOPPED)
+    return model, progress.log
 
 
 def selected_entry(log: list[dict]) -> dict:
@@ -115,23 +122,20 @@ def progress_line(name: str, epochs: int, entry: dict) -> str:
     )
 
 
-def _train_epoch(model, optimiser, recipe, dataset, epoch, name, device) -> dict[str, float]:
-    """Mean of the loss's parts (and their weighted total) over the epoch's batches."""
+def _train_epoch(model, optimiser, recipe, dataset, progress, name, device, sigterms) -> None:
+    """Train on the epoch's batches that are not done yet, or on as many as SIGTERM allows; the
+    progress gets their number and the sums of the loss's parts and their weighted total."""
+    epoch, steps = len(progress.log), _steps(recipe, dataset)
     model.train()
     for expert in model.experts:
         if recipe.drop_path:
             expert.set_drop_path(recipe.drop_path * epoch / recipe.epochs)
-    train_set = dataset.splits["train"]
-    batches = training_batches(
-        train_set, recipe.batch_size, torch.default_generator, recipe.augment, device,
-        rotation=recipe.rotation, cutout=recipe.cutout,
-        fill=dataset.mean if recipe.normalise else (0.0,) * 3,
-    )  # fmt: skip
-    steps = math.ceil(len(train_set) / recipe.batch_size)
-    sums: dict[str, float] = defaultdict(float)
-    progress = tqdm(batches, f"{name} {epoch + 1}/{recipe.epochs}", steps, leave=False)
-    for step, (images, labels) in enumerate(progress):
-        done = epoch + step / steps
+    batches = _batches_to_do(recipe, dataset, progress, device)
+    shown = tqdm(
+        batches, f"{name} {epoch + 1}/{recipe.epochs}", steps, leave=False, initial=progress.batches
+    )
+    for images, labels in shown:
+        done = epoch + progress.batches / steps
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * learning_rate_factor(
                 recipe.schedule, done / recipe.epochs
@@ -144,25 +148,71 @@ def _train_epoch(model, optimiser, recipe, dataset, epoch, name, device) -> dict
             "position_stability_loss": parts.position_stability.item(),
             "loss": parts.total.item(),
         }
+        progress.batches += 1
         for part, value in values.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(
-                    f"{name}: {part} is {value} in epoch {epoch + 1}, batch {step + 1} of {steps}; "
-                    "lower learning_rate, beta or gamma, or set gradient_clip"
+                    f"{name}: {part} is {value} in epoch {epoch + 1}, batch {progress.batches} of "
+                    f"{steps}; lower learning_rate, beta or gamma, or set gradient_clip"
                 )
-            sums[part] += value
+            progress.sums[part] = progress.sums.get(part, 0.0) + value
         optimiser.zero_grad()
         parts.total.backward()
         if recipe.gradient_clip:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimiser.step()
-        progress.set_postfix(loss=f"{sums['loss'] / (step + 1):.3f}", refresh=False)
+        shown.set_postfix(loss=f"{progress.sums['loss'] / progress.batches:.3f}", refresh=False)
+        if sigterms:
+            return
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise TrainingDiverged(
             f"{name}: a weight is not finite after epoch {epoch + 1}; "
             "lower learning_rate, beta or gamma, or set gradient_clip"
         )
-    return {part: total / (step + 1) for part, total in sums.items()}
+
+
+def _batches_to_do(recipe: Recipe, dataset: Dataset, progress: Progress, device) -> Iterator:
+    """Those of the epoch that are not done yet, drawn as they were when it began."""
+    now = torch.get_rng_state()
+    if progress.batches:
+        torch.set_rng_state(progress.epoch_random)
+    else:
+        progress.epoch_random = now
+    batches = training_batches(
+        dataset.splits["train"], recipe.batch_size, torch.default_generator, recipe.augment,
+        device, rotation=recipe.rotation, cutout=recipe.cutout,
+        fill=dataset.mean if recipe.normalise else (0.0,) * 3, skipped=progress.batches,
+    )  # fmt: skip
+    if progress.batches:
+        torch.set_rng_state(now)
+    return batches
+
+
+def _finish_epoch(model, recipe, dataset, progress, folder, device) -> dict:
+    """The log's entry of an epoch whose batches are done; the best epoch's weights are kept."""
+    started = time.perf_counter()
+    entry = {"epoch": len(progress.log) + 1}
+    entry |= {part: total / progress.batches for part, total in progress.sums.items()}
+    entry |= diagnose(model, dataset.splits["validation"], recipe, device)
+    entry["seconds"] = round(progress.seconds + time.perf_counter() - started, 2)
+    if selected_entry([*progress.log, entry]) is entry:
+        entry["weights"] = write_tensors(
+            folder / "selected.safetensors", model.state_dict(), {"epoch": entry["epoch"]}
+        )
+    return entry
+
+
+def _steps(recipe: Recipe, dataset: Dataset) -> int:
+    """Batches of an epoch."""
+    return math.ceil(len(dataset.splits["train"]) / recipe.batch_size)
+
+
+def _place(progress: Progress, recipe: Recipe, dataset: Dataset) -> str:
+    """Where a training stands, in words."""
+    if progress.batches:
+        steps = _steps(recipe, dataset)
+        return f"batch {progress.batches} of {steps} of epoch {len(progress.log) + 1}"
+    return f"epoch {len(progress.log)} of {recipe.epochs}"
 
 
 def _optimiser(model: ImmunityMoE, recipe: Recipe) -> torch.optim.Optimizer:
@@ -191,37 +241,3 @@ def learning_rate_factor(schedule: str, done: float) -> float:
     if schedule == "one-cycle":  # linear up for a quarter of the training, linear down after
         return max(min(4 * done, (1 - done) / 0.75), 1e-3)
     return 1.0
-
-
-def _diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe, device) -> dict:
-    """What the log says of the model on held-out images, in eval mode, maps in the fixed reading.
-
-    accuracy of the mixture under the trained gate and of every expert; entropy of the gate in
-    nats; share of empty maps; I(C, E) in nats; mean norm of the input's gradient of the mixture's
-    cross entropy; robust_accuracy of the mixture under the recipe's own attack, if it has one.
-    """
-    model.eval()
-    sums: dict[str, Tensor | float] = defaultdict(float)
-    for images, labels in evaluation_batches(validation, 250, device):
-        images.requires_grad_()
-        outputs = model.expert_outputs(images)
-        mixture = outputs.mixture()
-        cross_entropy = nn.functional.nll_loss(mixture, labels, reduction="sum")
-        maps = heatmaps_from_outputs(outputs, labels).detach()
-        (gradient,) = torch.autograd.grad(cross_entropy, images)
-        count = len(labels)
-        sums["accuracy"] += (mixture.argmax(-1) == labels).sum()
-        sums["expert_accuracy"] += (outputs.logits.argmax(-1) == labels[:, None]).sum(0)
-        sums["gate_entropy"] -= (outputs.gate * outputs.log_gate).sum().detach()
-        sums["empty_maps"] += empty_share(maps).mean() * count
-        sums["mutual_information"] += scores.mutual_information(maps) * count
-        sums["input_gradient"] += gradient.flatten(1).norm(dim=1).sum()
-        if recipe.adversary:
-            with seeded(recipe.seed):
-                attacked = adversarial_images(model, images.detach(), labels, recipe)
-            with torch.no_grad():
-                predicted = model(attacked, gate="trained").argmax(-1)
-            sums["robust_accuracy"] += (predicted == labels).sum()
-    return {
-        what: torch.as_tensor(total).div(len(validation)).tolist() for what, total in sums.items()
-    }

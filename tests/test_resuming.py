@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -100,6 +101,88 @@ def test_a_checkpoint_that_could_not_be_written_costs_one_epoch(
     assert_same_run(folder, uninterrupted)
 
 
+def sigterm_during(monkeypatch, name, call):
+    """SIGTERM comes in the middle of this call of a function that training calls."""
+    calls, function = [], getattr(training, name)
+
+    def signalled(*arguments):
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
+
+    monkeypatch.setattr(training, name, signalled)
+
+
+def stopped_training(recipe, dataset, folder, monkeypatch, name, call):
+    """Notes of the checkpoint that a SIGTERM leaves."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        sigterm_during(patch, name, call)
+        train(recipe, dataset, folder)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    return read_tensors(folder / "checkpoint.safetensors")[1]
+
+
+@pytest.mark.parametrize("batches", [1, STEPS, STEPS + 2])
+def test_run_stopped_by_sigterm_goes_on_from_the_batch_just_done(
+    make_recipe, dataset, tmp_path, monkeypatch, uninterrupted, capsys, batches
+):
+    folder = tmp_path / "stopped"
+    notes = stopped_training(make_recipe(), dataset, folder, monkeypatch, "training_loss", batches)
+    epochs, further = divmod(batches - 1, STEPS)
+    assert len(notes["log"]) == epochs and notes["epoch"]["batches"] == further + 1
+    place = f"after batch {further + 1} of {STEPS} of epoch {epochs + 1}; the same command"
+    assert f"stopped stopped by SIGTERM {place}" in capsys.readouterr().out
+    train(make_recipe(), dataset, folder)
+    assert_same_run(folder, uninterrupted)
+
+
+def test_run_stopped_after_every_batch_ends_where_an_uninterrupted_one_does(
+    make_recipe, dataset, tmp_path, monkeypatch
+):
+    """Attacks draw random numbers within the batches too."""
+    recipe = make_recipe(regime="adversarial", epochs=2)
+    train(recipe, dataset, tmp_path / "uninterrupted")
+    seconds = []
+    for _ in range(2 * STEPS):
+        notes = stopped_training(
+            recipe, dataset, tmp_path / "stopped", monkeypatch, "training_loss", 1
+        )
+        seconds.append(notes["epoch"]["seconds"])
+    _, log = train(recipe, dataset, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "uninterrupted")
+    for epoch, entry in enumerate(log):  # the parts of an epoch add up
+        parts = seconds[epoch * STEPS : (epoch + 1) * STEPS]
+        assert 0 < parts[0] < parts[1] < parts[2] <= entry["seconds"] + 0.005
+
+
+@pytest.mark.parametrize("name", ["diagnose", "write_log", "save_checkpoint"])
+def test_sigterm_at_an_epoch_s_end_leaves_its_checkpoint(
+    make_recipe, dataset, tmp_path, monkeypatch, uninterrupted, capsys, name
+):
+    folder = tmp_path / "stopped"
+    call = 2 if name == "write_log" else 1  # the first is at the start
+    notes = stopped_training(make_recipe(), dataset, folder, monkeypatch, name, call)
+    assert len(notes["log"]) == 1 and "epoch" not in notes
+    assert "stopped by SIGTERM after epoch 1 of 3; the same" in capsys.readouterr().out
+    train(make_recipe(), dataset, folder)
+    assert_same_run(folder, uninterrupted)
+
+
+def test_training_outside_the_main_thread_handles_no_signal(
+    make_recipe, dataset, tmp_path, uninterrupted
+):
+    folder, handler = tmp_path / "thread", signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=train, args=(make_recipe(), dataset, folder))
+    thread.start()
+    while thread.is_alive():
+        assert signal.getsignal(signal.SIGTERM) is handler
+        thread.join(0.1)
+    assert_same_run(folder, uninterrupted)
+
+
 KILLED_RUN = """
 import sys
 from pathlib import Path
@@ -114,17 +197,21 @@ train(Recipe.model_validate_json(sys.argv[1]), dataset, Path(sys.argv[2]))
 
 
 @pytest.mark.slow
-def test_run_killed_with_signal_9_goes_on(make_recipe, dataset, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_run_ended_by_a_signal_goes_on(make_recipe, dataset, tmp_path, number):
     recipe = make_recipe(epochs=6)
-    folder = tmp_path / "killed"
+    folder = tmp_path / "ended"
     run = subprocess.Popen(
         [sys.executable, "-c", KILLED_RUN, recipe.model_dump_json(), str(folder)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while run.poll() is None and not (folder / "checkpoint.safetensors").exists():
         time.sleep(0.01)
-    run.kill()
-    assert run.wait() == -signal.SIGKILL
+    sent = time.monotonic()
+    run.send_signal(number)
+    status = run.wait()
+    assert status == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert time.monotonic() - sent < 10  # a batch takes a fraction of a second
     assert len(read_tensors(folder / "checkpoint.safetensors")[1]["log"]) < 6
     train(recipe, dataset, folder)
     train(recipe, dataset, tmp_path / "uninterrupted")

@@ -8,6 +8,7 @@ import torch
 
 from immunity_lib import objective, training
 from immunity_lib.baselines.cells import Cell
+from immunity_lib.diagnosis import diagnose
 from immunity_lib.objective import training_loss
 from immunity_lib.records import read_tensors
 from immunity_lib.training import TrainingDiverged, build_model, learning_rate_factor, train
@@ -151,7 +152,7 @@ def test_selected_weights_are_those_of_the_best_validation_epoch(
         states.append({key: value.clone() for key, value in model.state_dict().items()})
         return {"accuracy": next(accuracies), "robust_accuracy": 0.1}
 
-    monkeypatch.setattr(training, "_diagnose", diagnose)
+    monkeypatch.setattr(training, "diagnose", diagnose)
     monkeypatch.setattr(training, "progress_line", lambda *_: "")
     monkeypatch.setattr(
         training, "selected_entry", lambda log: max(log, key=lambda entry: entry["accuracy"])
@@ -174,7 +175,7 @@ def test_measuring_robust_accuracy_leaves_the_random_state_alone(make_recipe, da
     model = build_model(recipe, dataset)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    entry = training._diagnose(model, dataset.splits["validation"], recipe, None)
+    entry = diagnose(model, dataset.splits["validation"], recipe, None)
     assert torch.equal(torch.get_rng_state(), state)
     assert 0 <= entry["robust_accuracy"] <= 1
 

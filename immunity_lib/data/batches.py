@@ -26,16 +26,17 @@ def training_batches(
     rotation: float = MAXIMAL_ANGLE,
     cutout: int = 0,
     fill: Sequence[float] = (0.0, 0.0, 0.0),
+    skipped: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in random order: images (B, 3, 32, 32) float32 in [0, 1], labels (B,).
 
     augment: crop, flip and rotate, by at most `rotation` degrees. cutout: side in pixels of a
     square that is hidden under the colour `fill` in every image (DeVries & Taylor 2017, arXiv
-    1708.04552); 0: none.
+    1708.04552); 0: none. skipped: batches at the beginning that are not made.
 
     Images are channels_last. The order and the augmentation of all batches are drawn from
-    `generator`, on the CPU, before the first batch is made: a run resumed from the generator's
-    state sees the same batches. A last batch of a single image is dropped, since batch
+    `generator`, on the CPU, by the call itself: a run resumed from the generator's state sees the
+    same batches, whatever it skips. A last batch of a single image is dropped, since batch
     normalisation cannot train on it. Raises ValueError for a batch size below 2.
     """
     if batch_size < 2:
@@ -43,14 +44,17 @@ def training_batches(
     order = torch.randperm(len(image_set), generator=generator)
     maps = _random_maps(len(image_set), generator, rotation) if augment else None
     centres = torch.randint(0, 32, (len(image_set), 2), generator=generator) if cutout else None
-    for start in range(0, len(image_set) - 1, batch_size):
+
+    def made(start: int) -> tuple[Tensor, Tensor]:
         batch = slice(start, start + batch_size)
         images = _as_floats(image_set.images.index_select(0, order[batch]), device)
         if augment:
             images = resample(images, maps[batch])
         if cutout:
             images = cut_out(images, centres[batch], cutout, fill)
-        yield _channels_last(images), image_set.labels[order[batch]].to(device)
+        return _channels_last(images), image_set.labels[order[batch]].to(device)
+
+    return map(made, range(skipped * batch_size, len(image_set) - 1, batch_size))
 
 
 def evaluation_batches(

@@ -101,6 +101,16 @@ def test_training_resumes_bit_identically_from_the_generators_state(image_set):
         assert torch.equal(labels, labels_again)
 
 
+def test_skipped_batches_leave_the_others_and_the_generator_as_they_were(image_set):
+    whole, resumed = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    every = training_batches(image_set, 32, whole, cutout=8)
+    rest = training_batches(image_set, 32, resumed, cutout=8, skipped=2)
+    assert torch.equal(whole.get_state(), resumed.get_state())  # all is drawn by the call
+    for (images, labels), (images_again, labels_again) in zip(list(every)[2:], rest, strict=True):
+        assert torch.equal(images, images_again)
+        assert torch.equal(labels, labels_again)
+
+
 def test_epochs_differ(image_set):
     generator = torch.Generator().manual_seed(5)
     orders = [
