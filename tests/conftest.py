@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from graph import reproduce
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -39,6 +40,15 @@ TINY = {
     "expert": "resnet18", "experts": 2, "width": 0.0625, "epochs": 3, "batch_size": 16,
     "learning_rate": 0.05, "adversary_steps": 2, "steps": 3, "gradient_clip": 2.0,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """A finished run of preset smoke: its folder and what the command printed."""
+    output = tmp_path_factory.mktemp("smoke")
+    done = reproduce(output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import time
 import psutil
 import pytest
 import yaml
+from graph import reproduce_command, tables
 from PIL import Image
 
 from immunity_lib.data import parts
@@ -25,7 +26,6 @@ from immunity_lib.records import ROOT, read_record, read_tensors
 from immunity_lib.settings import load_preset
 
 MODEL = ModelName.parse("parts10-immunity-resnet18-standard-seed0")
-TABLES = ("csv", "md", "tex")
 
 
 def often(count, usually):
@@ -70,10 +70,7 @@ def preset(tmp_path_factory):
 
 
 def graph(preset, output):
-    return [
-        sys.executable, "-m", "immunity_lib.reproduce", "--preset", str(preset), "--jobs", "2",
-        "--output", str(output),
-    ]  # fmt: skip
+    return reproduce_command(output, "--jobs", "2", preset=str(preset))
 
 
 def job(preset, output, notebook):
@@ -96,12 +93,8 @@ def settings_of(preset, output):
     return load_preset(str(preset), output_folder=str(output))
 
 
-def drawn(preset, output, endings=TABLES):
-    """Every table, by name, as bytes."""
-    folder = settings_of(preset, output).figures
-    return {
-        path.name: path.read_bytes() for ending in endings for path in folder.glob(f"*.{ending}")
-    }
+def drawn(preset, output, *endings):
+    return tables(settings_of(preset, output).figures, *endings)
 
 
 def assert_same_tables(preset, output, expected):
@@ -262,14 +255,14 @@ def test_files_of_every_kind_damaged(preset, undisturbed, tmp_path, how):
     ]  # fmt: skip
     for path in damaged:
         spoil(path, how)
-    before = drawn(preset, expected, (*TABLES, "png"))
+    before = drawn(preset, expected, "csv", "md", "tex", "png")
     done = finished(graph(preset, output))
     for path in damaged:
         assert path.exists(), path
     for path in damaged[:-8]:
         assert f"{path.name}.aside-" in done.stderr or path.name == "graph.json", path
     read_tensors(damaged[0])
-    after = drawn(preset, output, (*TABLES, "png"))
+    after = drawn(preset, output, "csv", "md", "tex", "png")
     assert not [name for name in before if after.get(name) != before[name]]
 
 

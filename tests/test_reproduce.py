@@ -12,6 +12,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from graph import reproduce
 
 from immunity_lib.attacks.suite import FAMILIES
 from immunity_lib.claims import VERDICTS, read_claims
@@ -21,21 +22,6 @@ from immunity_lib.settings import load_preset
 
 pytestmark = pytest.mark.slow
 EXECUTED_LIMIT = 2_000_000  # bytes; larger notebooks are not rendered by web viewers
-
-
-def reproduce(output: Path, *options: str, preset: str = "smoke") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "immunity_lib.reproduce", "--preset", preset]
-    command += ["--output", str(output), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A finished smoke run: its folder and what the command printed."""
-    output = tmp_path_factory.mktemp("smoke")
-    done = reproduce(output)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return output, done
 
 
 @pytest.fixture(scope="module")
