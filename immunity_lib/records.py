@@ -130,7 +130,8 @@ def provenance() -> dict[str, Any]:
     import torch
 
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        # An image has no history, but was told its commit when it was built
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("IMMUNITY_COMMIT") or None,
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "immunity_lib")),
         "library": library_checksum(),
         "python": platform.python_version(),
