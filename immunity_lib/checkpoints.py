@@ -80,9 +80,10 @@ def restore_checkpoint(
         torch.cuda.set_rng_state(tensors["random.cuda"])
     epoch = notes.get("epoch", {})  # none where the checkpoint is of an epoch's end
     progress = Progress(notes["log"], **epoch, epoch_random=tensors.get("random.epoch"))
-    further = f" and {progress.batches} batches" if progress.batches else ""
     epochs = source["recipe"]["epochs"]
-    print(f"{folder.name} goes on after epoch {len(progress.log)}{further} of {epochs}")
+    further = f" and {progress.batches} batches" if progress.batches else ""
+    if len(progress.log) < epochs:
+        print(f"{folder.name} goes on after epoch {len(progress.log)}{further} of {epochs}")
     return progress
 
 

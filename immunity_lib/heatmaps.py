@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from immunity_lib.checks import check_images, check_labels
 from immunity_lib.layers import activations_only, differentiated_twice
+from immunity_lib.parallel import batch_mean
 
 if TYPE_CHECKING:
     from immunity_lib.moe import ExpertOutputs, ImmunityMoE
@@ -81,7 +82,9 @@ def normalised(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False
     loss cannot fall by letting a map shrink into its floor. Values are the same.
     """
     mass = maps.sum((-2, -1), keepdim=True)
-    spread = GRID**2 * _EMPTY_MAP_CONSTANT + floor * mass.detach().mean(0, keepdim=True)
+    spread = GRID**2 * _EMPTY_MAP_CONSTANT
+    if floor:
+        spread = spread + floor * batch_mean(mass.detach())
     if not constant_share:
         return (maps + spread / GRID**2) / (mass + spread)
     whole = mass.detach() + spread

@@ -14,6 +14,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 from torch import nn
 
+from immunity_lib import parallel
 from immunity_lib.data import Dataset, load_dataset
 from immunity_lib.experts import multiply_accumulates
 from immunity_lib.moe import ConstantGate, ImmunityMoE
@@ -168,8 +169,14 @@ def _train_and_save(
     settings: Settings, folder: Path, wanted: Recipe, dataset: Dataset, name: ModelName
 ) -> None:
     device = chosen_device()
-    print(f"training {name} on {device}, data from {dataset.source}")
+    together = f", {settings.processes} processes" if settings.processes > 1 else ""
+    print(f"training {name} on {device}{together}, data from {dataset.source}", flush=True)
     started = time.perf_counter()
+    if settings.processes > 1:  # what they leave is a whole training, which is then loaded below
+        parallel.train_together(
+            _train_share, settings, name, dataset.splits["train"].checksum,
+            processes=settings.processes,
+        )  # fmt: skip
     model, log = train(wanted, dataset, folder, name=str(name), device=device)
     cost = [multiply_accumulates(expert) for expert in model.experts]
     checksum = write_tensors(folder / "model.safetensors", model.state_dict(), {"name": str(name)})
@@ -191,12 +198,26 @@ def _train_and_save(
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "multiply_accumulates": sum(one.head + one.tail for one in cost),
             "log": log,
+            "processes": sorted({entry.get("processes", 1) for entry in log}),
             "seconds": round(sum(entry["seconds"] for entry in log), 1),
             "seconds_in_this_process": round(time.perf_counter() - started, 1),
             "provenance": provenance(),
         },
     )
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # the model has superseded it
+
+
+def _train_share(settings: Settings, name: ModelName, checksum: str) -> None:
+    """What each of several processes does; a large data set is loaded rather than handed over."""
+    dataset = dataset_of(settings, name.dataset)
+    if dataset.splits["train"].checksum != checksum:
+        raise ValueError(
+            "several processes can only train on the preset's own data set; set processes to 1"
+        )
+    train(
+        recipe(settings, name), dataset, own_folder(settings, name), name=str(name),
+        device=chosen_device(),
+    )  # fmt: skip
 
 
 def _ensemble(networks: list[ImmunityMoE]) -> ImmunityMoE:

@@ -43,10 +43,6 @@ class Settings(BaseModel):
         "", description="where CIFAR (empty: data/, it is downloaded) or the own images lie"
     )
     output_folder: str = Field("", description="where runs/ and figures/ go; empty: the project")
-    processes: Count = Field(
-        1,
-        description="that train one model together, each on a GPU of its own where there are GPUs",
-    )
     interactive: bool = Field(True, description="show widgets; batch runs set this to false")
     pretrained: bool = Field(
         True, description="use weights that come with the project; `make reproduce` trains all anew"
@@ -97,6 +93,10 @@ class Settings(BaseModel):
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: mixed precision in training, for GPUs"
+    )
+    processes: Count = Field(
+        1,
+        description="that train one model together, each on a GPU of its own where there are GPUs",
     )
     compiled: bool = Field(
         False, description="torch.compile for training without heat-map losses: a slow start"
@@ -152,6 +152,11 @@ class Settings(BaseModel):
             raise ValueError(
                 "data set images, but data_folder is empty; name the folder that holds a folder of "
                 "images for each class"
+            )
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, which {self.processes} processes cannot share "
+                "equally; make it a multiple of processes"
             )
         for field in ("attacked_images", "judged_images"):
             count = getattr(self, field)

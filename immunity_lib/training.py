@@ -3,7 +3,7 @@
 After every epoch, and when SIGTERM warns of the end, the weights, the optimiser's momentum, the
 random state and the log so far go into one checkpoint, written atomically. A run that was killed
 or stopped goes on from there and ends where an uninterrupted one would have (on the CPU, bit for
-bit).
+bit). Processes that train together (`parallel`) share each batch, and the first writes the files.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from immunity_lib import parallel
 from immunity_lib.checkpoints import Progress, restore_checkpoint, save_checkpoint, write_log
 from immunity_lib.data import Dataset
 from immunity_lib.data.batches import training_batches
 from immunity_lib.diagnosis import diagnose
 from immunity_lib.experts import build_expert
+from immunity_lib.losses import ImmunityLoss
 from immunity_lib.moe import ConstantGate, ConvolutionalGate, ImmunityMoE
 from immunity_lib.objective import adversarial_images, training_loss
+from immunity_lib.optimisation import learning_rate_factor, optimiser_of
 from immunity_lib.randomness import seeded
 from immunity_lib.recipes import Recipe
 from immunity_lib.records import write_tensors
@@ -72,27 +75,32 @@ def train(
     if recipe.compiled:
         for expert in model.experts:
             expert.forward_with_features = torch.compile(expert.forward_with_features)
-    optimiser = _optimiser(model, recipe)
+    # A stand-alone network with an auxiliary classifier does without its gate
+    loss = parallel.averaged(TrainingLoss(model, recipe), unused=bool(recipe.auxiliary_weight))
+    optimiser = optimiser_of(model, recipe)
     name = name or folder.name
     with seeded(recipe.seed), sigterm_noted() as sigterms:
         source = {
             "recipe": recipe.model_dump(mode="json"),
             "data": dataset.splits["train"].checksum,
         }
-        progress = restore_checkpoint(folder, source, model, optimiser)
-        write_log(folder, progress.log)
+        with parallel.first_goes_first():
+            progress = restore_checkpoint(folder, source, model, optimiser)
         while len(progress.log) < recipe.epochs:
             started = time.perf_counter() - progress.seconds
-            _train_epoch(model, optimiser, recipe, dataset, progress, name, device, sigterms)
+            whole = _train_epoch(
+                model, loss, optimiser, recipe, dataset, progress, name, device, sigterms
+            )
             progress.seconds = time.perf_counter() - started
-            if not sigterms:
+            if whole:
                 entry = _finish_epoch(model, recipe, dataset, progress, folder, device)
                 progress = Progress([*progress.log, entry])
+            if parallel.rank() == 0:
                 write_log(folder, progress.log)
-            save_checkpoint(folder, source, progress, model, optimiser)
-            if not progress.batches:
+                save_checkpoint(folder, source, progress, model, optimiser)
+            if whole:
                 print(progress_line(name, recipe.epochs, entry), flush=True)
-            if sigterms:
+            if parallel.agreed(bool(sigterms) or not whole):
                 print(
                     f"{name} stopped by SIGTERM after {_place(progress, recipe, dataset)}; "
                     "the same command goes on from there",
@@ -122,8 +130,22 @@ def progress_line(name: str, epochs: int, entry: dict) -> str:
     )
 
 
-def _train_epoch(model, optimiser, recipe, dataset, progress, name, device, sigterms) -> None:
-    """Train on the epoch's batches that are not done yet, or on as many as SIGTERM allows; the
+class TrainingLoss(nn.Module):
+    """A model with its loss: what processes share is a module with all gradients but those of the
+    weights inside its forward pass."""
+
+    def __init__(self, model: ImmunityMoE, recipe: Recipe):
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(
+        self, images: Tensor, labels: Tensor, epochs_done: float, adversarial: Tensor | None
+    ) -> ImmunityLoss:
+        return training_loss(self.model, images, labels, self.recipe, epochs_done, adversarial)
+
+
+def _train_epoch(model, loss, optimiser, recipe, dataset, progress, name, device, sigterms) -> bool:
+    """Train on the epoch's batches that are not done yet; False if SIGTERM cut it short. The
     progress gets their number and the sums of the loss's parts and their weighted total."""
     epoch, steps = len(progress.log), _steps(recipe, dataset)
     model.train()
@@ -132,22 +154,25 @@ def _train_epoch(model, optimiser, recipe, dataset, progress, name, device, sigt
             expert.set_drop_path(recipe.drop_path * epoch / recipe.epochs)
     batches = _batches_to_do(recipe, dataset, progress, device)
     shown = tqdm(
-        batches, f"{name} {epoch + 1}/{recipe.epochs}", steps, leave=False, initial=progress.batches
-    )
+        batches, f"{name} {epoch + 1}/{recipe.epochs}", steps, leave=False,
+        initial=progress.batches, disable=parallel.rank() > 0,
+    )  # fmt: skip
     for images, labels in shown:
         done = epoch + progress.batches / steps
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * learning_rate_factor(
                 recipe.schedule, done / recipe.epochs
             )
+        if parallel.rank():  # random numbers of its own; the first one's go on from batch to batch
+            torch.manual_seed(hash((recipe.seed, epoch, progress.batches, parallel.rank())))
         adversarial = adversarial_images(model, images, labels, recipe)
-        parts = training_loss(model, images, labels, recipe, done, adversarial)
-        values = {
-            "cross_entropy": parts.cross_entropy.item(),
-            "mutual_information_loss": parts.mutual_information.item(),
-            "position_stability_loss": parts.position_stability.item(),
-            "loss": parts.total.item(),
-        }
+        parts = loss(images, labels, done, adversarial)
+        optimiser.zero_grad()
+        parts.total.backward()
+        if recipe.gradient_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        optimiser.step()
+        values = _joint_values(parts)
         progress.batches += 1
         for part, value in values.items():
             if not math.isfinite(value):
@@ -156,28 +181,37 @@ def _train_epoch(model, optimiser, recipe, dataset, progress, name, device, sigt
                     f"{steps}; lower learning_rate, beta or gamma, or set gradient_clip"
                 )
             progress.sums[part] = progress.sums.get(part, 0.0) + value
-        optimiser.zero_grad()
-        parts.total.backward()
-        if recipe.gradient_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
-        optimiser.step()
         shown.set_postfix(loss=f"{progress.sums['loss'] / progress.batches:.3f}", refresh=False)
-        if sigterms:
-            return
+        if parallel.agreed(bool(sigterms)):
+            return False
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise TrainingDiverged(
             f"{name}: a weight is not finite after epoch {epoch + 1}; "
             "lower learning_rate, beta or gamma, or set gradient_clip"
         )
+    return True
+
+
+def _joint_values(parts: ImmunityLoss) -> dict[str, float]:
+    """The parts of the loss on the whole batch."""
+    own = {
+        "cross_entropy": parts.cross_entropy.item(),
+        "mutual_information_loss": parts.mutual_information.item(),
+        "position_stability_loss": parts.position_stability.item(),
+        "loss": parts.total.item(),
+    }
+    values = dict(zip(own, parallel.sums(own.values()), strict=True))
+    for part in own.keys() - {"position_stability_loss"}:  # eq (11) is a sum, the others are means
+        values[part] /= parallel.processes()
+    return values
 
 
 def _batches_to_do(recipe: Recipe, dataset: Dataset, progress: Progress, device) -> Iterator:
     """Those of the epoch that are not done yet, drawn as they were when it began."""
-    now = torch.get_rng_state()
-    if progress.batches:
-        torch.set_rng_state(progress.epoch_random)
-    else:
+    now = parallel.of_the_first(torch.get_rng_state())
+    if not progress.batches:
         progress.epoch_random = now
+    torch.set_rng_state(progress.epoch_random)
     batches = training_batches(
         dataset.splits["train"], recipe.batch_size, torch.default_generator, recipe.augment,
         device, rotation=recipe.rotation, cutout=recipe.cutout,
@@ -195,7 +229,8 @@ def _finish_epoch(model, recipe, dataset, progress, folder, device) -> dict:
     entry |= {part: total / progress.batches for part, total in progress.sums.items()}
     entry |= diagnose(model, dataset.splits["validation"], recipe, device)
     entry["seconds"] = round(progress.seconds + time.perf_counter() - started, 2)
-    if selected_entry([*progress.log, entry]) is entry:
+    entry["processes"] = parallel.processes()
+    if parallel.rank() == 0 and selected_entry([*progress.log, entry]) is entry:
         entry["weights"] = write_tensors(
             folder / "selected.safetensors", model.state_dict(), {"epoch": entry["epoch"]}
         )
@@ -213,31 +248,3 @@ def _place(progress: Progress, recipe: Recipe, dataset: Dataset) -> str:
         steps = _steps(recipe, dataset)
         return f"batch {progress.batches} of {steps} of epoch {len(progress.log) + 1}"
     return f"epoch {len(progress.log)} of {recipe.epochs}"
-
-
-def _optimiser(model: ImmunityMoE, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    groups = [{"params": parameters}]
-    if recipe.decayed != "everything":  # biases and batch norms, which are vectors, are left alone
-        vectors = [one for one in parameters if one.ndim < 2]
-        others = [one for one in parameters if one.ndim >= 2]
-        groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        groups, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
-    )
-
-
-def learning_rate_factor(schedule: str, done: float) -> float:
-    """Factor on the learning rate when the share `done` of the training lies behind."""
-    if schedule == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    if schedule == "multistep":
-        return 0.1 ** sum(done >= milestone for milestone in (0.5, 0.75))
-    if schedule == "warmup-cosine":  # of the RobNets: 0.02 to 1.2 in 20 epochs, to 0.001 in 150
-        if done < 20 / 170:
-            return (0.02 + (1.2 - 0.02) * done * 170 / 20) / 1.2
-        rest = (done - 20 / 170) / (150 / 170)
-        return (0.001 + (1.2 - 0.001) * (1 + math.cos(math.pi * rest)) / 2) / 1.2
-    if schedule == "one-cycle":  # linear up for a quarter of the training, linear down after
-        return max(min(4 * done, (1 - done) / 0.75), 1e-3)
-    return 1.0

@@ -10,8 +10,9 @@ from immunity_lib import objective, training
 from immunity_lib.baselines.cells import Cell
 from immunity_lib.diagnosis import diagnose
 from immunity_lib.objective import training_loss
+from immunity_lib.optimisation import learning_rate_factor, optimiser_of
 from immunity_lib.records import read_tensors
-from immunity_lib.training import TrainingDiverged, build_model, learning_rate_factor, train
+from immunity_lib.training import TrainingDiverged, build_model, train
 
 STEPS = 3  # an epoch: 48 images in batches of 16
 
@@ -197,10 +198,10 @@ def test_drop_path_rises_linearly(make_recipe, dataset, tmp_path, monkeypatch):
 def test_weight_decay_may_leave_vectors_alone(make_recipe, dataset):
     recipe = make_recipe("moe", weight_decay=0.1)
     model = build_model(recipe, dataset)
-    everything = training._optimiser(model, recipe).param_groups
+    everything = optimiser_of(model, recipe).param_groups
     assert [group["weight_decay"] for group in everything] == [0.1]
     sparing = recipe.model_copy(update={"decayed": "convolutions and classifier"})
-    decayed, spared = training._optimiser(model, sparing).param_groups
+    decayed, spared = optimiser_of(model, sparing).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert {one.ndim for one in spared["params"]} == {1}
     assert {one.ndim for one in decayed["params"]} == {2, 4}

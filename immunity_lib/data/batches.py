@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from immunity_lib.data.image_set import ImageSet
+from immunity_lib.parallel import processes, rank
 
 MAXIMAL_SHIFT = 4  # pixels, as a random crop of 32x32 pixels out of an image padded by 4
 MAXIMAL_ANGLE = 15.0  # degrees
@@ -37,16 +38,24 @@ def training_batches(
     Images are channels_last. The order and the augmentation of all batches are drawn from
     `generator`, on the CPU, by the call itself: a run resumed from the generator's state sees the
     same batches, whatever it skips. A last batch of a single image is dropped, since batch
-    normalisation cannot train on it. Raises ValueError for a batch size below 2.
+    normalisation cannot train on it. Processes that train together draw the same batches, and each
+    gets its share of every batch; shares are equal, so that the last batch may lose some images.
+    Raises ValueError for a batch size below 2, and one that cannot be shared equally.
     """
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; training needs at least 2 images in a batch")
+    if batch_size % processes():
+        raise ValueError(
+            f"batch_size is {batch_size}, which {processes()} processes cannot share equally; "
+            "make it a multiple of processes"
+        )
+    end = len(image_set) // processes() * processes()
     order = torch.randperm(len(image_set), generator=generator)
     maps = _random_maps(len(image_set), generator, rotation) if augment else None
     centres = torch.randint(0, 32, (len(image_set), 2), generator=generator) if cutout else None
 
     def made(start: int) -> tuple[Tensor, Tensor]:
-        batch = slice(start, start + batch_size)
+        batch = slice(start + rank(), min(start + batch_size, end), processes())
         images = _as_floats(image_set.images.index_select(0, order[batch]), device)
         if augment:
             images = resample(images, maps[batch])
@@ -54,7 +63,7 @@ def training_batches(
             images = cut_out(images, centres[batch], cutout, fill)
         return _channels_last(images), image_set.labels[order[batch]].to(device)
 
-    return map(made, range(skipped * batch_size, len(image_set) - 1, batch_size))
+    return map(made, range(skipped * batch_size, end - 1, batch_size))
 
 
 def evaluation_batches(
