@@ -1,8 +1,6 @@
 """The whole graph at the smoke preset, as a user meets it: run, run again, damage, kill."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +9,6 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-import yaml
 from graph import reproduce
 
 from immunity_lib.attacks.suite import FAMILIES
@@ -140,33 +137,6 @@ def test_a_damaged_record_and_truncated_weights_are_set_aside_and_made_again(smo
     ):
         assert {**before, "seconds": 0} == {**after, "seconds": 0}
     assert read_record(scores)["result"] == scored
-
-
-def test_killed_it_goes_on_when_asked_again(tmp_path):
-    preset = tmp_path / "short.yaml"
-    fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
-    fields |= {"preset": "short", "regimes": ["standard"], "baselines": []}
-    fields |= {"weight_factors": []}
-    fields |= {"expert": "resnet18", "compared_experts": ["resnet18"]}
-    preset.write_text(yaml.safe_dump(fields))
-    command = [sys.executable, "-m", "immunity_lib.reproduce", "--preset", str(preset)]
-    command += ["--output", str(tmp_path)]
-    run = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    models = tmp_path / "runs/short/models"
-    deadline = time.monotonic() + 300
-    while not list(models.glob("*/log.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    assert list(models.glob("*/log.jsonl")), "no epoch was finished before the kill"
-    done = subprocess.run(
-        [*command, "--jobs", "2"], cwd=ROOT, capture_output=True, text=True, timeout=1500
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "figures/short/table3.csv").exists()
 
 
 def papermill(notebook: str, output: Path, *parameters: str) -> subprocess.CompletedProcess:
