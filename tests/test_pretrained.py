@@ -34,6 +34,7 @@ def test_each_is_whole_and_of_the_preset_as_it_is_now(path):
     assert scores["model"] == str(name) and scores["weights"] == [record["weights"]]
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the history is not here")
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
 def test_each_was_made_by_a_commit_of_this_history(path):
     for record in (path, path.with_name("scores.json")):
@@ -42,7 +43,7 @@ def test_each_was_made_by_a_commit_of_this_history(path):
         asked = ["git", "merge-base", "--is-ancestor", made_by["commit"], "HEAD"]
         known = subprocess.run(asked, cwd=ROOT, capture_output=True)
         shallow = ROOT / ".git" / "shallow"
-        assert known.returncode == 0 or shallow.exists() or not (ROOT / ".git").exists()
+        assert known.returncode == 0 or shallow.exists()
 
 
 def test_the_demo_has_every_variant_under_both_regimes():
