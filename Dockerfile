@@ -1,0 +1,55 @@
+# Everything of the project for a GPU node, or any machine with containers:
+#
+#   docker build --build-arg COMMIT="$(git rev-parse HEAD)" -t immunity .
+#   docker run --rm immunity --help
+#
+# Debian 12, and no image with CUDA in it: torch's wheels bring CUDA 13.0, and the host its driver.
+# nvidia/cuda's Ubuntu 22.04 has Python 3.11.0rc1 alone, on which Triton (torch.compile) crashes.
+ARG BASE_IMAGE=debian:12.14-slim
+FROM ${BASE_IMAGE}
+
+# g++ and Python's headers: Triton and torch.compile build what they launch. tini hands SIGTERM on
+# to Python, which the kernel would not let end as process 1. make: the tests of the Makefile.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends \
+        ca-certificates g++ make python3.11 python3.11-dev python3.11-venv tini \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3.11 -c 'import sys; v = sys.version_info; v.releaselevel == "final" or sys.exit( \
+        "a released Python 3.11 is needed, but BASE_IMAGE has " + sys.version.split()[0])'
+
+ENV PATH=/opt/venv/bin:$PATH
+WORKDIR /opt/immunity
+
+# setuptools first: a few packages are published as source alone, and are built with it
+COPY requirements.lock ./
+RUN python3.11 -m venv /opt/venv \
+    && sed -n '/^setuptools==/,/[^\\]$/p' requirements.lock > /tmp/setuptools.lock \
+    && pip install --no-cache-dir --no-deps --require-hashes --requirement /tmp/setuptools.lock \
+    && pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock \
+        --no-build-isolation --use-pep517 --progress-bar off \
+    && rm /tmp/setuptools.lock
+
+# Editable: presets, notebooks and pretrained weights are found beside the library. CIFAR, where it
+# is downloaded, goes to the mounted folder
+COPY . .
+RUN ln -s /results/data data \
+    && pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
+    && python -m compileall -q immunity_lib \
+    && find . ! -perm -a=r -exec chmod a+rX {} +
+
+ARG COMMIT=""
+ENV IMMUNITY_COMMIT=$COMMIT \
+    PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+LABEL org.opencontainers.image.title="Immunity" \
+    org.opencontainers.image.description="A reproducible companion to arXiv 2402.18787" \
+    org.opencontainers.image.licenses="MIT" \
+    org.opencontainers.image.revision="$COMMIT"
+
+USER 1000:1000
+EXPOSE 8888
+ENTRYPOINT ["tini", "--", "/opt/immunity/container/entry.sh"]
+CMD ["reproduce"]
