@@ -32,6 +32,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--batch-runs", type=int, default=1, help="how often each notebook runs in batch"
     )
+    parser.addoption(
+        "--image-storage", type=Path, help="folder that keeps the container image between tests"
+    )
 
 
 TINY = {
