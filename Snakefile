@@ -40,14 +40,14 @@ shell.prefix(
 )
 
 
-def run_notebook(name, model=""):
+def run_notebook(name, model="", on_gpu=False):
     """The command that runs a notebook. What it prints is shown; what its kernel says beside that
     goes to the log, with the traceback of a cell that fails."""
     given = {
         "preset": config["preset"],
         "data": settings.data_folder,
         "output": settings.output_folder,
-        "gpus": config.get("gpus", "") if model else "",
+        "gpus": config.get("gpus", "") if on_gpu else "",
         "processes": settings.processes if name == "02_training" else 1,
     }
     options = [f"--{option}={value}" for option, value in given.items() if value]
@@ -58,24 +58,24 @@ def run_notebook(name, model=""):
 
 MODEL = " --model={wildcards.model}"
 REQUESTS = config.get("requests", {})  # of a cluster; without one, jobs take what there is
-ON_GPUS = bool(REQUESTS or config.get("gpus"))
+GPU = int(bool(REQUESTS or config.get("gpus")))
 
 
 def request(resource, name):
-    """How much of a resource a job on one model asks a cluster for: more with every attempt."""
+    """How much of a resource a job that computes asks a cluster for: more with every attempt."""
 
     def of_attempt(wildcards, attempt):
-        return attempt * REQUESTS.get(f"{name}-{wildcards.model}", {}).get(resource, 0)
+        job = f"{name}-{wildcards.model}" if hasattr(wildcards, "model") else name
+        return attempt * REQUESTS.get(job, {}).get(resource, 0)
 
     return of_attempt
 
 
 def trained(names):
-    """Records of the trained models behind these names; an ensemble stands for its members."""
-    single = []
-    for name in names:
-        single += recipes.members(settings, name) if name.method == "ensemble" else [name]
-    return [RUNS / "models" / str(name) / "record.json" for name in single]
+    """Records of the trained models behind these names."""
+    return [
+        RUNS / "models" / str(name) / "record.json" for name in recipes.single(settings, names)
+    ]
 
 
 def drawn(*names, table=False):
@@ -117,11 +117,11 @@ rule train:
     log:
         RUNS / "notebooks/02_training-{model}.log",
     resources:
-        gpu=settings.processes * ON_GPUS,
+        gpu=settings.processes * GPU,
         mem_mb=request("mem_mb", "02_training"),
         runtime=request("runtime", "02_training"),
     shell:
-        run_notebook("02_training", MODEL)
+        run_notebook("02_training", MODEL, on_gpu=True)
 
 
 rule attack:
@@ -135,11 +135,11 @@ rule attack:
     log:
         RUNS / "notebooks/03_attacks-{model}.log",
     resources:
-        gpu=int(ON_GPUS),
+        gpu=GPU,
         mem_mb=request("mem_mb", "03_attacks"),
         runtime=request("runtime", "03_attacks"),
     shell:
-        run_notebook("03_attacks", MODEL)
+        run_notebook("03_attacks", MODEL, on_gpu=True)
 
 
 rule judge:
@@ -158,11 +158,11 @@ rule judge:
     log:
         RUNS / "notebooks/06_adaptive_attacks-{model}.log",
     resources:
-        gpu=int(ON_GPUS),
+        gpu=GPU,
         mem_mb=request("mem_mb", "06_adaptive_attacks"),
         runtime=request("runtime", "06_adaptive_attacks"),
     shell:
-        run_notebook("06_adaptive_attacks", MODEL)
+        run_notebook("06_adaptive_attacks", MODEL, on_gpu=True)
 
 
 rule start_here:
@@ -189,8 +189,12 @@ rule expert_selection:
         notebook=RUNS / "notebooks/01_expert_selection.ipynb",
     log:
         RUNS / "notebooks/01_expert_selection.log",
+    resources:
+        gpu=GPU,
+        mem_mb=request("mem_mb", "01_expert_selection"),
+        runtime=request("runtime", "01_expert_selection"),
     shell:
-        run_notebook("01_expert_selection")
+        run_notebook("01_expert_selection", on_gpu=True)
 
 
 rule attacks:
@@ -225,8 +229,12 @@ rule ablation:
         notebook=RUNS / "notebooks/04_ablation.ipynb",
     log:
         RUNS / "notebooks/04_ablation.log",
+    resources:
+        gpu=GPU,
+        mem_mb=request("mem_mb", "04_ablation"),
+        runtime=request("runtime", "04_ablation"),
     shell:
-        run_notebook("04_ablation")
+        run_notebook("04_ablation", on_gpu=True)
 
 
 rule heatmaps:
@@ -243,8 +251,12 @@ rule heatmaps:
         notebook=RUNS / "notebooks/05_heatmaps.ipynb",
     log:
         RUNS / "notebooks/05_heatmaps.log",
+    resources:
+        gpu=GPU,
+        mem_mb=request("mem_mb", "05_heatmaps"),
+        runtime=request("runtime", "05_heatmaps"),
     shell:
-        run_notebook("05_heatmaps")
+        run_notebook("05_heatmaps", on_gpu=True)
 
 
 rule adaptive_attacks:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from immunity_lib.plan import hours, planned_jobs
+from immunity_lib.recipes import single, swept_models, table1_models, table3_models
 from immunity_lib.settings import ROOT, Settings, read_yaml
 
 PROFILES = ROOT / "profiles"
@@ -20,23 +21,30 @@ LIBRARIES = 4000  # MB of a process that has loaded them
 
 
 def requests(settings: Settings, tflops: float) -> dict[str, dict[str, int]]:
-    """Of every job that works on one model: minutes of wall-clock time and MB of memory.
+    """Of every job that computes with models: minutes of wall-clock time and MB of memory.
 
     tflops: sustained speed of a GPU of the cluster, or of a core where it has none.
     """
+    planned = {job.name: job for job in planned_jobs(settings)}
+    memory = LIBRARIES + math.ceil(max(job.memory for job in planned.values()) / 1e6)
+
+    def request(multiply_accumulates: float) -> dict[str, int]:
+        minutes = STARTING + MARGIN * 60 * hours(multiply_accumulates, tflops)
+        return {"runtime": math.ceil(minutes), "mem_mb": memory}
+
     asked = {}
-    for job in planned_jobs(settings):
-        work = {
-            "02_training": job.training / settings.processes,
-            "03_attacks": job.attacks,
-            "06_adaptive_attacks": job.judging,
-        }
-        for notebook, multiply_accumulates in work.items():
-            minutes = STARTING + MARGIN * 60 * hours(multiply_accumulates, tflops)
-            asked[f"{notebook}-{job.name}"] = {
-                "runtime": math.ceil(minutes),
-                "mem_mb": LIBRARIES + math.ceil(job.memory / 1e6),
-            }
+    for name, job in planned.items():
+        asked[f"02_training-{name}"] = request(job.training / settings.processes)
+        asked[f"03_attacks-{name}"] = request(job.attacks)
+        asked[f"06_adaptive_attacks-{name}"] = request(job.judging)
+    ablation = table3_models(settings)
+    scored = {
+        "01_expert_selection": table1_models(settings),
+        "04_ablation": ablation + swept_models(settings),
+        "05_heatmaps": ablation,
+    }
+    for notebook, names in scored.items():
+        asked[notebook] = request(sum(planned[one].scores for one in single(settings, names)))
     return asked
 
 

@@ -57,14 +57,15 @@ class Job:
     parameters: int
     forward: int  # multiply-accumulates of one image
     training: int  # multiply-accumulates
-    attacks: int  # and scores
+    scores: int  # heat maps and accuracy on all test images
+    attacks: int
     judging: int  # the adaptive attacks
     memory: int  # bytes, in training
 
     @property
     def evaluation(self) -> int:
         """Multiply-accumulates of everything behind the training."""
-        return self.attacks + self.judging
+        return self.scores + self.attacks + self.judging
 
     def hours(self, tflops: float) -> float:
         """All of it at a sustained speed in TFLOP/s."""
@@ -163,15 +164,19 @@ def planned_job(settings: Settings, name: ModelName, attacked: bool, judged: boo
         wanted.model_copy(update={"seed": 0}).model_dump_json(), classes
     )
     forward = head + tail
-    measured = 2 * test_images  # accuracy, and heat maps with their backward pass of the tail
+    under_attack = 0.0
     if attacked:
         single = wanted.experts == 1
-        measured += settings.attacked_images * passes_of_attacks(settings, single) + test_images
+        under_attack += settings.attacked_images * passes_of_attacks(settings, single) + test_images
     judging = settings.judged_count * passes_of_judging(settings) if judged else 0
     passes = passes_of_training(wanted, tail / forward)
     return Job(
-        name, parameters, forward, round(train_images * wanted.epochs * passes * forward),
-        round(measured * forward), round(judging * forward), memory,
+        name, parameters, forward,
+        training=round(train_images * wanted.epochs * passes * forward),
+        scores=2 * test_images * forward,  # accuracy, and heat maps with a backward pass
+        attacks=round(under_attack * forward),
+        judging=judging * forward,
+        memory=memory,
     )  # fmt: skip
 
 

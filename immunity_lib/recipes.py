@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from itertools import chain
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -180,6 +179,15 @@ def members(settings: Settings, ensemble: ModelName) -> list[ModelName]:
     ]
 
 
+def single(settings: Settings, names: list[ModelName]) -> list[ModelName]:
+    """The trained models behind these names; an ensemble stands for its members."""
+    return [
+        one
+        for name in names
+        for one in (members(settings, name) if name.method == "ensemble" else [name])
+    ]
+
+
 def table1_models(settings: Settings) -> list[ModelName]:
     """Independently trained networks and Immunity, for every compared network."""
     return [
@@ -263,10 +271,7 @@ def surrogates(settings: Settings, judged: ModelName) -> list[ModelName]:
 
 def trained_models(settings: Settings) -> list[ModelName]:
     """Every model that the preset trains, once."""
-    of_table1 = chain.from_iterable(
-        members(settings, name) if name.method == "ensemble" else [name]
-        for name in table1_models(settings)
-    )
+    of_table1 = single(settings, table1_models(settings))
     named = [*attacked_models(settings), literal_model(settings), *of_table1]
     return list(dict.fromkeys(named))
 

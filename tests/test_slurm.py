@@ -109,6 +109,8 @@ def test_what_a_job_asks_for_follows_the_plan():
         assert 2 * minutes + 10 <= training["runtime"] <= 2 * minutes + 11
         assert training["mem_mb"] > job.memory / 1e6
         assert f"03_attacks-{job.name}" in asked
+    # Two experts, and the ensemble of two networks, for each of two networks
+    assert asked["01_expert_selection"]["runtime"] > asked["05_heatmaps"]["runtime"] > 10
     faster = cluster.requests(settings, 10 * tflops)
     together = cluster.requests(settings.model_copy(update={"processes": 4}), tflops)
     for name, request in asked.items():
