@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -80,10 +81,8 @@ def train(
     optimiser = optimiser_of(model, recipe)
     name = name or folder.name
     with seeded(recipe.seed), sigterm_noted() as sigterms:
-        source = {
-            "recipe": recipe.model_dump(mode="json"),
-            "data": dataset.splits["train"].checksum,
-        }
+        checksum = dataset.splits["train"].checksum
+        source = {"recipe": recipe.model_dump(mode="json"), "data": checksum}
         with parallel.first_goes_first():
             progress = restore_checkpoint(folder, source, model, optimiser)
         while len(progress.log) < recipe.epochs:
@@ -227,7 +226,9 @@ def _finish_epoch(model, recipe, dataset, progress, folder, device) -> dict:
     started = time.perf_counter()
     entry = {"epoch": len(progress.log) + 1}
     entry |= {part: total / progress.batches for part, total in progress.sums.items()}
-    entry |= diagnose(model, dataset.splits["validation"], recipe, device)
+    # Logits that compiled code puts out do not depend on the activations beside them, as maps need
+    with torch.compiler.set_stance("force_eager") if recipe.compiled else nullcontext():
+        entry |= diagnose(model, dataset.splits["validation"], recipe, device)
     entry["seconds"] = round(progress.seconds + time.perf_counter() - started, 2)
     entry["processes"] = parallel.processes()
     if parallel.rank() == 0 and selected_entry([*progress.log, entry]) is entry:
