@@ -61,7 +61,7 @@ test: $(INSTALLED)  ## check the style and run all tests but those of test-node
 	.venv/bin/python -m pytest -m "not node"
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
-	.venv/bin/python -m pytest -m "not slow and not node"
+	.venv/bin/python -m pytest -m "not slow"
 
 test-node: $(INSTALLED)  ## run the tests of faults, container and cluster, an hour or two
 	.venv/bin/python -m pytest -m node

@@ -77,6 +77,6 @@ case $word in
         ;;
     test)
         cd "$project"
-        exec python -m pytest -m "not slow and not node" -ra -p no:cacheprovider "$@"
+        exec python -m pytest -m "not slow" -ra -p no:cacheprovider "$@"
         ;;
 esac

@@ -25,6 +25,13 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("reproducible")
 
 
+def pytest_collection_modifyitems(items):
+    """What takes minutes to an hour is slow, too."""
+    for item in items:
+        if item.get_closest_marker("node"):
+            item.add_marker("slow")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--screenshots", type=Path, help="folder for the pictures that the browser tests take"
