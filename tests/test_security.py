@@ -243,8 +243,8 @@ def test_the_graph_runs_from_and_into_folders_named_like_shell_commands(tmp_path
     described = hostile / "graph.json"
     write_record(described, config)
     done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "1",
-         "--directory", str(hostile), "--configfile", str(described), "start_here"],
+        [sys.executable, "-m", "snakemake", "start_here", "--snakefile", str(ROOT / "Snakefile"),
+         "--cores", "1", "--directory", str(hostile), "--configfile", str(described)],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
