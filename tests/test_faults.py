@@ -280,13 +280,13 @@ def test_data_removed_in_the_middle(preset, tmp_path, gone):
             folder = data / split / f"class{label}"
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
-    fields = yaml.safe_load(preset.read_text()) | {"dataset": "images", "preset": "own"}
+    fields = yaml.safe_load(preset.read_text()) | {"dataset": "images", "data_folder": "data"}
     fields |= {"train_images": 128, "validation_images": 32, "test_images": 64}
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump(fields))
     outputs = [tmp_path / "undisturbed", tmp_path / "disturbed"]
-    finished([*graph(own, outputs[0]), "--data", str(data)])
-    command = [*graph(own, outputs[1]), "--data", str(data)]
+    finished(graph(own, outputs[0]))
+    command = graph(own, outputs[1])
     victim = data / "test" / "class3"
     if gone == "one image":
         victim = sorted(victim.iterdir())[0]
@@ -294,7 +294,7 @@ def test_data_removed_in_the_middle(preset, tmp_path, gone):
     run = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    models = outputs[1] / "runs/own/models"
+    models = outputs[1] / "runs/short/models"
     while run.poll() is None and len(list(models.glob("*/record.json"))) < 2:
         time.sleep(0.2)
     victim.rename(aside)
