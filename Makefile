@@ -50,7 +50,7 @@ explorer: $(INSTALLED)  ## serve the explorer of notebook 05 as a page
 	OMP_NUM_THREADS=1 .venv/bin/voila notebooks/05_heatmaps.ipynb --progressive_rendering=True
 
 site: reproduce  ## make what is missing of PRESET, and all of it as plain HTML
-	.venv/bin/python -m immunity_lib.site --preset $(PRESET) $(WHERE)
+	.venv/bin/python -m immunity_lib.site $(WHAT) $(WHERE)
 
 pretrained: $(INSTALLED)  ## write the weights that come with the project from those in runs/
 	.venv/bin/python -m immunity_lib.pretrained $(WHAT)

@@ -20,7 +20,6 @@ counted on shapes alone; a GPU's libraries take 1 to 2 GB beside it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +30,7 @@ import torch
 from immunity_lib.attacks.auto_attack import DRAWS, QUERIES_PER_STEP
 from immunity_lib.attacks.black_box import DRAWS_PER_STEP
 from immunity_lib.attacks.sanity import BUDGETS
+from immunity_lib.command_line import preset_parser
 from immunity_lib.data import Dataset, cifar, folder, parts
 from immunity_lib.experts import multiply_accumulates
 from immunity_lib.moe import ImmunityMoE
@@ -43,7 +43,7 @@ from immunity_lib.recipes import (
     recipe,
     trained_models,
 )
-from immunity_lib.settings import Settings, load_preset, preset_names
+from immunity_lib.settings import Settings, load_preset
 from immunity_lib.training import build_model
 
 ASSUMED_TFLOPS = 10.0  # sustained; a guess for one data-centre GPU on images this small
@@ -250,15 +250,9 @@ def printed_plan(settings: Settings, jobs: list[Job], tflops: float) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the plan of a preset; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m immunity_lib.plan", description="What a preset costs, before anything runs."
+    parser = preset_parser(
+        "plan", "What a preset costs, before anything runs.", default="paper", output=False
     )
-    parser.add_argument(
-        "--preset",
-        default="paper",
-        help=f"one of {', '.join(preset_names())}, or the path of a YAML file (default: paper)",
-    )
-    parser.add_argument("--data", default="", help="folder of the images, for a data set of yours")
     parser.add_argument(
         "--tflops",
         type=float,

@@ -7,12 +7,12 @@ record of their heat maps' scores.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from tempfile import TemporaryDirectory
 
 import torch
 
+from immunity_lib.command_line import preset_parser
 from immunity_lib.data import Dataset
 from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.models import (
@@ -65,10 +65,7 @@ def _answers(model: ImmunityMoE, images) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> int:
     """Publish every mixture of the preset's ablation that is trained, under each regime."""
-    parser = argparse.ArgumentParser(prog="python -m immunity_lib.pretrained", description=__doc__)
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--data", default="", help="folder of CIFAR (default: data/)")
-    options = parser.parse_args(arguments)
+    options = preset_parser("pretrained", __doc__, output=False).parse_args(arguments)
     try:
         settings = load_preset(options.preset, data_folder=options.data)
         dataset = dataset_of(settings)

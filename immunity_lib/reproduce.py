@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from immunity_lib.cluster import profile_folder, requests, submits
+from immunity_lib.command_line import preset_parser
 from immunity_lib.damage import set_aside_damaged
 from immunity_lib.plan import ASSUMED_TFLOPS
 from immunity_lib.records import read_record, write_record
@@ -35,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     if preset not in preset_names() and Path(preset).is_file():
         preset = os.path.abspath(preset)  # notebooks run elsewhere than here
     try:
+        for option in ("jobs", "processes", "tflops"):
+            value = getattr(options, option)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{option} is {value}; it must be above 0")
         settings = load_preset(
             preset,
             data_folder=os.path.abspath(options.data) if options.data else "",
@@ -148,19 +153,9 @@ def _run_graph(settings: Settings, config: dict, options: argparse.Namespace) ->
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m immunity_lib.reproduce",
-        description="Make every table and figure of a preset, or what of it is missing.",
+    parser = preset_parser(
+        "reproduce", "Make every table and figure of a preset, or what of it is missing."
     )
-    parser.add_argument(
-        "--preset",
-        default="demo",
-        help=f"one of {', '.join(preset_names())}, or the path of a YAML file (default: demo)",
-    )
-    parser.add_argument(
-        "--data", default="", help="folder of CIFAR (default: data/) or of your own images"
-    )
-    parser.add_argument("--output", default="", help="where runs/ and figures/ go")
     parser.add_argument("--jobs", type=int, help="notebooks beside each other (default: all cores)")
     parser.add_argument(
         "--processes", type=int, help="GPUs that train one model together (default: 1)"

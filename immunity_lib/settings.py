@@ -219,7 +219,7 @@ def load_preset(preset: str, **changes: Any) -> Settings:
         if content.get(field):
             content[field] = str(path.resolve().parent / content[field])
     for field in ("data_folder", "output_folder", "processes"):
-        if not changes.get(field):  # an empty one says nothing
+        if changes.get(field) in (None, ""):  # it says nothing
             changes.pop(field, None)
     return _checked({"preset": path.stem} | content | changes)
 

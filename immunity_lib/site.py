@@ -7,7 +7,6 @@ loaded from elsewhere.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
@@ -21,6 +20,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from tqdm import tqdm
 from traitlets import Unicode
 
+from immunity_lib.command_line import preset_parser
 from immunity_lib.records import read_record, write_atomically
 from immunity_lib.settings import ROOT, Settings, load_preset
 
@@ -134,12 +134,12 @@ def _artefact(exporter: _PageExporter, sidecar: Path) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     """Build the site of a preset; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m immunity_lib.site", description=__doc__)
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--output", default="", help="where runs/ and figures/ are")
-    options = parser.parse_args(arguments)
+    options = preset_parser("site", __doc__).parse_args(arguments)
     try:
-        index = build(load_preset(options.preset, output_folder=options.output))
+        settings = load_preset(
+            options.preset, data_folder=options.data, output_folder=options.output
+        )
+        index = build(settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,6 @@ logs how long an epoch takes. The time to go is reckoned from measured epochs an
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from statistics import mean
 
+from immunity_lib.command_line import preset_parser
 from immunity_lib.job_state import REFRESHED
 from immunity_lib.recipes import (
     ModelName,
@@ -23,7 +23,7 @@ from immunity_lib.recipes import (
     trained_models,
 )
 from immunity_lib.records import DamagedFile, read_record
-from immunity_lib.settings import ROOT, Settings, load_preset, preset_names
+from immunity_lib.settings import ROOT, Settings, load_preset
 
 LOST = 6 * REFRESHED  # seconds without a sign of life, behind which a job counts as killed
 STATES = ("done", "running", "failed", "stopped", "lost", "waiting")
@@ -205,17 +205,9 @@ def duration(seconds: float) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print how far a preset is; returns 0, or 1 where a job has failed and none runs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m immunity_lib.status",
-        description="How far the graph of a preset is, from its logs and records alone.",
+    parser = preset_parser(
+        "status", "How far the graph of a preset is, from its logs and records alone."
     )
-    parser.add_argument(
-        "--preset",
-        default="demo",
-        help=f"one of {', '.join(preset_names())}, or the path of a YAML file (default: demo)",
-    )
-    parser.add_argument("--data", default="", help="folder of your own images, as for reproduce")
-    parser.add_argument("--output", default="", help="where runs/ lies, as for reproduce")
     options = parser.parse_args(arguments)
     try:
         settings = load_preset(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from immunity_lib import reproduce
 from immunity_lib.gpus import taken_gpus
 from immunity_lib.records import ROOT, read_record, read_tensors
 from immunity_lib.settings import load_preset
@@ -126,6 +127,7 @@ def test_sigterm_to_the_graph_stops_its_jobs(preset):
 HOLD = """
 import sys, time
 from pathlib import Path
+from immunity_lib import reproduce
 from immunity_lib.gpus import taken_gpus
 with taken_gpus(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])) as gpus:
     print(gpus, flush=True)
@@ -179,6 +181,26 @@ def test_more_gpus_than_there_are_is_an_error(tmp_path):
         taken_gpus("0,1", 3, Path(tmp_path)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--jobs", "0"], "--jobs is 0; it must be above 0"),
+        (["--processes", "0"], "--processes is 0; it must be above 0"),
+        (["--tflops", "-1"], "--tflops is -1.0; it must be above 0"),
+        (["--processes", "3"], "3 processes cannot share"),
+        (["--profile", "slrum"], "valid names: gpu-node, slurm"),
+        (["--output", "a{b}"], "has a brace in its name"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_runs(options, told, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert reproduce.main(["--preset", "smoke", *options]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told in capsys.readouterr().err
 
 
 def test_sigterm_is_heard_beside_another_handler(monkeypatch):

@@ -33,7 +33,7 @@ base=localhost/base
 if ! buildah inspect --type image "$base" > /dev/null 2>&1; then
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Label: Debian' | head -n 1)
     mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm "$storage/base.tar" \
-        "${mirror:-http://deb.debian.org/debian}"
+        "${mirror:?no mirror of Debian in the apt configuration of this machine}"
     bare=$(podman import --quiet "$storage/base.tar")
     rm "$storage/base.tar"
     container=$(buildah from "$bare")
