@@ -161,10 +161,13 @@ def printed_status(settings: Settings, now: datetime) -> str:
     if count["done"] < len(jobs):
         at_a_time = max(count["running"], 1)
         left, unknown = seconds_to_go(settings, jobs)
-        line = f"about {duration(left / at_a_time)} to go with {at_a_time} at a time"
-        if unknown:
-            line += f", and what was not measured yet: {', '.join(unknown)}"
-        lines.append(line)
+        known = f"about {duration(left / at_a_time)} to go with {at_a_time} at a time"
+        if not unknown:
+            lines.append(known)
+        elif left:
+            lines.append(f"{known}, and what was not measured yet: {', '.join(unknown)}")
+        else:
+            lines.append("how long that takes is known once a job has ended")
     for state in ("running", "failed", "stopped", "lost"):
         lines += [f"  {_line(settings, job, now)}" for job in jobs if job.state == state]
     return "\n".join(lines)
