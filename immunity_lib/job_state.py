@@ -57,6 +57,7 @@ class JobState:
             "error": error,
             "machine": platform.node(),
             "process": os.getpid(),
+            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             "started": self.started.isoformat(timespec="seconds"),
             "seen": now.isoformat(timespec="seconds"),
             "seconds": round((now - self.started).total_seconds(), 1),

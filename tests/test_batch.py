@@ -14,7 +14,8 @@ from filelock import FileLock
 
 from immunity_lib import reproduce
 from immunity_lib.gpus import taken_gpus
-from immunity_lib.records import ROOT, read_record, read_tensors
+from immunity_lib.recipes import trained_models
+from immunity_lib.records import ROOT, read_record, read_tensors, write_record
 from immunity_lib.settings import load_preset
 from immunity_lib.stopping import STOPPED, sigterm_handed_on
 
@@ -122,6 +123,34 @@ def test_sigterm_to_the_graph_stops_its_jobs(preset):
     assert graph.returncode == STOPPED and "the same command goes on" in printed
     assert time.monotonic() - asked < 30
     assert not [process for process in below if process.is_running()]
+
+
+@pytest.mark.slow
+def test_a_node_with_two_gpus_trains_two_models_at_once(tmp_path):
+    """However many cores it has; each job sees a GPU of its own (here, of none)."""
+    fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
+    fields |= {"expert": "resnet18", "compared_experts": ["resnet18"], "baselines": []}
+    preset = tmp_path / "smoke.yaml"
+    preset.write_text(yaml.safe_dump(fields))
+    settings = load_preset(str(preset), output_folder=str(tmp_path))
+    described = tmp_path / "graph.json"
+    write_record(described, {"preset": str(preset), "output_folder": str(tmp_path), "gpus": "0,1"})
+    models = [str(name) for name in trained_models(settings)[:4]]
+    wanted = [str(settings.runs / "models" / name / "record.json") for name in models]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *wanted, "--snakefile", str(ROOT / "Snakefile"),
+         "--profile", str(ROOT / "profiles/gpu-node"), "--cores", "8", "--resources", "gpu=2",
+         "--directory", str(settings.runs), "--configfile", str(described)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    jobs = [state_of(settings, f"02_training-{name}") for name in models]
+    for job in jobs:
+        # Two at a time, on different GPUs; those of a job that follows another are free again
+        beside = [other for other in jobs if other["started"] <= job["started"] < other["seen"]]
+        assert len(beside) <= 2
+        assert len({other["gpus"] for other in beside}) == len(beside)
+    assert {job["gpus"] for job in jobs} == {"0", "1"}
 
 
 HOLD = """
