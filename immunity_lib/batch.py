@@ -97,7 +97,8 @@ def _only_prints_are_shown(log: Path):
     prints go: to where all of it went before."""
     shown = os.fdopen(os.dup(2), "w", buffering=1)
     with open(log, "w") as file:
-        os.dup2(file.fileno(), 2)
+        for said in (1, 2):
+            os.dup2(file.fileno(), said)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return shown
 
