@@ -161,13 +161,11 @@ def printed_status(settings: Settings, now: datetime) -> str:
     if count["done"] < len(jobs):
         at_a_time = max(count["running"], 1)
         left, unknown = seconds_to_go(settings, jobs)
-        known = f"about {duration(left / at_a_time)} to go with {at_a_time} at a time"
-        if not unknown:
-            lines.append(known)
-        elif left:
-            lines.append(f"{known}, and what was not measured yet: {', '.join(unknown)}")
-        else:
-            lines.append("how long that takes is known once a job has ended")
+        to_go = [f"about {duration(left / at_a_time)} with {at_a_time} at a time"]
+        if unknown:
+            measured = to_go if left else []
+            to_go = [*measured, f"{', '.join(unknown)}, of which none has ended yet"]
+        lines.append(f"to go: {', and '.join(to_go)}")
     for state in ("running", "failed", "stopped", "lost"):
         lines += [f"  {_line(settings, job, now)}" for job in jobs if job.state == state]
     return "\n".join(lines)

@@ -43,10 +43,10 @@ def test_every_job_of_the_graph_is_counted_once(settings):
 def test_before_anything_ran_all_of_it_waits(settings):
     printed = status.printed_status(settings, NOW)
     count = len(status.jobs_of(settings, NOW))
-    assert printed == (
-        f"preset smoke: 0 of {count} jobs done, {count} waiting\n"
-        "how long that takes is known once a job has ended"
-    )
+    waits, to_go = printed.splitlines()
+    assert waits == f"preset smoke: 0 of {count} jobs done, {count} waiting"
+    assert to_go.startswith("to go: 00_start_here, 01_expert_selection, 02_training, ")
+    assert to_go.endswith("07_claims, of which none has ended yet")
 
 
 def test_time_to_go_comes_from_measured_epochs(settings):
@@ -85,7 +85,7 @@ def test_jobs_beside_each_other_share_the_time(settings):
         put_log(settings, model, 10, 1.0)
     put_job(settings, f"03_attacks-{one}", "running", seconds=0.0)
     put_job(settings, f"03_attacks-{two}", "running", seconds=0.0)
-    assert "about 10 min to go with 2 at a time" in status.printed_status(settings, NOW)
+    assert "to go: about 10 min with 2 at a time" in status.printed_status(settings, NOW)
 
 
 def test_failed_stopped_and_killed_jobs_are_told_apart(settings):
