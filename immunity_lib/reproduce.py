@@ -16,13 +16,14 @@ import signal
 import sys
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 
 from immunity_lib.cluster import profile_folder, requests, submits
 from immunity_lib.command_line import preset_parser
 from immunity_lib.damage import set_aside_damaged
 from immunity_lib.plan import ASSUMED_TFLOPS
-from immunity_lib.records import read_record, write_record
+from immunity_lib.records import read_record, write_atomically
 from immunity_lib.settings import ROOT, Settings, load_preset, preset_names
 from immunity_lib.stopping import STOPPED, sigterm_handed_on
 
@@ -123,8 +124,9 @@ def _placement(settings: Settings, options: argparse.Namespace) -> dict:
 def _run_graph(settings: Settings, config: dict, options: argparse.Namespace) -> int:
     from snakemake.cli import main as snakemake
 
-    described = settings.runs / "graph.json"
-    write_record(described, config)
+    # A file, since Snakemake would read values on its command line as YAML
+    described = settings.runs / "graph.yaml"
+    write_atomically(described, yaml.safe_dump(config))
     arguments = [
         "--snakefile", str(ROOT / "Snakefile"),
         "--directory", str(settings.runs),

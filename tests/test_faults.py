@@ -250,7 +250,7 @@ def test_files_of_every_kind_damaged(preset, undisturbed, tmp_path, how):
         runs / "records/parts10-moe-resnet18-standard-seed0.adaptive.json",
         runs / "notebooks/04_ablation.ipynb",
         runs / "jobs/07_claims.json",
-        runs / "graph.json",
+        runs / "graph.yaml",
         figures / "table1.csv", figures / "table2.md", figures / "table3.tex",
         figures / "figure2.png", figures / "figure1.pdf", figures / "stepper.html",
         figures / "claims.json", sorted(figures.glob("records/*.json"))[0],
@@ -262,7 +262,7 @@ def test_files_of_every_kind_damaged(preset, undisturbed, tmp_path, how):
     for path in damaged:
         assert path.exists(), path
     for path in damaged[:-8]:
-        assert f"{path.name}.aside-" in done.stderr or path.name == "graph.json", path
+        assert f"{path.name}.aside-" in done.stderr or path.name == "graph.yaml", path
     read_tensors(damaged[0])
     after = drawn(preset, output, "csv", "md", "tex", "png")
     assert not [name for name in before if after.get(name) != before[name]]
