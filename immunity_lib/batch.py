@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from immunity_lib.command_line import make_paths_absolute
 from immunity_lib.gpus import taken_gpus
 from immunity_lib.job_state import JobState
 from immunity_lib.settings import ROOT, load_preset
@@ -29,9 +31,18 @@ LOOK_AT_PARENT = 1.0  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a notebook; returns 0, 1 where a cell failed, 143 where it was asked to stop."""
+    """Run a notebook; returns 0, 1 where a cell failed, 2 for wrong options, 143 where it was asked
+    to stop."""
     options = _parser().parse_args(arguments)
-    settings = load_preset(options.preset, data_folder=options.data, output_folder=options.output)
+    make_paths_absolute(options)
+    try:
+        settings = load_preset(
+            options.preset, data_folder=options.data, output_folder=options.output
+        )
+        _check_names(options.notebook, options.model)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     job = f"{options.notebook}-{options.model}" if options.model else options.notebook
     executed = settings.runs / "notebooks" / f"{job}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(notebook: str, executed: Path, parameters: dict, shown) -> str:
     """What went wrong, in a line; empty if nothing did.
 
-    In a thread of its own: nbclient would answer SIGTERM by ending the kernel, and here the main
-    thread hands it on and waits, so that a training can write its checkpoint.
+    In a thread of its own, since papermill dies of SIGTERM, and its kernel does within two seconds
+    of it: here the main thread hands the signal on and waits, so that a training can write its
+    checkpoint.
     """
     failures: list[str] = []
 
@@ -90,6 +102,15 @@ def _run(notebook: str, executed: Path, parameters: dict, shown) -> str:
 
 
 _stop = threading.Event()
+
+
+def _check_names(notebook: str, model: str) -> None:
+    """They become a file's name; whether the preset has the model, the notebook says."""
+    known = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    if notebook not in known:
+        raise ValueError(f"unknown notebook {notebook!r}; valid names: {', '.join(known)}")
+    if not re.fullmatch("[a-z0-9.-]*", model):
+        raise ValueError(f"{model!r} is no model's name")
 
 
 def _only_prints_are_shown(log: Path):

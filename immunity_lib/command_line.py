@@ -1,6 +1,8 @@
 """What the commands of the project have in common: they are about a preset."""
 
 import argparse
+import os
+from pathlib import Path
 
 from immunity_lib.settings import preset_names
 
@@ -26,3 +28,12 @@ def preset_parser(
             "--output", default="", help="where runs/ and figures/ are (default: the project)"
         )
     return parser
+
+
+def make_paths_absolute(options: argparse.Namespace) -> None:
+    """Of the preset's file, --data and --output: kernels are started elsewhere than the command."""
+    if options.preset not in preset_names() and Path(options.preset).is_file():
+        options.preset = os.path.abspath(options.preset)
+    for folder in ("data", "output"):
+        if getattr(options, folder):
+            setattr(options, folder, os.path.abspath(getattr(options, folder)))

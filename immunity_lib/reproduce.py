@@ -20,11 +20,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from immunity_lib.cluster import profile_folder, requests, submits
-from immunity_lib.command_line import preset_parser
+from immunity_lib.command_line import make_paths_absolute, preset_parser
 from immunity_lib.damage import set_aside_damaged
 from immunity_lib.plan import ASSUMED_TFLOPS
 from immunity_lib.records import read_record, write_atomically
-from immunity_lib.settings import ROOT, Settings, load_preset, preset_names
+from immunity_lib.settings import ROOT, Settings, load_preset
 from immunity_lib.stopping import STOPPED, sigterm_handed_on
 
 
@@ -33,18 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # A container's first process is not ended by a signal that it does not handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
-    preset = options.preset
-    if preset not in preset_names() and Path(preset).is_file():
-        preset = os.path.abspath(preset)  # notebooks run elsewhere than here
+    make_paths_absolute(options)
     try:
         for option in ("jobs", "processes", "tflops"):
             value = getattr(options, option)
             if value is not None and not value > 0:
                 raise ValueError(f"--{option} is {value}; it must be above 0")
         settings = load_preset(
-            preset,
-            data_folder=os.path.abspath(options.data) if options.data else "",
-            output_folder=os.path.abspath(options.output) if options.output else "",
+            options.preset,
+            data_folder=options.data,
+            output_folder=options.output,
             processes=options.processes,
         )
         if set(settings.output_folder) & set("{}"):
@@ -53,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "for a wildcard in the graph; choose another"
             )
         config = {
-            "preset": preset,
+            "preset": options.preset,
             "data_folder": settings.data_folder,
             "output_folder": settings.output_folder,
             "processes": settings.processes,

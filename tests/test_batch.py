@@ -12,7 +12,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from immunity_lib import reproduce
+from immunity_lib import batch, reproduce
 from immunity_lib.gpus import taken_gpus
 from immunity_lib.recipes import trained_models
 from immunity_lib.records import ROOT, read_record, read_tensors, write_record
@@ -210,6 +210,19 @@ def test_more_gpus_than_there_are_is_an_error(tmp_path):
         taken_gpus("0,1", 3, Path(tmp_path)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["02_trainings", "--preset=smoke"], "valid names: 00_start_here, 01_expert_selection"),
+        (["02_training", "--preset=smoke", "--model=../../x"], "'../../x' is no model's name"),
+        (["02_training", "--preset=smokes"], "valid names: cifar10-small, demo, paper, smoke"),
+    ],
+)
+def test_a_job_that_is_none_lists_the_valid_ones(arguments, told, capsys):
+    assert batch.main(arguments) == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
