@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
@@ -76,12 +77,17 @@ def _run(notebook: str, executed: Path, parameters: dict, shown) -> str:
 
     def run() -> None:
         import papermill  # costs a second
+        from traitlets.config import Config
 
         try:
-            papermill.execute_notebook(
-                ROOT / "notebooks" / f"{notebook}.ipynb", executed, parameters,
-                kernel_name="python3", cwd=ROOT, progress_bar=False, stdout_file=shown,
-            )  # fmt: skip
+            with TemporaryDirectory(prefix="immunity-") as sockets:
+                # Not TCP: kernels that start beside each other may pick the same free port
+                transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+                papermill.execute_notebook(
+                    ROOT / "notebooks" / f"{notebook}.ipynb", executed, parameters,
+                    kernel_name="python3", cwd=ROOT, progress_bar=False, stdout_file=shown,
+                    config=Config({"AsyncKernelManager": transport}),
+                )  # fmt: skip
         except Exception as error:  # of the notebook or its kernel: all of it is in the log
             traceback.print_exc()
             failures.append(str(error).strip().splitlines()[-1] if str(error) else repr(error))
