@@ -32,13 +32,6 @@ DRAWING = [
 ]
 EXPLORER = sorted(LIBRARY.glob("explorer/*.*"))
 
-# One thread each: models that train beside each other use the cores better than one with several.
-# The allocator keeps its memory instead of handing it back after every layer.
-shell.prefix(
-    "export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4294967296 "
-    "MALLOC_TRIM_THRESHOLD_=8589934592; "
-)
-
 
 def run_notebook(name, model="", on_gpu=False):
     """The command that runs a notebook. What it prints is shown; what its kernel says beside that

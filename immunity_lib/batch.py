@@ -30,6 +30,15 @@ from immunity_lib.stopping import STOPPED
 
 LOOK_AT_PARENT = 1.0  # seconds
 
+# The same whoever starts the job: a sum's last bits depend on the number of threads.
+# One thread each: models that train beside each other use the cores better than one with several.
+# The allocator keeps its memory instead of handing it back after every layer.
+KERNEL_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a notebook; returns 0, 1 where a cell failed, 2 for wrong options, 143 where it was asked
@@ -55,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     if options.model:
         parameters |= {"model": options.model, "processes": options.processes}
+    os.environ |= KERNEL_ENVIRONMENT
     with ExitStack() as held:
         if options.gpus:
             gpus = held.enter_context(taken_gpus(options.gpus, options.processes, settings.runs))
