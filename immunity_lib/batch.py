@@ -70,20 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gpus = held.enter_context(taken_gpus(options.gpus, options.processes, settings.runs))
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus
         held.enter_context(state.kept_fresh())
-        failure = _run(options.notebook, executed, parameters, shown)
-    stopped = _stop.is_set()
+        failure, stopped = _run(options.notebook, executed, parameters, shown)
     state.end("stopped" if stopped else "failed" if failure else "done", failure)
     return STOPPED if stopped else int(bool(failure))
 
 
-def _run(notebook: str, executed: Path, parameters: dict, shown) -> str:
-    """What went wrong, in a line; empty if nothing did.
+def _run(notebook: str, executed: Path, parameters: dict, shown) -> tuple[str, bool]:
+    """What went wrong, in a line, empty if nothing did; and whether it was asked to stop.
 
     In a thread of its own, since papermill dies of SIGTERM, and its kernel does within two seconds
     of it: here the main thread hands the signal on and waits, so that a training can write its
     checkpoint.
     """
     failures: list[str] = []
+    stop = threading.Event()
 
     def run() -> None:
         import papermill  # costs a second
@@ -102,22 +102,19 @@ def _run(notebook: str, executed: Path, parameters: dict, shown) -> str:
             traceback.print_exc()
             failures.append(str(error).strip().splitlines()[-1] if str(error) else repr(error))
 
-    signal.signal(signal.SIGTERM, lambda *_: _stop.set())
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     thread = threading.Thread(target=run)
     thread.start()
     parent, told = os.getppid(), False
     while thread.is_alive():
         if os.getppid() != parent:
-            _stop.set()
-        if _stop.is_set() and not told:
+            stop.set()
+        if stop.is_set() and not told:
             told = True
             for process in psutil.Process().children(recursive=True):
                 process.terminate()
         thread.join(LOOK_AT_PARENT)
-    return failures[0] if failures else ""
-
-
-_stop = threading.Event()
+    return failures[0] if failures else "", stop.is_set()
 
 
 def _check_names(notebook: str, model: str) -> None:

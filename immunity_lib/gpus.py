@@ -13,6 +13,14 @@ from filelock import FileLock, Timeout
 LOOK_AGAIN = 1.0  # seconds
 
 
+def check_enough(gpus: int, processes: int) -> None:
+    """Raises ValueError where there are GPUs, but fewer than processes that train one model."""
+    if 0 < gpus < processes:
+        raise ValueError(
+            f"processes is {processes}, but this machine offers {gpus} GPUs; lower processes"
+        )
+
+
 @contextmanager
 def taken_gpus(gpus: str, count: int, runs: Path) -> Iterator[str]:
     """Hold `count` of the GPUs "0,1,2,..." that no other job of this machine holds, and give their
@@ -21,8 +29,7 @@ def taken_gpus(gpus: str, count: int, runs: Path) -> Iterator[str]:
     A job that is killed frees its own: they are held by locks on files beside the folder `runs`.
     """
     numbers = gpus.split(",")
-    if count > len(numbers):
-        raise ValueError(f"a job takes {count} GPUs, but there are only {gpus}; lower processes")
+    check_enough(len(numbers), count)
     while True:
         with ExitStack() as held:
             taken = []

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
+from immunity_lib.gpus import check_enough
 from immunity_lib.stopping import STOPPED, sigterm_noted
 
 TIMEOUT = timedelta(minutes=10)  # for the others to arrive where this process waits for them
@@ -114,9 +115,7 @@ def train_together(function: Callable, *arguments: Any, processes: int) -> None:
     the others are ended, and a RuntimeError has its traceback. Raises ValueError where there are
     GPUs, but fewer than processes.
     """
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < processes:
-        raise ValueError(f"processes is {processes}, but there are {gpus} GPUs; lower processes")
+    check_enough(torch.cuda.device_count(), processes)
     threads = max(1, torch.get_num_threads() // processes)
     with TemporaryDirectory() as folder, sigterm_noted() as sigterms:
         group = multiprocessing.spawn(

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from immunity_lib.cluster import profile_folder, requests, submits
 from immunity_lib.command_line import make_paths_absolute, preset_parser
 from immunity_lib.damage import set_aside_damaged
+from immunity_lib.gpus import check_enough
 from immunity_lib.plan import ASSUMED_TFLOPS
 from immunity_lib.records import read_record, write_atomically
 from immunity_lib.settings import ROOT, Settings, load_preset
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"output folder {settings.output_folder!r} has a brace in its name, which stands "
                 "for a wildcard in the graph; choose another"
             )
+        if options.profile:
+            options.profile = str(profile_folder(options.profile))
         config = {
             "preset": options.preset,
             "data_folder": settings.data_folder,
@@ -111,11 +114,10 @@ def _placement(settings: Settings, options: argparse.Namespace) -> dict:
     their "requests"."""
     from torch.cuda import device_count
 
-    if options.profile and submits(profile_folder(options.profile)):
+    if options.profile and submits(Path(options.profile)):
         return {"gpus": "", "requests": requests(settings, options.tflops)}
     gpus = device_count()
-    if 0 < gpus < settings.processes:
-        raise ValueError(f"processes is {settings.processes}, but this machine has {gpus} GPUs")
+    check_enough(gpus, settings.processes)
     return {"gpus": ",".join(map(str, range(gpus)))}
 
 
@@ -137,7 +139,7 @@ def _run_graph(settings: Settings, config: dict, options: argparse.Namespace) ->
         "--show-failed-logs",
     ]  # fmt: skip
     if options.profile:
-        arguments += ["--profile", str(profile_folder(options.profile))]
+        arguments += ["--profile", options.profile]
     if "requests" not in config:
         gpus = len(config["gpus"].split(",")) if config["gpus"] else 0
         arguments += ["--cores", str(options.jobs or "all"), "--resources", f"gpu={gpus}"]

@@ -206,7 +206,7 @@ def test_a_job_takes_several_gpus_or_none(tmp_path):
 
 def test_more_gpus_than_there_are_is_an_error(tmp_path):
     with (
-        pytest.raises(ValueError, match="takes 3 GPUs, but there are only 0,1"),
+        pytest.raises(ValueError, match="processes is 3, but this machine offers 2 GPUs"),
         taken_gpus("0,1", 3, Path(tmp_path)),
     ):
         pass

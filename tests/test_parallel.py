@@ -287,5 +287,5 @@ def test_batches_that_cannot_be_shared_equally_are_an_error(make_settings, datas
 
 def test_more_processes_than_gpus_are_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="processes is 2, but there are 1 GPUs"):
+    with pytest.raises(ValueError, match="processes is 2, but this machine offers 1 GPUs"):
         in_two(time.sleep, 0)
