@@ -19,6 +19,7 @@ import pytest
 import yaml
 from graph import reproduce_command, tables
 from PIL import Image
+from spoiling import spoil
 
 from immunity_lib.data import parts
 from immunity_lib.models import own_folder
@@ -223,17 +224,6 @@ def test_graph_on_a_full_disk(preset, undisturbed, small_disk):
 
 
 # --- damaged and missing files
-
-
-def spoil(path, how):
-    content = bytearray(path.read_bytes())
-    if how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    else:
-        content[len(content) // 3] ^= 0xFF
-        path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

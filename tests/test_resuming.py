@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from spoiling import spoil
 
 from immunity_lib import records, training
 from immunity_lib.objective import training_loss
@@ -186,6 +187,7 @@ KILLED_RUN = """
 import sys
 from pathlib import Path
 import torch
+from spoiling import spoil
 from immunity_lib.data import load_dataset
 from immunity_lib.recipes import Recipe
 from immunity_lib.training import train
@@ -217,21 +219,6 @@ def test_run_ended_by_a_signal_goes_on(make_recipe, dataset, tmp_path, number):
     assert_same_run(folder, tmp_path / "uninterrupted")
 
 
-def spoil(path, how):
-    content = bytearray(path.read_bytes())
-    if how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "flipped bit":
-        content[-1000] ^= 1
-        path.write_bytes(content)
-    elif how == "foreign":
-        path.write_bytes(b"not a checkpoint at all")
-    elif how == "of another kind":
-        write_tensors(path, {"weights": torch.ones(2)}, {"name": "a model"})
-
-
 @pytest.mark.parametrize(
     "how", ["truncated", "empty", "flipped bit", "foreign", "of another kind", "other settings"]
 )
@@ -239,12 +226,16 @@ def test_unusable_checkpoint_is_set_aside_and_training_starts_anew(
     make_recipe, dataset, tmp_path, uninterrupted, capsys, how
 ):
     folder = tmp_path / "spoilt"
+    checkpoint = folder / "checkpoint.safetensors"
     if how == "other settings":
         train(make_recipe(epochs=1), dataset, folder)
     else:
         shutil.copytree(uninterrupted, folder)
-    spoil(folder / "checkpoint.safetensors", how)
-    spoilt = (folder / "checkpoint.safetensors").read_bytes()
+    if how == "of another kind":
+        write_tensors(checkpoint, {"weights": torch.ones(2)}, {"name": "a model"})
+    elif how != "other settings":
+        spoil(checkpoint, how)
+    spoilt = checkpoint.read_bytes()
     capsys.readouterr()
     train(make_recipe(), dataset, folder)
     (aside,) = folder.glob("checkpoint.safetensors.aside-*")

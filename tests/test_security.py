@@ -95,19 +95,18 @@ def test_a_record(pickled, tmp_path):
         read_record(path)
 
 
-def test_a_preset_and_a_profile(pickled, tmp_path):
-    for name in ("preset.yaml", "config.yaml"):
-        (tmp_path / name).write_bytes(pickled)
-    with pytest.raises(ValueError, match="preset.yaml"):
-        load_preset(str(tmp_path / "preset.yaml"))
-    with pytest.raises(ValueError, match="config.yaml"):
-        cluster.submits(tmp_path)
-
-
-def test_yaml_that_makes_objects(canary, tmp_path):
+@pytest.fixture(params=[*range(6), "YAML"])
+def no_yaml_of_ours(canary, request):
+    """A pickle, or YAML that makes an object."""
+    if request.param != "YAML":
+        return pickle.dumps(Malicious(canary), request.param)
     code = f"!!python/object/apply:os.system [\"touch '{canary}'\"]"
+    return f"preset: {code}\nexecutor: {code}\n".encode()
+
+
+def test_a_preset_and_a_profile(no_yaml_of_ours, tmp_path):
     for name in ("preset.yaml", "config.yaml"):
-        (tmp_path / name).write_text(f"preset: {code}\nexecutor: {code}\n")
+        (tmp_path / name).write_bytes(no_yaml_of_ours)
     with pytest.raises(ValueError, match="preset.yaml"):
         load_preset(str(tmp_path / "preset.yaml"))
     with pytest.raises(ValueError, match="config.yaml"):
