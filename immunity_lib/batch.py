@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus
         held.enter_context(state.kept_fresh())
         failure, stopped = _run(options.notebook, executed, parameters, shown)
+    if failure and not stopped:
+        print(f"{job} failed: {failure} (see {executed.with_suffix('.log')})", file=shown)
     state.end("stopped" if stopped else "failed" if failure else "done", failure)
     return STOPPED if stopped else int(bool(failure))
 

@@ -14,6 +14,7 @@ import argparse
 import os
 import signal
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
@@ -26,6 +27,7 @@ from immunity_lib.gpus import check_enough
 from immunity_lib.plan import ASSUMED_TFLOPS
 from immunity_lib.records import read_record, write_atomically
 from immunity_lib.settings import ROOT, Settings, load_preset
+from immunity_lib.status import printed_status
 from immunity_lib.stopping import STOPPED, sigterm_handed_on
 
 
@@ -86,7 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     if status == 0:
         print(listing(settings))
     else:
+        # No job outlives the graph: one that says it runs was killed
         print(
+            f"{printed_status(settings, datetime.now(UTC), lost_after=0)}\n"
             f"stopped with status {status}; the same command goes on where this one stopped, and "
             f"the notebook that failed is in {settings.runs / 'notebooks'}",
             file=sys.stderr,
@@ -136,7 +140,6 @@ def _run_graph(settings: Settings, config: dict, options: argparse.Namespace) ->
         "--rerun-triggers", "mtime", "params",
         "--keep-incomplete",  # the executed part of a notebook that failed, to read
         "--quiet", "rules",
-        "--show-failed-logs",
     ]  # fmt: skip
     if options.profile:
         arguments += ["--profile", options.profile]

@@ -25,7 +25,7 @@ from immunity_lib.recipes import (
 from immunity_lib.records import DamagedFile, read_record
 from immunity_lib.settings import ROOT, Settings, load_preset
 
-LOST = 6 * REFRESHED  # seconds without a sign of life, behind which a job counts as killed
+LOST = 6 * REFRESHED  # seconds
 STATES = ("done", "running", "failed", "stopped", "lost", "waiting")
 PER_MODEL = {
     "02_training": trained_models,
@@ -56,19 +56,23 @@ class JobStatus:
         return self.notebook == "02_training"
 
 
-def jobs_of(settings: Settings, now: datetime) -> list[JobStatus]:
-    """Every job of the preset's graph and how it stands, in the order of the notebooks."""
+def jobs_of(settings: Settings, now: datetime, lost_after: float = LOST) -> list[JobStatus]:
+    """Every job of the preset's graph and how it stands, in the order of the notebooks.
+
+    lost_after: seconds without a sign of life, behind which a job that runs counts as killed.
+    """
     named: list[tuple[str, ModelName | None]] = [
         (notebook, model) for notebook, models in PER_MODEL.items() for model in models(settings)
     ]
     # Training alone makes no table of its own
     drawing = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     named += [(notebook, None) for notebook in drawing if notebook != "02_training"]
-    return [_job_status(settings, notebook, model, now) for notebook, model in named]
+    silence = timedelta(seconds=lost_after)
+    return [_job_status(settings, notebook, model, now, silence) for notebook, model in named]
 
 
 def _job_status(
-    settings: Settings, notebook: str, model: ModelName | None, now: datetime
+    settings: Settings, notebook: str, model: ModelName | None, now: datetime, silence: timedelta
 ) -> JobStatus:
     job = f"{notebook}-{model}" if model else notebook
     try:
@@ -80,7 +84,7 @@ def _job_status(
         return JobStatus(notebook, model, state, {}, timedelta())
     state = record["state"]
     seen, started = (datetime.fromisoformat(record[when]) for when in ("seen", "started"))
-    if state == "running" and now - seen > timedelta(seconds=LOST):
+    if state == "running" and now - seen > silence:
         state = "lost"
     return JobStatus(notebook, model, state, record, now - started)
 
@@ -151,9 +155,9 @@ def _of_same_notebook(job: JobStatus, jobs: list[JobStatus]) -> float | None:
     return mean(finished) if finished else None
 
 
-def printed_status(settings: Settings, now: datetime) -> str:
+def printed_status(settings: Settings, now: datetime, lost_after: float = LOST) -> str:
     """The status as text: a line or two for all jobs, then one for each that runs or went wrong."""
-    jobs = jobs_of(settings, now)
+    jobs = jobs_of(settings, now, lost_after)
     count = {state: sum(job.state == state for job in jobs) for state in STATES}
     said = [f"{count['done']} of {len(jobs)} jobs done"]
     said += [f"{count[state]} {state}" for state in STATES[1:] if count[state]]

@@ -66,8 +66,9 @@ def test_a_notebook_that_runs_says_so_and_one_that_fails_says_why(preset):
     assert done.returncode == 1
     state = state_of(settings, f"02_training-{wrong}")
     assert state["state"] == "failed" and wrong in state["error"]
-    log = (settings.runs / "notebooks" / f"02_training-{wrong}.log").read_text()
-    assert "Traceback" in log and wrong in log
+    log = settings.runs / "notebooks" / f"02_training-{wrong}.log"
+    assert f"02_training-{wrong} failed: {state['error']} (see {log})" in done.stderr
+    assert "Traceback" in log.read_text() and wrong in log.read_text()
 
 
 @pytest.mark.slow
@@ -121,6 +122,7 @@ def test_sigterm_to_the_graph_stops_its_jobs(preset):
     graph.send_signal(signal.SIGTERM)
     _, printed = graph.communicate(timeout=60)
     assert graph.returncode == STOPPED and "the same command goes on" in printed
+    assert "2 stopped" in printed
     assert time.monotonic() - asked < 30
     assert not [process for process in below if process.is_running()]
 

@@ -100,6 +100,12 @@ def test_failed_stopped_and_killed_jobs_are_told_apart(settings):
     assert f"lost     02_training-{three} on node7, 3 h 0 min ago" in printed
 
 
+def test_of_a_graph_that_has_ended_no_job_runs(settings):
+    put_job(settings, "07_claims", "running", seen=NOW - timedelta(seconds=3))
+    assert "1 running" in status.printed_status(settings, NOW)
+    assert "1 lost" in status.printed_status(settings, NOW, lost_after=0)
+
+
 def test_results_from_before_jobs_kept_records_count_as_done(settings):
     executed = settings.runs / "notebooks" / "07_claims.ipynb"
     executed.parent.mkdir()
