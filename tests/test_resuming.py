@@ -187,7 +187,6 @@ KILLED_RUN = """
 import sys
 from pathlib import Path
 import torch
-from spoiling import spoil
 from immunity_lib.data import load_dataset
 from immunity_lib.recipes import Recipe
 from immunity_lib.training import train
