@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = f"{options.notebook}-{options.model}" if options.model else options.notebook
     executed = settings.runs / "notebooks" / f"{job}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    shown = _only_prints_are_shown(executed.with_suffix(".log"))
+    log = executed.with_suffix(".log")
+    shown = _only_prints_are_shown(log)
     state = JobState(settings, job)
     parameters = {
         "preset": options.preset, "data_folder": options.data, "output_folder": options.output,
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held.enter_context(state.kept_fresh())
         failure, stopped = _run(options.notebook, executed, parameters, shown)
     if failure and not stopped:
-        print(f"{job} failed: {failure} (see {executed.with_suffix('.log')})", file=shown)
+        print(f"{job} failed: {failure} (see {log})", file=shown)
     state.end("stopped" if stopped else "failed" if failure else "done", failure)
     return STOPPED if stopped else int(bool(failure))
 
