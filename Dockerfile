@@ -35,7 +35,7 @@ RUN python3.11 -m venv /opt/venv \
 COPY . .
 RUN ln -s /results/data data \
     && pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
-    && python -m compileall -q immunity_lib \
+    && python -m compileall -q immunity_lib study \
     && find . ! -perm -a=r -exec chmod a+rX {} +
 
 ARG COMMIT=""

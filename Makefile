@@ -5,55 +5,55 @@ DATA ?=
 OUTPUT ?=
 JOBS ?=
 PROFILE ?=
-PROCESSES ?=
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 
 # Remade when the lock or the project changes. The stamp is written last, so that an install
 # that was cut off starts afresh. --python: an active conda environment is left alone.
 INSTALLED := .venv/.installed
-UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-deps
+UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-deps --no-build-isolation
 
-WHAT = --preset $(PRESET) $(if $(DATA),--data "$(DATA)")
+WHAT = --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)")
 WHERE = $(if $(OUTPUT),--output "$(OUTPUT)")
 
 .PHONY: help reproduce smoke plan status lab explorer site pretrained test test-fast test-node bench lock
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
-	@echo 'Variables, as in "make reproduce PRESET=cifar10-small DATA=folder":'
-	@echo '  PRESET     a file of presets/: smoke, demo (default), cifar10-small, paper, or a path'
+	@echo 'Variables, as in "make reproduce PRESET=smoke OUTPUT=folder":'
+	@echo '  PRESET     $(patsubst presets/%.yaml,%,$(wildcard presets/*.yaml)), or a path (default: demo)'
 	@echo '  DATA       folder of CIFAR or of your own images; smoke and demo need none'
 	@echo '  OUTPUT     where runs/ and figures/ go (default: here)'
 	@echo '  JOBS       notebooks beside each other (default: all cores)'
 	@echo '  PROFILE    where they run: gpu-node, slurm, or a path (default: on this machine)'
-	@echo '  PROCESSES  GPUs that train one model together (default: 1)'
 	@echo 'PYTHON names the Python 3.11 that the environment .venv is made from.'
 
 reproduce:  ## make every table and figure of PRESET (the first run installs .venv)
 smoke:  ## the same graph at its smallest, to see that everything runs
 smoke: override PRESET = smoke
 reproduce smoke: $(INSTALLED)
-	.venv/bin/python -m immunity_lib.reproduce $(WHAT) $(WHERE) $(if $(JOBS),--jobs $(JOBS)) \
-		$(if $(PROFILE),--profile "$(PROFILE)") $(if $(PROCESSES),--processes $(PROCESSES))
+	.venv/bin/python -m study.graph.run $(WHAT) $(WHERE) $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(PROFILE),--profile "$(PROFILE)")
 
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
-	.venv/bin/python -m immunity_lib.plan $(WHAT)
+	.venv/bin/python -m study.graph.plan $(WHAT)
 
 status: $(INSTALLED)  ## how far PRESET is, and when it will be done; from any machine
-	.venv/bin/python -m immunity_lib.status $(WHAT) $(WHERE)
+	.venv/bin/python -m study.graph.status $(WHAT) $(WHERE)
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab, the explorer's first
 	.venv/bin/jupyter lab notebooks/05_heatmaps.ipynb
 
-# Each reader has a kernel of his own, with one thread: several of them share the cores
+# Each reader has a kernel of his own, with one thread: several of them share the cores. It ends when
+# its page has been closed, or left alone, for ten minutes
 explorer: $(INSTALLED)  ## serve the explorer of notebook 05 as a page
-	OMP_NUM_THREADS=1 .venv/bin/voila notebooks/05_heatmaps.ipynb --progressive_rendering=True
+	OMP_NUM_THREADS=1 .venv/bin/voila notebooks/05_heatmaps.ipynb --progressive_rendering=True \
+		--MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60
 
 site: reproduce  ## make what is missing of PRESET, and all of it as plain HTML
-	.venv/bin/python -m immunity_lib.site $(WHAT) $(WHERE)
+	.venv/bin/python -m study.site $(WHAT) $(WHERE)
 
 pretrained: $(INSTALLED)  ## write the weights that come with the project from those in runs/
-	.venv/bin/python -m immunity_lib.pretrained $(WHAT)
+	.venv/bin/python -m study.pretrained $(WHAT)
 
 test: $(INSTALLED)  ## check the style and run all tests but those of test-node
 	.venv/bin/python -m ruff check .
@@ -70,19 +70,20 @@ bench: $(INSTALLED)  ## time the library beside its peers
 	.venv/bin/python -m benchmarks
 
 lock: $(INSTALLED)  ## write requirements.lock from pyproject.toml (pins that still fit stay)
-	.venv/bin/uv pip compile pyproject.toml --quiet --extra test --generate-hashes \
+	.venv/bin/uv pip compile pyproject.toml --quiet --extra study --extra test --generate-hashes \
 		--no-emit-index-url --no-header --python-version 3.11 -o requirements.lock
 
 NEEDS_PYTHON = import sys; found = sys.version.split()[0]; found.startswith("3.11.") or sys.exit( \
 	"Python 3.11 is needed, but $(PYTHON) is Python " + found + \
 	". Name the right one with: make PYTHON=/path/to/python3.11")
 
+# setuptools first: a few packages are published as source alone, and are built with it
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c '$(NEEDS_PYTHON)'
 	test -f $@ || $(PYTHON) -m venv --clear .venv
 	rm -f $@
-	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.lock
-	.venv/bin/python -m pip install --quiet --no-deps --require-hashes -r .venv/uv.lock
+	sed -nE '/^(uv|setuptools)==/,/[^\\]$$/p' requirements.lock > .venv/first.lock
+	.venv/bin/python -m pip install --quiet --no-deps --require-hashes -r .venv/first.lock
 	$(UV_INSTALL) --require-hashes -r requirements.lock
-	$(UV_INSTALL) --no-build-isolation -e .
+	$(UV_INSTALL) -e .
 	touch $@

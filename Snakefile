@@ -4,33 +4,32 @@
 import shlex
 import sys
 
-from immunity_lib import recipes, results
-from immunity_lib.settings import ROOT, load_preset
+from study import catalogue, measure
+from study.settings import ROOT, load_preset
+from study.store import WEIGHTS, own_folder, record_path
 
 settings = load_preset(
     config["preset"],
     data_folder=config.get("data_folder") or "",
     output_folder=config.get("output_folder") or "",
-    processes=config.get("processes"),
 )
 RUNS, FIGURES = settings.runs, settings.figures
+NOTEBOOKS = ROOT / "notebooks"
 
 
 # What Snakemake itself keeps lies with the results: the project's folder may be read-only
 workdir: RUNS
 
 
-NOTEBOOKS = ROOT / "notebooks"
-LIBRARY = ROOT / "immunity_lib"
-DRAWING = [
-    LIBRARY / name
-    for name in (
-        "adaptive_plots.py", "adaptive_tables.py", "architecture.py", "artefacts.py", "claims.py",
-        "claims.yaml", "comparisons.py", "intervals.py", "loss_weights.py", "plots.py",
-        "printing.py", "reported.csv", "reported.py", "tables.py",
-    )
-]
-EXPLORER = sorted(LIBRARY.glob("explorer/*.*"))
+# What is drawn depends on all that may draw it: both packages, but for the graph's own commands
+CODE = sorted(
+    path
+    for package in ("immunity_lib", "study")
+    for path in (ROOT / package).rglob("*.*")
+    if not {"graph", "__pycache__"} & set(path.relative_to(ROOT).parts)
+)
+REQUESTS = config.get("requests", {})  # of a cluster; without one, jobs take what there is
+GPU = int(bool(REQUESTS or config.get("gpus")))
 
 
 def run_notebook(name, model="", on_gpu=False):
@@ -41,17 +40,14 @@ def run_notebook(name, model="", on_gpu=False):
         "data": settings.data_folder,
         "output": settings.output_folder,
         "gpus": config.get("gpus", "") if on_gpu else "",
-        "processes": settings.processes if name == "02_training" else 1,
     }
     options = [f"--{option}={value}" for option, value in given.items() if value]
-    command = shlex.join([sys.executable, "-m", "immunity_lib.batch", name, *options])
+    command = shlex.join([sys.executable, "-m", "study.graph.job", name, *options])
     # exec: the job ends with the graph that started it. Braces would be wildcards
     return "exec " + command.replace("{", "{{").replace("}", "}}") + model
 
 
 MODEL = " --model={wildcards.model}"
-REQUESTS = config.get("requests", {})  # of a cluster; without one, jobs take what there is
-GPU = int(bool(REQUESTS or config.get("gpus")))
 
 
 def request(resource, name):
@@ -65,10 +61,18 @@ def request(resource, name):
 
 
 def trained(names):
-    """Records of the trained models behind these names."""
+    """Weights and records of the trained models behind these names."""
     return [
-        RUNS / "models" / str(name) / "record.json" for name in recipes.single(settings, names)
+        own_folder(settings, name) / file
+        for name in catalogue.single(settings, names)
+        for file in (WEIGHTS, "record.json")
     ]
+
+
+def measured(names, kind):
+    """Records of a kind of measurement, and the frames beside them."""
+    paths = [record_path(settings, name, kind) for name in names]
+    return paths + [path.with_suffix(".parquet") for path in paths]
 
 
 def drawn(*names, table=False):
@@ -77,19 +81,15 @@ def drawn(*names, table=False):
     return [FIGURES / f"{name}.{ending}" for name in names for ending in endings]
 
 
-def scores(names):
-    """Records of the heat-map scores of these models."""
-    return [RUNS / f"records/{name}.scores.json" for name in names]
-
-
 # Of the models of both tables, the notebook of Table 1 makes the scores
-OF_TABLE1 = recipes.table1_models(settings)
+OF_TABLE1 = catalogue.table1_models(settings)
 SCORED_ALONE = [
     name
-    for name in recipes.table3_models(settings) + recipes.swept_models(settings)
+    for name in catalogue.table3_models(settings) + catalogue.swept_models(settings)
     if name not in OF_TABLE1
 ]
-JUDGED = recipes.judged_models(settings)
+ATTACKED = catalogue.attacked_models(settings)
+ADAPTIVE = catalogue.adaptive_models(settings)
 
 
 wildcard_constraints:
@@ -100,31 +100,32 @@ wildcard_constraints:
 # unrelated field would train everything anew. The parameters below say what a result depends on.
 rule train:
     output:
-        weights=update(RUNS / "models/{model}" / settings.weights_file),
+        weights=update(RUNS / "models/{model}" / WEIGHTS),
         record=update(RUNS / "models/{model}/record.json"),
         notebook=RUNS / "notebooks/02_training-{model}.ipynb",
     params:
-        recipe=lambda wildcards: recipes.recipe(
-            settings, recipes.ModelName.parse(wildcards.model)
-        ).model_dump_json(),
+        recipe=lambda wildcards: catalogue.recipe_of(
+            settings, catalogue.ModelName.parse(wildcards.model)
+        ).as_json(),
     log:
         RUNS / "notebooks/02_training-{model}.log",
     resources:
-        gpu=settings.processes * GPU,
+        gpu=GPU,
         mem_mb=request("mem_mb", "02_training"),
         runtime=request("runtime", "02_training"),
     shell:
         run_notebook("02_training", MODEL, on_gpu=True)
 
 
-rule attack:
+rule measure_attacks:
     input:
-        lambda wildcards: trained([recipes.ModelName.parse(wildcards.model)]),
+        lambda wildcards: trained([catalogue.ModelName.parse(wildcards.model)]),
     output:
         record=update(RUNS / "records/{model}.attacks.json"),
+        frame=update(RUNS / "records/{model}.attacks.parquet"),
         notebook=RUNS / "notebooks/03_attacks-{model}.ipynb",
     params:
-        asked=results.attack_question(settings),
+        asked=measure.question_of(settings, "attacks"),
     log:
         RUNS / "notebooks/03_attacks-{model}.log",
     resources:
@@ -135,19 +136,20 @@ rule attack:
         run_notebook("03_attacks", MODEL, on_gpu=True)
 
 
-rule judge:
+rule measure_adaptive:
     input:
         lambda wildcards: trained(
             [
-                recipes.ModelName.parse(wildcards.model),
-                *recipes.surrogates(settings, recipes.ModelName.parse(wildcards.model)),
+                catalogue.ModelName.parse(wildcards.model),
+                *catalogue.surrogates(settings, catalogue.ModelName.parse(wildcards.model)),
             ]
         ),
     output:
         record=update(RUNS / "records/{model}.adaptive.json"),
+        frame=update(RUNS / "records/{model}.adaptive.parquet"),
         notebook=RUNS / "notebooks/06_adaptive_attacks-{model}.ipynb",
     params:
-        asked=results.adaptive_question(settings),
+        asked=measure.question_of(settings, "adaptive"),
     log:
         RUNS / "notebooks/06_adaptive_attacks-{model}.log",
     resources:
@@ -161,7 +163,7 @@ rule judge:
 rule start_here:
     input:
         notebook=NOTEBOOKS / "00_start_here.ipynb",
-        library=DRAWING,
+        code=CODE,
     output:
         drawn("figure1"),
         notebook=RUNS / "notebooks/00_start_here.ipynb",
@@ -175,11 +177,13 @@ rule expert_selection:
     input:
         trained(OF_TABLE1),
         notebook=NOTEBOOKS / "01_expert_selection.ipynb",
-        library=DRAWING,
+        code=CODE,
     output:
         drawn("table1", table=True),
-        [update(record) for record in scores(OF_TABLE1)],
+        [update(path) for path in measured(OF_TABLE1, "scores")],
         notebook=RUNS / "notebooks/01_expert_selection.ipynb",
+    params:
+        asked=measure.question_of(settings, "scores"),
     log:
         RUNS / "notebooks/01_expert_selection.log",
     resources:
@@ -192,9 +196,9 @@ rule expert_selection:
 
 rule attacks:
     input:
-        [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
+        measured(ATTACKED, "attacks"),
         notebook=NOTEBOOKS / "03_attacks.ipynb",
-        library=DRAWING,
+        code=CODE,
     output:
         drawn("table2", "gates", table=True),
         drawn("attacks"),
@@ -207,19 +211,18 @@ rule attacks:
 
 rule ablation:
     input:
-        [
-            RUNS / f"records/{name}.attacks.json"
-            for name in recipes.table3_models(settings) + recipes.swept_models(settings)
-        ],
-        scores(name for name in recipes.table3_models(settings) if name in OF_TABLE1),
-        trained([recipes.literal_model(settings)]),
+        measured(catalogue.table3_models(settings) + catalogue.swept_models(settings), "attacks"),
+        measured([name for name in catalogue.table3_models(settings) if name in OF_TABLE1], "scores"),
+        trained([catalogue.literal_model(settings)]),
         notebook=NOTEBOOKS / "04_ablation.ipynb",
-        library=DRAWING,
+        code=CODE,
     output:
         drawn("table3", table=True),
-        [update(record) for record in scores(SCORED_ALONE)],
+        [update(path) for path in measured(SCORED_ALONE, "scores")],
         drawn("ablation_curves", "loss_weights", "literal_maps"),
         notebook=RUNS / "notebooks/04_ablation.ipynb",
+    params:
+        asked=measure.question_of(settings, "scores"),
     log:
         RUNS / "notebooks/04_ablation.log",
     resources:
@@ -232,9 +235,9 @@ rule ablation:
 
 rule heatmaps:
     input:
-        trained(recipes.table3_models(settings)),
+        trained(catalogue.table3_models(settings)),
         notebook=NOTEBOOKS / "05_heatmaps.ipynb",
-        library=DRAWING + EXPLORER,
+        code=CODE,
     output:
         drawn("figure2", "figure2_moe"),
         drawn("explorer_gallery", "explorer_attack", "explorer_gates", "explorer_methods"),
@@ -254,9 +257,9 @@ rule heatmaps:
 
 rule adaptive_attacks:
     input:
-        [RUNS / f"records/{name}.adaptive.json" for name in JUDGED],
+        measured(ADAPTIVE, "adaptive"),
         notebook=NOTEBOOKS / "06_adaptive_attacks.ipynb",
-        library=DRAWING,
+        code=CODE,
     output:
         drawn("gate_worth", "attack_suite", table=True),
         drawn("adaptive_attacks", "attack_strength"),
@@ -269,11 +272,11 @@ rule adaptive_attacks:
 
 rule claims:
     input:
-        [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
-        [RUNS / f"records/{name}.adaptive.json" for name in JUDGED],
-        scores(OF_TABLE1 + SCORED_ALONE),
+        measured(ATTACKED, "attacks"),
+        measured(ADAPTIVE, "adaptive"),
+        measured(OF_TABLE1 + SCORED_ALONE, "scores"),
         notebook=NOTEBOOKS / "07_claims.ipynb",
-        library=DRAWING,
+        code=CODE,
     output:
         drawn("claims", table=True),
         drawn("verdicts"),
@@ -288,13 +291,9 @@ rule all:
     default_target: True
     input:
         # Not only the last of each chain: whatever is missing on the way is made again too
-        [
-            RUNS / "models" / str(name) / file
-            for name in recipes.trained_models(settings)
-            for file in (settings.weights_file, "record.json")
-        ],
-        [RUNS / f"records/{name}.attacks.json" for name in recipes.attacked_models(settings)],
-        [RUNS / f"records/{name}.adaptive.json" for name in JUDGED],
+        trained(catalogue.trained_models(settings)),
+        measured(ATTACKED, "attacks"),
+        measured(ADAPTIVE, "adaptive"),
         rules.start_here.output,
         rules.expert_selection.output,
         rules.attacks.output,

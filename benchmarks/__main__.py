@@ -1,7 +1,6 @@
 """All benchmarks, one after the other: `make bench`."""
 
 from benchmarks import (
-    attacks,
     cells,
     exact,
     heatmaps,
@@ -11,6 +10,6 @@ from benchmarks import (
     regularised_step,
 )
 
-for benchmark in (input_pipeline, heatmaps, attacks, exact, regularised_step, cells, plan, memory):
+for benchmark in (input_pipeline, heatmaps, exact, regularised_step, cells, plan, memory):
     print(f"\n{benchmark.__doc__.splitlines()[0]}", flush=True)
     benchmark.main()

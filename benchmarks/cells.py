@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.timing import ratios, take_turns
 from immunity_lib import build_expert
-from immunity_lib.baselines.cells import Cell
+from immunity_lib.cells import Cell
 
 IMAGES, ROUNDS, WIDTH, LAYERS = 32, 7, 0.25, 8
 

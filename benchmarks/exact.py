@@ -3,7 +3,7 @@
 Goals: accuracy over all gates at most 1.1 times a plain pass of the experts, and 50 times faster
 than a pass for each gate; PGD on the exact expectation at most 1.15 times PGD on the fixed gate,
 and a tenth of torchattacks' EOTPGD with 10 samples a step, which it is at least as strong as
-(tests/test_exact.py). Run with `python -m benchmarks.exact`.
+(tests/core/test_attacks.py). Run with `python -m benchmarks.exact`.
 """
 
 from itertools import permutations
@@ -13,10 +13,8 @@ import torchattacks
 
 from benchmarks.timing import ratios, take_turns
 from immunity_lib import ImmunityMoE, build_expert
-from immunity_lib.attacks.exact import ExactPGD
-from immunity_lib.attacks.folding import folded
-from immunity_lib.attacks.frozen import FrozenPGD
-from immunity_lib.evaluation import verdicts
+from immunity_lib.attacks import attack_images, exact_pgd, fold
+from immunity_lib.moe import verdicts
 
 EXPERTS, IMAGES, WIDTH, ROUNDS, STEPS = 5, 64, 0.125, 5, 5
 EPS, STEP = 8 / 255, 2 / 255
@@ -31,7 +29,7 @@ def main() -> None:
         model.gate.linear.bias.copy_(torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0]))
     images = torch.rand(IMAGES, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (IMAGES,))
-    model = folded(model)
+    model = fold(model)
 
     @torch.no_grad()
     def plain_pass() -> None:
@@ -53,12 +51,13 @@ def main() -> None:
         f"a pass for each gate takes {ratios(one_by_one['each'], one_by_one['all'])} its time"
     )
 
+    budget = {"eps": EPS, "step_size": STEP, "steps": STEPS}
+
     def fixed_gate() -> torch.Tensor:
-        model.evaluation_gate = "trained"
-        return FrozenPGD(model, EPS, STEP, STEPS, stop_early=False)(images, labels)
+        return attack_images(model, images, labels, "pgd", "trained", **budget)
 
     def exact() -> torch.Tensor:
-        return ExactPGD(model, EPS, STEP, STEPS)(images, labels)
+        return exact_pgd(model, images, labels, **budget)
 
     def sampled() -> torch.Tensor:
         model.evaluation_gate = "switch"

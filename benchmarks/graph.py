@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from immunity_lib.settings import ROOT, load_preset
+from study.settings import ROOT, load_preset
 
 
 def own_times(runs: Path) -> dict[str, float]:
@@ -45,7 +45,7 @@ def without_job(spans: list[tuple[float, float]]) -> float:
 def main(preset: str = "demo") -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = load_preset(preset, output_folder=folder).runs
-        command = [sys.executable, "-m", "immunity_lib.reproduce", "--preset", preset]
+        command = [sys.executable, "-m", "study.graph.run", "--preset", preset]
         started = time.time()
         subprocess.run([*command, "--output", folder], cwd=ROOT, check=True)
         ended = time.time()

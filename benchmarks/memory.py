@@ -9,12 +9,13 @@ import resource
 import torch
 
 from immunity_lib import ImmunityMoE, build_expert
-from immunity_lib.objective import training_loss
-from immunity_lib.recipes import ModelName, recipe
-from immunity_lib.settings import load_preset
+from immunity_lib.train import training_loss
+from study.catalogue import ModelName, recipe_of
+from study.settings import load_preset
 
 STEPS, WARM_UP = 500, 50
-WANTED = recipe(load_preset("demo"), ModelName.parse("parts10-immunity-resnet18-standard-seed0"))
+NAME = ModelName.parse("parts10-immunity-resnet18-standard-seed0")
+WANTED = recipe_of(load_preset("demo"), NAME)
 
 
 def resident_megabytes() -> float:

@@ -1,8 +1,8 @@
 """Measured epochs against the arithmetic that `make plan` bills, as ratios to a plain network.
 
-A ratio of 1 means that the bill is right in proportion. What the formula leaves out (batch norms,
-memory traffic, the price of small operations) shows as ratios above 1, most of all for networks of
-cells, whose depthwise convolutions are little arithmetic and much traffic.
+A ratio of 1 means that the bill is right in proportion. What it leaves out (batch norms, memory
+traffic, the price of small operations) shows as ratios above 1, most of all for networks of cells,
+whose depthwise convolutions are little arithmetic and much traffic.
 Run with `python -m benchmarks.plan`.
 """
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from immunity_lib import plan
-from immunity_lib.models import dataset_of
-from immunity_lib.recipes import ModelName, recipe
-from immunity_lib.settings import load_preset
-from immunity_lib.training import train
+from immunity_lib.train import train
+from study.catalogue import ModelName, recipe_of
+from study.graph.plan import cost_of
+from study.settings import load_preset
+from study.store import load_data
 
 SETTINGS = load_preset("demo", width=0.25, train_images=256, validation_images=16, epochs=2)
 MODELS = (
@@ -32,13 +32,16 @@ MODELS = (
 
 def main() -> None:
     torch.set_num_threads(1)
-    dataset = dataset_of(SETTINGS)
+    dataset = load_data(SETTINGS)
     reference = None
     for model in MODELS:
         name = ModelName.parse(f"parts10-{model}-seed0")
+        recipe = recipe_of(SETTINGS, name)
         with tempfile.TemporaryDirectory() as folder:
-            _, log = train(recipe(SETTINGS, name), dataset, Path(folder), name=str(name))
-        billed = plan.planned_job(SETTINGS, name, attacked=False).training / SETTINGS.epochs
+            _, log = train(recipe, dataset, Path(folder), name=str(name))
+        cost = cost_of(recipe, len(dataset.class_names))
+        attacked = recipe.adversary is not None  # in one step
+        billed = recipe.train_images * (cost["step"] + attacked * cost["gradient"])
         seconds = log[-1]["seconds"]  # of the second epoch: the first one warms up
         reference = reference or seconds / billed
         print(

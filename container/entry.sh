@@ -54,11 +54,17 @@ export HOME USER="${USER:-immunity}" HYPOTHESIS_STORAGE_DIRECTORY="$HOME/.hypoth
 export TORCHINDUCTOR_CACHE_DIR="$HOME/.cache/torchinductor"
 
 case $word in
-    reproduce | status | site)
-        exec python -m "immunity_lib.$word" --output "$results" "$@"
+    reproduce)
+        exec python -m study.graph.run --output "$results" "$@"
+        ;;
+    status)
+        exec python -m study.graph.status --output "$results" "$@"
+        ;;
+    site)
+        exec python -m study.site --output "$results" "$@"
         ;;
     plan)
-        exec python -m immunity_lib.plan "$@"
+        exec python -m study.graph.plan "$@"
         ;;
     papermill)
         cd "$project"

@@ -1,22 +1,12 @@
-"""Immunity: mixtures of experts that defend by switching their gate, and the study of it."""
+"""Immunity: a mixture of convolutional experts under a random switch gate, with losses on the
+experts' own heat maps (arXiv 2402.18787).
 
-from __future__ import annotations
+Shapes, everywhere: B images, N experts, C classes, K channels, (u, v) feature grid, (a, b) heat-map
+grid.
+"""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from immunity_lib.experts import as_expert, build_expert
+from immunity_lib.heatmaps import expert_heatmaps
+from immunity_lib.moe import ImmunityMoE
 
-if TYPE_CHECKING:
-    from immunity_lib.experts import build_expert
-    from immunity_lib.heatmaps import expert_heatmaps
-    from immunity_lib.moe import ImmunityMoE
-
-__all__ = ["ImmunityMoE", "build_expert", "expert_heatmaps"]
-_HOMES = {"ImmunityMoE": "moe", "build_expert": "experts", "expert_heatmaps": "heatmaps"}
-
-
-def __getattr__(name: str) -> Any:
-    """Imported when first asked for: the commands that start jobs do without PyTorch, which takes
-    seconds."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = ["ImmunityMoE", "as_expert", "build_expert", "expert_heatmaps"]

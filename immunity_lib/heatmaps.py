@@ -7,19 +7,20 @@ loss. Experts share nothing, hence one backward pass of the summed scores serves
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from immunity_lib.checks import check_images, check_labels
-from immunity_lib.layers import activations_only, differentiated_twice
-from immunity_lib.parallel import batch_mean
-
-if TYPE_CHECKING:
-    from immunity_lib.moe import ExpertOutputs, ImmunityMoE
+from immunity_lib.moe import (
+    ExpertOutputs,
+    ImmunityMoE,
+    check_images,
+    check_labels,
+    in_eval_mode,
+)
 
 GRID = 32  # heat maps have the resolution of the images
 EXPLAINED = ("logit", "log-probability", "mixture")
@@ -42,15 +43,17 @@ def expert_heatmaps(
 
     images: (B, 3, 32, 32) in [0, 1]; labels: (B,). Returns (B, N, 32, 32), non-negative, each map
     sums to 1 and an empty one (all zero behind the ReLU of eq (3)) is uniform. The defaults are
-    the one reading that scores and pictures use; `floor` is described in `normalised`, `explained`
-    in `grad_cam`.
-    Raises ValueError for images outside of [0, 1] and labels that the model does not have.
+    the one reading that scores and pictures use; `floor` is described in `normalise_maps`,
+    `explained` in `grad_cam`. For a look (without `create_graph`) the model is in eval mode, and
+    as before afterwards; in a loss (with it) batch norms mix the images of the batch as training
+    has them. Raises ValueError for images outside of [0, 1] and labels that the model does not
+    have, or too few or many of them.
     """
     check_images(images)
-    check_labels(labels, model.experts[0].num_classes)
+    check_labels(labels, images, model.experts[0].num_classes)
     if not create_graph:
         images = images.detach().requires_grad_()  # a graph even where all weights are frozen
-    with torch.enable_grad(), differentiated_twice(create_graph):
+    with nullcontext() if create_graph else in_eval_mode(model), torch.enable_grad():
         outputs = model.expert_outputs(images)
         maps = heatmaps_from_outputs(
             outputs, labels, create_graph, floor=floor, explained=explained
@@ -67,11 +70,11 @@ def heatmaps_from_outputs(
     explained: str = "logit",
 ) -> Tensor:
     """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done: `grad_cam`,
-    then `normalised`, where the arguments are described."""
-    return normalised(grad_cam(outputs, labels, create_graph, explained=explained), floor)
+    then `normalise_maps`, where the arguments are described."""
+    return normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
 
 
-def normalised(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False) -> Tensor:
+def normalise_maps(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False) -> Tensor:
     """Heat maps (B, N, 32, 32), non-negative, as distributions: each sums to 1, an empty one is
     uniform.
 
@@ -84,7 +87,7 @@ def normalised(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False
     mass = maps.sum((-2, -1), keepdim=True)
     spread = GRID**2 * _EMPTY_MAP_CONSTANT
     if floor:
-        spread = spread + floor * batch_mean(mass.detach())
+        spread = spread + floor * mass.detach().mean(0)
     if not constant_share:
         return (maps + spread / GRID**2) / (mass + spread)
     whole = mass.detach() + spread
@@ -100,10 +103,9 @@ def grad_cam(
     "log-probability", or that of the "mixture".
     """
     scores = _explained_score(outputs, labels, explained)
-    with activations_only():
-        gradients = torch.autograd.grad(
-            scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
-        )
+    gradients = torch.autograd.grad(
+        scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
+    )
     maps = []
     for activations, gradient in zip(outputs.activations, gradients, strict=True):
         # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k)

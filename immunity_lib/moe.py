@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 GATES = ("trained", "uniform", "switch", "switch-per-image")
-GATE_NETWORKS = ("convolutional", "constant")
+# forward_with_features: images (B, 3, 32, 32) to activations (B, K, u, v) of the Grad-CAM layer and
+# logits (B, C); num_classes: C; normalise: what the gate's images go through
+EXPERT_NEEDS = ("forward_with_features", "num_classes", "normalise")
 
 Gate = str | Sequence[int]  # one of GATES, or a permutation of range(N)
 
@@ -38,12 +44,12 @@ class ExpertOutputs:
         """(B, C), log of the mixture of probabilities under the given gate."""
         # Eq. (1): y_hat = sum_i g_i softmax(f_i), kept as its logarithm: softmax(log y_hat) is
         # y_hat, so that cross entropies and attacks, which take logits, see the true gradient
-        log_gate = _switched(self.log_gate, gate)
+        log_gate = _switch(self.log_gate, gate)
         return torch.logsumexp(self.log_probs + log_gate[..., None], dim=1)
 
 
-def _switched(log_gate: Tensor, gate: Gate) -> Tensor:
-    """Gate weights (B, N) as the experts get them: expert i gets weight gate[i]."""
+def _switch(log_gate: Tensor, gate: Gate) -> Tensor:
+    """Log gate weights (B, N) as the experts get them: expert i gets weight gate[i]."""
     images, experts = log_gate.shape
     if gate == "trained":
         return log_gate
@@ -110,6 +116,13 @@ class ImmunityMoE(nn.Module):
         super().__init__()
         if not experts:
             raise ValueError("a mixture needs at least one expert; got none")
+        for expert in experts:
+            missing = [name for name in EXPERT_NEEDS if not hasattr(expert, name)]
+            if missing:
+                raise TypeError(
+                    f"a {type(expert).__name__} is no expert: it lacks {', '.join(missing)}; "
+                    "build_expert makes experts, and as_expert makes one of any network"
+                )
         self.experts = nn.ModuleList(experts)
         self.gate = ConvolutionalGate(len(experts)) if gate is None else gate
         self.evaluation_gate = evaluation_gate
@@ -136,3 +149,127 @@ class ImmunityMoE(nn.Module):
             yield
         finally:
             self.evaluation_gate = before
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it, all of a model is in eval mode; afterwards, each module is in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+LARGEST_ENUMERATED = 6  # experts; seven would make 5,040 mixtures per image
+DRAWN = math.factorial(LARGEST_ENUMERATED)
+
+
+class GateAccuracy(NamedTuple):
+    """Shares of images that are classified correctly, 0 .. 1, under each way to set the gate.
+
+    trained, uniform: the gate as trained, and equal weights (the plain ensemble). switched:
+    expected over a uniform permutation of the trained weights. best, worst: of the permutations,
+    each held fixed for all images. every: under all permutations, image by image.
+    """
+
+    trained: float
+    uniform: float
+    switched: float
+    best: float
+    worst: float
+    every: float
+
+
+@dataclass(frozen=True)
+class GateVerdicts:
+    """Which images are classified correctly, bool, under each way to set the gate: trained and
+    uniform (B,), and switched (B, G), under each of its permutations."""
+
+    trained: Tensor
+    uniform: Tensor
+    switched: Tensor
+
+    @property
+    def failure(self) -> Tensor:
+        """(B,), probability in 0 .. 1 that a uniformly drawn permutation gets the image wrong."""
+        return 1 - self.switched.double().mean(1)
+
+    @property
+    def accuracy(self) -> GateAccuracy:
+        by_permutation = self.switched.double().mean(0)
+        return GateAccuracy(
+            trained=self.trained.double().mean().item(),
+            uniform=self.uniform.double().mean().item(),
+            switched=by_permutation.mean().item(),
+            best=by_permutation.max().item(),
+            worst=by_permutation.min().item(),
+            every=self.switched.all(1).double().mean().item(),
+        )
+
+    @classmethod
+    def join(cls, batches: Sequence[GateVerdicts]) -> GateVerdicts:
+        """The verdicts on the images of all batches, in their order."""
+        return cls(
+            *(torch.cat([getattr(one, field.name) for one in batches]) for field in fields(cls))
+        )
+
+
+@cache
+def permutations(experts: int) -> Tensor:
+    """All permutations of range(experts), (N!, N), the identity first; of more than six experts,
+    720 drawn at random, always the same ones, with a warning."""
+    if experts <= LARGEST_ENUMERATED:
+        return torch.tensor(list(itertools.permutations(range(experts))))
+    warnings.warn(
+        f"{experts} experts have {math.factorial(experts):,} gates, too many to count: whatever is "
+        f"said of the switched gate is an estimate from {DRAWN} drawn at random",
+        stacklevel=2,
+    )
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(DRAWN, experts, generator=generator).argsort(1)
+
+
+def switched_probabilities(outputs: ExpertOutputs) -> Tensor:
+    """The mixture's class probabilities under every permutation of its gate, (B, N!, C)."""
+    states = permutations(outputs.gate.shape[1]).to(outputs.gate.device)
+    # Eq. (1) for all gates at once: (B, N!, N) weights times (B, N, C) probabilities
+    return outputs.gate[:, states] @ outputs.log_probs.exp()
+
+
+def verdicts(outputs: ExpertOutputs, labels: Tensor) -> GateVerdicts:
+    """Which images are classified correctly under each gate, from one pass of the experts."""
+    return GateVerdicts(
+        trained=outputs.mixture("trained").argmax(-1) == labels,
+        uniform=outputs.mixture("uniform").argmax(-1) == labels,
+        switched=switched_probabilities(outputs).argmax(-1) == labels[:, None],
+    )
+
+
+ROUNDING = 1e-6  # a float32 image plus a float32 perturbation may miss its bounds by this much
+
+
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless the images lie in [0, 1]."""
+    low, high = images.min().item(), images.max().item()
+    if not (-ROUNDING <= low and high <= 1 + ROUNDING):  # so phrased that NaN fails
+        raise ValueError(
+            f"images must lie in [0, 1], found {low:g} to {high:g}: divide 8-bit images by 255, "
+            "and do not normalise them, since normalisation is the model's first layer"
+        )
+
+
+def check_labels(labels: Tensor, images: Tensor, classes: int) -> None:
+    """Raise ValueError unless there is a label for each image, in 0 .. classes - 1."""
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} for {len(images)} images; give each image one"
+        )
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels must lie in 0 to {classes - 1}, found {low} to {high}: the model has "
+            f"{classes} classes; build it with num_classes={high + 1} or mend the labels"
+        )

@@ -14,9 +14,8 @@ from torch import nn
 
 from immunity_lib import ImmunityMoE, build_expert
 from immunity_lib.data import load_dataset
-from immunity_lib.recipes import ModelName, recipe
-from immunity_lib.settings import Settings
-from immunity_lib.training import train
+from study.catalogue import ModelName, recipe_of
+from study.settings import read_settings
 
 torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
 hypothesis_settings.register_profile(
@@ -34,14 +33,27 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--screenshots", type=Path, help="folder for the pictures that the browser tests take"
-    )
+        "--fixture-seed", type=int, default=0, metavar="N",
+        help="what the shared models and the random numbers of tests are drawn from; every test "
+        "passes with every N",
+    )  # fmt: skip
     parser.addoption(
-        "--batch-runs", type=int, default=1, help="how often each notebook runs in batch"
+        "--screenshots", type=Path, help="folder for the pictures that the browser tests take"
     )
     parser.addoption(
         "--image-storage", type=Path, help="folder that keeps the container image between tests"
     )
+
+
+@pytest.fixture(scope="session")
+def fixture_seed(pytestconfig):
+    return pytestconfig.getoption("fixture_seed")
+
+
+@pytest.fixture(autouse=True)
+def random_state(fixture_seed):
+    """The same for each test, whatever ran before it."""
+    torch.manual_seed(fixture_seed)
 
 
 TINY = {
@@ -80,45 +92,44 @@ def labels(dataset):
 @pytest.fixture(scope="session")
 def make_settings():
     """Settings of the tiny preset, with some fields changed."""
-    return lambda **changes: Settings(**TINY | changes)
+    return lambda **changes: read_settings(TINY | changes)
 
 
 @pytest.fixture(scope="session")
-def make_recipe(make_settings):
+def make_recipe(make_settings, fixture_seed):
     """The recipe of a tiny model, by method and regime."""
 
     def make(method="immunity", regime="standard", **changes):
-        name = ModelName.parse(f"parts10-{method}-resnet18-{regime}-seed0")
-        return recipe(make_settings(**changes), name)
+        name = ModelName.parse(f"parts10-{method}-resnet18-{regime}-seed{fixture_seed}")
+        return recipe_of(make_settings(**changes), name)
 
     return make
 
 
-@pytest.fixture(scope="session")
-def _shared_model(images):
-    torch.manual_seed(0)
-    mixture = ImmunityMoE([build_expert("resnet18", 10, 0.0625) for _ in range(3)])
-    for module in mixture.modules():
+def calibrate(model, images):
+    """A model in eval mode, its batch norms with the statistics of these images, as training would
+    give them in time."""
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # the statistics of these images, as training would in time
+            module.momentum = 1.0
     with torch.no_grad():
-        mixture.train()(images)
+        model.train()(images)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def _shared_model(images, fixture_seed):
+    torch.manual_seed(fixture_seed)
+    mixture = ImmunityMoE([build_expert("resnet18", 10, 0.0625) for _ in range(3)])
+    with torch.no_grad():
         mixture.gate.linear.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
-    return mixture.eval()
+    return calibrate(mixture, images)
 
 
 @pytest.fixture
 def model(_shared_model):
     """An untrained mixture of three experts in eval mode, with distinct gate weights."""
     return copy.deepcopy(_shared_model)
-
-
-@pytest.fixture(scope="session")
-def trained(dataset, make_recipe, tmp_path_factory):
-    """A small network that has learnt something, so that attacks have something to break."""
-    recipe = make_recipe("standalone", epochs=12, augment=False, schedule="constant")
-    network, _ = train(recipe, dataset, tmp_path_factory.mktemp("trained"))
-    return network.eval()
 
 
 class LinearExpert(nn.Module):
@@ -135,17 +146,35 @@ class LinearExpert(nn.Module):
 
 
 @pytest.fixture(scope="session")
-def make_linear_model():
+def make_linear_model(fixture_seed):
     """A mixture of linear experts whose gate differs from image to image."""
 
     def make(experts, classes=10, sharpness=1.0):
-        torch.manual_seed(0)
+        torch.manual_seed(fixture_seed)
         model = ImmunityMoE([LinearExpert(classes) for _ in range(experts)])
         with torch.no_grad():
             model.gate.linear.weight.mul_(20)
             for expert in model.experts:
                 expert.linear.weight.mul_(sharpness)
         return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_distant_images(make_linear_model):
+    """A model of two classes, and images (B, 3, 32, 32) of class 0 whose pixels all lie as far
+    from the boundary as is asked for each image: an attack breaks those that it takes further."""
+
+    def make(distances):
+        model = make_linear_model(1, classes=2)
+        model.evaluation_gate = "trained"
+        uphill = torch.where(torch.arange(3 * 32 * 32) % 2 == 0, 1.0, -1.0)
+        with torch.no_grad():
+            model.experts[0].linear.bias.zero_()
+            model.experts[0].linear.weight.copy_(torch.stack([-uphill, uphill]) * 0.01)
+        images = 0.5 - torch.tensor(distances)[:, None] * uphill
+        return model, images.view(-1, 3, 32, 32), torch.zeros(len(distances), dtype=torch.long)
 
     return make
 

@@ -1,16 +1,36 @@
 """Data sets as tensors in memory: Parts-10 (generated), CIFAR-10, CIFAR-100, your own images."""
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from immunity_lib.data import cifar, parts
-from immunity_lib.data import folder as image_folder
-from immunity_lib.data.image_set import Dataset, ImageSet
+from immunity_lib.data import cifar, images, parts10
+from immunity_lib.data.batches import ImageSet, Source
 
-__all__ = ["DATASETS", "Dataset", "ImageSet", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "ImageSet", "Source", "find_source", "load_dataset"]
 
 DATASETS = ("parts10", "cifar10", "cifar100", "images")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """All splits of a data set, with what a model needs to know of it.
+
+    mean, std: per channel, of images in [0, 1]. part_names: for Parts-10 only, else empty.
+    source: how the images were obtained ("generated", "torchvision archive", "parquet files",
+    "torchvision download", "image folder ..."). splits: "train", "validation", "test"; Parts-10
+    also "test-shifted".
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    part_names: tuple[str, ...]
+    source: str
+    splits: dict[str, ImageSet]
 
 
 def load_dataset(
@@ -24,56 +44,48 @@ def load_dataset(
     """A data set by its name, one of `DATASETS`.
 
     folder: where CIFAR is, or is downloaded to (by default `data` in the working directory); for
-    "images", what holds them, in one of the layouts that `immunity_lib.data.folder` describes.
+    "images", what holds them, in a layout that `immunity_lib.data.images` describes. `~` is home.
     train_images, test_images: how many, from the first on; None takes all there are. The
     validation images are the rows right after the training images, so they are never trained on.
     seed: draws Parts-10; the others are the same for every seed.
-    Raises ValueError for an unknown name, for more images than there are, for damaged files and
-    for a folder of images in no valid layout; ConnectionError where CIFAR is missing and cannot be
-    downloaded.
+    Raises ValueError for an unknown name, for more images than there are, for damaged files and a
+    folder in no valid layout; ConnectionError where CIFAR is missing and cannot be downloaded.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set '{name}'; choose one of {', '.join(DATASETS)}")
-    if name == "parts10":
-        source = parts.source(seed)
-    elif name == "images":
-        if not folder:
-            raise ValueError(f"images of which folder? Name it; {image_folder.LAYOUTS}")
-        source = image_folder.source(folder)
-    else:
-        source = cifar.source(name, folder)
+    source = find_source(name, folder, seed)
 
-    available = source.available["train"]
-    if not 0 <= validation_images < available:
-        raise ValueError(
-            f"{validation_images} validation images of {name} asked for; "
-            f"choose from 0 to {available - 1}, to be held out of {available}"
-        )
-    if train_images is None:
-        train_images = available - validation_images
-    _check_count(name, "train", train_images, available - validation_images)
-    rows = source.read("train", train_images + validation_images)
-    splits = {"train": rows.first(train_images), "validation": rows.rows(train_images, len(rows))}
-    for split, available in source.available.items():
-        if split != "train":
-            count = available if test_images is None else test_images
-            _check_count(name, split, count, available)
-            splits[split] = source.read(split, count)
+    def count_of(split: str, asked: int | None, least: int, most: int) -> int:
+        count = most if asked is None else asked
+        if not least <= count <= most:
+            raise ValueError(
+                f"{count} {split} images of {name} asked for; choose from {least} to {most} "
+                "(no image is both for training and validation)"
+            )
+        return count
 
-    if name in cifar.CIFAR:
-        mean, std = cifar.CIFAR[name].mean, cifar.CIFAR[name].std
-    else:
-        mean, std = _channel_statistics(splits["train"].images)
-    part_names = parts.PART_NAMES if name == "parts10" else ()
+    available = dict(source.available)
+    held_out = count_of("validation", validation_images, 0, available["train"] - 1)
+    available["train"] -= held_out
+    asked = dict.fromkeys(available, test_images) | {"train": train_images}
+    counts = {split: count_of(split, asked[split], 1, most) for split, most in available.items()}
+    trained = counts.pop("train")
+    rows = source.read("train", trained + held_out)
+    splits = {"train": rows.first(trained), "validation": rows.rows(trained, len(rows))}
+    splits |= {split: source.read(split, count) for split, count in counts.items()}
+    mean, std = cifar.STATISTICS.get(name) or _channel_statistics(splits["train"].images)
+    part_names = parts10.PART_NAMES if name == "parts10" else ()
     return Dataset(name, source.class_names, mean, std, part_names, source.description, splits)
 
 
-def _check_count(name: str, split: str, asked: int, available: int) -> None:
-    if not 0 < asked <= available:
-        raise ValueError(
-            f"{asked} {split} images of {name} asked for; choose from 1 to {available}, "
-            f"which is all there are (validation images set apart)"
-        )
+def find_source(name: str, folder: str | os.PathLike | None = None, seed: int = 0) -> Source:
+    """Where the images of a data set are, with the arguments and errors of `load_dataset`."""
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set '{name}'; choose one of {', '.join(DATASETS)}")
+    if name == "parts10":
+        return parts10.source(seed)
+    if name == "images" and not folder:
+        raise ValueError(f"images of which folder? Name it; {images.LAYOUTS}")
+    folder = Path(folder or "data").expanduser().resolve()
+    return images.source(folder) if name == "images" else cifar.source(name, folder)
 
 
 def _channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -83,9 +95,8 @@ def _channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[
     """
     # Sums of integers, so that the result does not depend on a machine's order of summation.
     pixels = images[:, 0].numel()
-    total = images.sum(dim=(0, 2, 3), dtype=torch.int64)
-    squares = images.to(torch.int32).square().sum(dim=(0, 2, 3), dtype=torch.int64)
-    mean = total.double() / pixels
-    std = (squares.double() / pixels - mean.square()).sqrt()
+    mean = images.sum((0, 2, 3)).double() / pixels
+    squares = images.int().square().sum((0, 2, 3)).double() / pixels
+    std = (squares - mean.square()).sqrt()
     std[std == 0] = 255
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())

@@ -1,20 +1,67 @@
-"""Batches for training and evaluation, from tensors in memory, augmented as whole batches.
+"""Images in memory: where they come from, one split of them, and batches of it.
 
 On images of 32x32 pixels, a loop over images in Python costs more than the network. Crop, flip and
 rotation are therefore one affine map per image, and one resampling of the whole batch.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from immunity_lib.data.image_set import ImageSet
-from immunity_lib.parallel import processes, rank
-
 MAXIMAL_SHIFT = 4  # pixels, as a random crop of 32x32 pixels out of an image padded by 4
 MAXIMAL_ANGLE = 15.0  # degrees
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """One split of a data set.
+
+    images: (B, 3, 32, 32) uint8. labels: (B,) int64.
+    part_masks: (B, P, 32, 32) bool, the visible pixels of each part, and
+    background: (B, 32, 32) bool, the pixels that show no object; both for Parts-10 only.
+    """
+
+    images: Tensor
+    labels: Tensor
+    part_masks: Tensor | None = None
+    background: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 over pixels and labels, in hexadecimal."""
+        digest = hashlib.sha256(self.images.contiguous().numpy())
+        digest.update(self.labels.contiguous().numpy())
+        return digest.hexdigest()
+
+    def rows(self, start: int, stop: int) -> "ImageSet":
+        """The rows from start up to stop, not copied; ValueError where there are none."""
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"rows {start} to {stop} asked for, of an image set of {len(self)}")
+        tensors = (self.images, self.labels, self.part_masks, self.background)
+        return ImageSet(*(None if tensor is None else tensor[start:stop] for tensor in tensors))
+
+    def first(self, k: int) -> "ImageSet":
+        """The first k rows."""
+        return self.rows(0, k)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from. class_names: in the order of the labels. available: rows by split.
+    read(split, count) returns the first count rows of a split, and decodes no more than those."""
+
+    description: str
+    class_names: tuple[str, ...]
+    available: dict[str, int]
+    read: Callable[[str, int], ImageSet]
 
 
 def training_batches(
@@ -27,68 +74,86 @@ def training_batches(
     rotation: float = MAXIMAL_ANGLE,
     cutout: int = 0,
     fill: Sequence[float] = (0.0, 0.0, 0.0),
-    skipped: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in random order: images (B, 3, 32, 32) float32 in [0, 1], labels (B,).
 
-    augment: crop, flip and rotate, by at most `rotation` degrees. cutout: side in pixels of a
-    square that is hidden under the colour `fill` in every image (DeVries & Taylor 2017, arXiv
-    1708.04552); 0: none. skipped: batches at the beginning that are not made.
+    augment: crop by up to 4 pixels in each direction, flip every second image on average, rotate
+    by up to `rotation` degrees. cutout: side in pixels of a square that is hidden under the colour
+    `fill` in every image (DeVries & Taylor 2017, arXiv 1708.04552); 0: none.
 
-    Images are channels_last. The order and the augmentation of all batches are drawn from
-    `generator`, on the CPU, by the call itself: a run resumed from the generator's state sees the
-    same batches, whatever it skips. A last batch of a single image is dropped, since batch
-    normalisation cannot train on it. Processes that train together draw the same batches, and each
-    gets its share of every batch; shares are equal, so that the last batch may lose some images.
-    Raises ValueError for a batch size below 2, and one that cannot be shared equally.
+    Images are channels_last. Order and augmentation of all batches are drawn from `generator`, on
+    the CPU, by the call itself: equal states give equal batches. A last batch of a single image is
+    dropped, since batch normalisation cannot train on it. ValueError for a batch size below 2.
     """
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; training needs at least 2 images in a batch")
-    if batch_size % processes():
-        raise ValueError(
-            f"batch_size is {batch_size}, which {processes()} processes cannot share equally; "
-            "make it a multiple of processes"
-        )
-    end = len(image_set) // processes() * processes()
-    order = torch.randperm(len(image_set), generator=generator)
-    maps = _random_maps(len(image_set), generator, rotation) if augment else None
-    centres = torch.randint(0, 32, (len(image_set), 2), generator=generator) if cutout else None
+    count = len(image_set)
+    order = torch.randperm(count, generator=generator)
+    maps = random_maps(count, generator, rotation) if augment else None
+    centres = torch.randint(0, 32, (count, 2), generator=generator) if cutout else None
 
-    def made(start: int) -> tuple[Tensor, Tensor]:
-        batch = slice(start + rank(), min(start + batch_size, end), processes())
+    def batch_from(start: int) -> tuple[Tensor, Tensor]:
+        batch = slice(start, start + batch_size)
         images = _as_floats(image_set.images.index_select(0, order[batch]), device)
         if augment:
             images = resample(images, maps[batch])
         if cutout:
             images = cut_out(images, centres[batch], cutout, fill)
-        return _channels_last(images), image_set.labels[order[batch]].to(device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return images, image_set.labels[order[batch]].to(device)
 
-    return map(made, range(skipped * batch_size, end - 1, batch_size))
+    return map(batch_from, range(0, count - 1, batch_size))
 
 
 def evaluation_batches(
     image_set: ImageSet, batch_size: int, device: torch.device | str | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in order and unchanged: images as in `training_batches`, labels (B,).
+    """Every image once, in order and unchanged: images and labels as in `training_batches`.
 
-    Raises ValueError for a batch size below 1.
+    ValueError for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     for start in range(0, len(image_set), batch_size):
-        batch = slice(start, start + batch_size)
-        images = _as_floats(image_set.images[batch], device)
-        yield _channels_last(images), image_set.labels[batch].to(device)
+        batch = image_set.rows(start, min(start + batch_size, len(image_set)))
+        images = _as_floats(batch.images, device).contiguous(memory_format=torch.channels_last)
+        yield images, batch.labels.to(device)
 
 
-def augment_batch(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random crop, horizontal flip and rotation of each image (B, 3, 32, 32) in [0, 1].
+def random_maps(count: int, generator: torch.Generator, rotation: float) -> Tensor:
+    """Affine maps (count, 2, 3) that crop, flip and rotate as `training_batches` says."""
+    shifts = torch.randint(-MAXIMAL_SHIFT, MAXIMAL_SHIFT + 1, (count, 2), generator=generator)
+    angles = rotation * (2 * torch.rand(count, generator=generator) - 1)
+    flipped = torch.rand(count, generator=generator) < 0.5
+    return affine_maps(shifts / 32, angles, flipped)
 
-    The crop shifts by up to 4 pixels in each direction, the rotation turns by up to 15 degrees,
-    every second image on average is flipped; what comes in at the border is black. The generator
-    is on the CPU, the images may be on any device.
+
+def affine_maps(shifts: Tensor, angles: Tensor, flipped: Tensor) -> Tensor:
+    """Maps (B, 2, 3) that shift an image, then flip it where asked, then rotate it.
+
+    shifts: (B, 2), to the right and down, in sides of the image. angles: (B,), degrees
+    counter-clockwise about the centre. flipped: (B,) bool, left to right.
+    A map leads from an output pixel's place, as (x, y, 1) in -1 .. 1, to its place in the input.
     """
-    return resample(images, _random_maps(len(images), generator, MAXIMAL_ANGLE))
+    radians, mirror = angles.deg2rad(), 1 - 2 * flipped.float()
+    cosine, sine = radians.cos(), radians.sin()
+    right, down = (-2 * shifts).unbind(dim=1)
+    maps = [mirror * cosine, -mirror * sine, right, sine, cosine, down]
+    return torch.stack(maps, dim=1).view(-1, 2, 3)
+
+
+def resample(images: Tensor, maps: Tensor) -> Tensor:
+    """Images (B, 3, 32, 32) moved by affine maps (B, 2, 3), bilinearly; black comes in outside."""
+    side = images.shape[-1]
+    of_column, of_row, offset = maps.to(images.device)[..., None, None].unbind(dim=2)
+    # The centres of pixels, on a side from -1 to 1. This is much faster on the CPU than
+    # affine_grid, which multiplies a small matrix for every image.
+    centres = (2 * torch.arange(side, device=images.device) + 1) / side - 1
+    places = (of_column * centres + offset) + of_row * centres[:, None]
+    moved = functional.grid_sample(
+        images, places.movedim(1, -1), mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+    return moved.clamp_(0, 1)
 
 
 def cut_out(images: Tensor, centres: Tensor, side: int, fill: Sequence[float]) -> Tensor:
@@ -101,51 +166,6 @@ def cut_out(images: Tensor, centres: Tensor, side: int, fill: Sequence[float]) -
     return torch.where(square[:, None], images.new_tensor(fill).view(3, 1, 1), images)
 
 
-def _random_maps(count: int, generator: torch.Generator, rotation: float) -> Tensor:
-    shifts = torch.randint(-MAXIMAL_SHIFT, MAXIMAL_SHIFT + 1, (count, 2), generator=generator)
-    angles = rotation * (2 * torch.rand(count, generator=generator) - 1)
-    flipped = torch.rand(count, generator=generator) < 0.5
-    return affine_maps(shifts / 32, angles, flipped)
-
-
-def affine_maps(shifts: Tensor, angles: Tensor, flipped: Tensor) -> Tensor:
-    """Maps (B, 2, 3) that shift an image, then flip it where asked, then rotate it.
-
-    shifts: (B, 2), to the right and down, in sides of the image. angles: (B,), degrees
-    counter-clockwise about the centre. flipped: (B,) bool, left to right.
-    A map leads from the place of an output pixel, as (x, y, 1) in -1 .. 1, to its place in the
-    input.
-    """
-    radians, mirror = angles.deg2rad(), 1 - 2 * flipped.float()
-    cosine, sine = radians.cos(), radians.sin()
-    right, down = (-2 * shifts).unbind(dim=1)
-    maps = [mirror * cosine, -mirror * sine, right, sine, cosine, down]
-    return torch.stack(maps, dim=1).view(-1, 2, 3)
-
-
-def resample(images: Tensor, maps: Tensor) -> Tensor:
-    """Images (B, 3, 32, 32) moved by affine maps (B, 2, 3), bilinearly; black comes in outside."""
-    height, width = images.shape[-2:]
-    of_column, of_row, offset = maps.to(images.device)[..., None, None].unbind(dim=2)
-    columns = _pixel_centres(width, images.device)
-    rows = _pixel_centres(height, images.device)[:, None]
-    # Much faster on the CPU than affine_grid, which multiplies a small matrix for every image.
-    places = (of_column * columns + offset) + of_row * rows
-    moved = functional.grid_sample(
-        images, places.movedim(1, -1), mode="bilinear", padding_mode="zeros", align_corners=False
-    )
-    return moved.clamp_(0, 1)
-
-
-def _pixel_centres(count: int, device: torch.device) -> Tensor:
-    """Where the centres of pixels are on a side that runs from -1 to 1, as grid_sample has it."""
-    return (2 * torch.arange(count, device=device) + 1) / count - 1
-
-
 def _as_floats(images: Tensor, device: torch.device | str | None) -> Tensor:
     """Images in [0, 1]; they travel to the device as bytes, a quarter of the floats' size."""
     return images.to(device).float().div_(255)
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)

@@ -1,198 +1,135 @@
 """CIFAR-10 and CIFAR-100: from torchvision's archives, from parquet files, or by download."""
 
-import io
 import os
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from io import BytesIO
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from immunity_lib.data.image_set import ImageSet, Source
+from immunity_lib.data.batches import ImageSet, Source
+from immunity_lib.data.images import read_images
 
-DEFAULT_FOLDER = "data"
-# What pyarrow and Pillow raise for files that are truncated, damaged or hold something else.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SyntaxError)
-
-
-@dataclass(frozen=True)
-class Cifar:
-    """What is to be known about one of the two data sets before its images are there.
-
-    mean, std: of each channel over the training images in [0, 1].
-    """
-
-    title: str
-    class_names: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    label_column: str
-    extracted: str
-    archive: str
-
-
-CIFAR = {
-    "cifar10": Cifar(
-        title="CIFAR-10",
-        class_names=tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        label_column="label",
-        extracted="cifar-10-batches-py",
-        archive="cifar-10-python.tar.gz",
-    ),
-    "cifar100": Cifar(
-        title="CIFAR-100",
-        class_names=tuple(
-            """
-            apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
-            butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach
-            couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster
-            house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
-            motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
-            pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
-            rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-            sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
-            turtle wardrobe whale willow_tree wolf woman worm
-            """.split()
-        ),
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        label_column="fine_label",
-        extracted="cifar-100-python",
-        archive="cifar-100-python.tar.gz",
+CLASS_NAMES = {
+    "cifar10": tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
+    "cifar100": tuple(
+        """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+        butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+        crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+        keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+        mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+        plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
+        worm""".split()
     ),
 }
+# Mean and deviation of each channel over the training images in [0, 1].
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+SPLITS = ("train", "test")
 
 
-def source(name: str, folder: str | os.PathLike | None) -> Source:
-    """The first that there is: torchvision's archive, parquet files in `folder/<name>`, a download.
+def source(name: str, folder: Path) -> Source:
+    """The first that there is: torchvision's archive, packed or extracted, in `folder`; parquet
+    files train-*.parquet and test-*.parquet in `folder/<name>`; a download into `folder`.
 
     Raises ValueError for a file that is damaged or holds something else, and ConnectionError
     where there are no images and the download fails.
     """
-    folder = Path(DEFAULT_FOLDER if folder is None else folder)
-    if (folder / CIFAR[name].extracted).is_dir() or (folder / CIFAR[name].archive).is_file():
-        return _torchvision_source(name, folder, "torchvision archive")
-    if any((folder / name).glob("*.parquet")):
-        return _parquet_source(name, folder / name)
-    return _torchvision_source(name, folder, "torchvision download")
-
-
-def _torchvision_source(name: str, folder: Path, description: str) -> Source:
+    from filelock import FileLock
     from torchvision.datasets import CIFAR10, CIFAR100  # costs seconds to import
+    from torchvision.datasets.utils import check_integrity
 
-    loader = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    cifar = CIFAR[name]
-    if (folder / cifar.archive).is_file() or not (folder / cifar.extracted).is_dir():
-        _download_or_extract(loader, cifar, name, folder)
+    archive = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    packed, extracted = folder / archive.filename, folder / archive.base_folder
+    found = packed.is_file() or extracted.is_dir()
+    if not found and any((folder / name).glob("*.parquet")):
+        return _parquet_source(name, folder / name)
     try:
-        splits = {"train": loader(folder, train=True), "test": loader(folder, train=False)}
-    except RuntimeError as error:
-        raise ValueError(
-            f"{folder / cifar.extracted} is incomplete or damaged; "
-            f"replace it by an intact copy, or move it away to have {cifar.title} downloaded"
+        # An extracted folder alone is only read; beside an archive, it is repaired from that.
+        download = packed.is_file() or not extracted.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        # Jobs that start side by side must not write the same files.
+        lock = FileLock(folder / f".{name}.lock", timeout=1800)
+        with lock if download and os.access(folder, os.W_OK) else nullcontext():
+            data = {split: archive(folder, split == "train", download=download) for split in SPLITS}
+    except (OSError, RuntimeError) as error:
+        if found and not check_integrity(packed, archive.tgz_md5):
+            raise ValueError(
+                f"{packed if packed.is_file() else extracted} is incomplete or damaged ({error}); "
+                "replace it by an intact copy, or move it away to have it downloaded"
+            ) from error
+        raise ConnectionError(
+            f"{name} is not in '{folder}', and could not be downloaded or extracted ({error}). "
+            f"There are three ways to have it: (1) put {packed.name}, or the folder "
+            f"{extracted.name} that it holds, into '{folder}'; (2) put parquet files named "
+            f"train-*.parquet and test-*.parquet into '{folder / name}'; (3) run this once with "
+            "a network connection and a folder that can be written to"
         ) from error
 
     def read(split: str, count: int) -> ImageSet:
-        images = np.ascontiguousarray(splits[split].data[:count].transpose(0, 3, 1, 2))
-        labels = torch.tensor(splits[split].targets[:count], dtype=torch.int64)
+        images = np.ascontiguousarray(data[split].data[:count].transpose(0, 3, 1, 2))
+        labels = torch.tensor(data[split].targets[:count], dtype=torch.int64)
         return ImageSet(torch.from_numpy(images), labels)
 
-    available = {split: len(data) for split, data in splits.items()}
-    return Source(description, cifar.class_names, available, read)
-
-
-def _download_or_extract(loader: type, cifar: Cifar, name: str, folder: Path) -> None:
-    """Let torchvision extract its archive, downloading it first where it is missing or damaged."""
-    from filelock import FileLock
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Jobs that start side by side must not write the same files.
-        writable = os.access(folder, os.W_OK)
-        with FileLock(folder / f".{name}.lock") if writable else nullcontext():
-            loader(folder, download=True)
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"{cifar.title} is not in '{folder}', and its download failed ({error}). "
-            f"There are three ways to have it: (1) put {cifar.archive}, or the folder "
-            f"{cifar.extracted} that it holds, into '{folder}'; (2) put parquet files named "
-            f"train-*.parquet and test-*.parquet into '{folder / name}'; (3) run this once with "
-            f"a network connection and a folder that can be written to"
-        ) from error
+    description = "torchvision archive" if found else "torchvision download"
+    available = {split: len(data[split]) for split in SPLITS}
+    return Source(description, CLASS_NAMES[name], available, read)
 
 
 def _parquet_source(name: str, folder: Path) -> Source:
-    files = {split: sorted(folder.glob(f"{split}-*.parquet")) for split in ("train", "test")}
-    for split, found in files.items():
-        if not found:
+    """Files train-*.parquet and test-*.parquet, as Hugging Face publishes CIFAR.
+
+    Image files of 32x32 pixels are in a column img or image, as {bytes, path} or as bytes alone;
+    labels in a column fine_label or else label. Rows whose path begins with "lossy/" went through
+    JPEG: they are left out, since robustness is measured on exact pixels, and the description
+    counts them.
+    """
+    rows, lossy = {split: [] for split in SPLITS}, 0
+    for split, found in rows.items():
+        files = sorted(folder.glob(f"{split}-*.parquet"))
+        if not files:
             raise ValueError(f"no {split}-*.parquet in '{folder}'; put the {split} files there")
-    rows = {
-        split: [(file, _usable_rows(file, CIFAR[name])) for file in found]
-        for split, found in files.items()
-    }
+        for file in files:
+            usable, left_out = _read_parquet(file, len(CLASS_NAMES[name]))
+            found += usable
+            lossy += left_out
 
     def read(split: str, count: int) -> ImageSet:
-        images = np.empty((count, 3, 32, 32), np.uint8)
-        labels = np.empty(count, np.int64)
-        decoded = _decoded_rows(rows[split], CIFAR[name].label_column)
-        for row, (image, label) in zip(range(count), decoded, strict=False):
-            images[row], labels[row] = image, label
-        return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
+        return read_images(rows[split][:count], exact=True)
 
-    available = {
-        split: int(sum(usable.sum() for _, usable in files)) for split, files in rows.items()
-    }
-    return Source("parquet files", CIFAR[name].class_names, available, read)
+    description = "parquet files" + (f" ({lossy} lossy rows left out)" if lossy else "")
+    available = {split: len(found) for split, found in rows.items()}
+    return Source(description, CLASS_NAMES[name], available, read)
 
 
-def _usable_rows(file: Path, cifar: Cifar) -> np.ndarray:
-    """Which rows of a parquet file are lossless, as booleans; its labels are checked."""
+def _read_parquet(file: Path, classes: int) -> tuple[list[tuple[str, BytesIO, int]], int]:
+    """The rows of a file as `read_images` takes them, and how many lossy ones were left out."""
     from pyarrow.parquet import ParquetFile
 
     try:
-        table = ParquetFile(file).read(columns=["img.path", cifar.label_column])
-        paths = table["img"].combine_chunks().field("path").to_pylist()
-        labels = table[cifar.label_column].to_pylist()
-        wrong = [label for label in labels if label not in range(len(cifar.class_names))]
+        table = ParquetFile(file).read(["img", "image", "fine_label", "label"]).flatten()
+        names = (name.replace("image", "img") for name in table.column_names)
+        columns = {k: v.to_pylist() for k, v in zip(names, table.columns, strict=True)}
+        images = columns.get("img.bytes", columns.get("img"))
+        labels = columns.get("fine_label", columns.get("label"))
+        if images is None or labels is None:
+            raise ValueError("it needs a column img or image, of image files, and a column label")
+        wrong = [label for label in labels if label not in range(classes)]
         if wrong:
-            raise ValueError(f"label {wrong[0]!r} is not in 0 .. {len(cifar.class_names) - 1}")
-    except UNREADABLE as error:
-        raise _unusable(file, error) from error
-    return np.array([not (path or "").startswith("lossy/") for path in paths], dtype=bool)
-
-
-def _decoded_rows(
-    files: list[tuple[Path, np.ndarray]], label_column: str
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Images (3, 32, 32) uint8 and labels of the usable rows, decoded when they are asked for."""
-    from pyarrow.parquet import ParquetFile
-
-    for file, usable in files:
-        try:
-            batches = ParquetFile(file).iter_batches(500, columns=["img.bytes", label_column])
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for row, keep in zip(rows, usable, strict=True):
-                if keep:
-                    yield _decode(row["img"]["bytes"]), row[label_column]
-        except UNREADABLE as error:
-            raise _unusable(file, error) from error
-
-
-def _decode(png: bytes) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as picture:
-        if picture.size != (32, 32):
-            raise ValueError(f"an image has {picture.width}x{picture.height} pixels, not 32x32")
-        return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
-
-
-def _unusable(file: Path, reason: object) -> ValueError:
-    return ValueError(
-        f"{file} cannot be used ({reason}); replace it by an intact copy, "
-        f"or move it out of the folder to do without its rows"
-    )
+            raise ValueError(f"label {wrong[0]!r} is not in 0 .. {classes - 1}")
+        places = (f"{file} row {row}" for row in range(len(labels)))
+        rows = zip(places, map(BytesIO, images), labels, strict=True)
+        paths = columns.get("img.path", [None] * len(labels))
+        usable = [not str(path).startswith("lossy/") for path in paths]
+        return list(compress(rows, usable)), usable.count(False)
+    except Exception as error:  # for a damaged file, pyarrow raises errors of all kinds
+        raise ValueError(
+            f"{file} cannot be used ({error}); replace it, or move it out of the folder to do "
+            "without its rows"
+        ) from error

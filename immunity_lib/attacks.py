@@ -1,0 +1,472 @@
+"""Attacks in l_inf on images in [0, 1]: the paper's, and those that know the random switch gate.
+
+An attack takes a model, images and labels and gives adversarial images (B, 3, 32, 32), each pixel
+within eps of its image's. torchattacks calls a bare `model(images)`, so the gate that it sees is
+the model's `evaluation_gate`, set here explicitly. eps and step sizes are in units of [0, 1].
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from immunity_lib.moe import (
+    ROUNDING,
+    ConstantGate,
+    ExpertOutputs,
+    Gate,
+    ImmunityMoE,
+    check_images,
+    check_labels,
+    in_eval_mode,
+    permutations,
+    verdicts,
+)
+
+# Each attacks a model with (images, labels) at (eps, step size, number of steps). PGD starts at a
+# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0.
+ATTACKS: dict[str, Callable] = {
+    "fgsm": lambda library, model, eps, step, steps: library.FGSM(model, eps),
+    "bim": lambda library, model, eps, step, steps: library.BIM(model, eps, step, steps),
+    "mim": lambda library, model, eps, step, steps: library.MIFGSM(model, eps, step, steps, 1.0),
+    "pgd": lambda library, model, eps, step, steps: library.PGD(model, eps, step, steps, True),
+    # PGD on the divergence from the clean answer, which TRADES trains on
+    "tpgd": lambda library, model, eps, step, steps: library.TPGD(model, eps, step, steps),
+    # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
+    "ffgsm": lambda library, model, eps, step, steps: library.FFGSM(model, eps, 1.25 * eps),
+    # PGD on the Carlini-Wagner margin; torchattacks' own CW is an l_2 attack without an eps
+    "cw": lambda library, model, *budget: partial(_margin_pgd, model, *budget),
+    "apgd": lambda library, model, eps, step, steps: partial(_auto_pgd, library, model, eps, steps),
+}
+
+
+def attack_images(
+    model: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    attack: str,
+    gate: Gate,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Adversarial images by one of ATTACKS, checked to keep their budget.
+
+    gate: what the attacker's forward passes use, see `ImmunityMoE`. The model is attacked in eval
+    mode, and the mode of each of its modules is as before afterwards. Raises ValueError on images
+    and labels that the model cannot have.
+    """
+    if attack not in ATTACKS:
+        raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+    check_images(images)
+    check_labels(labels, images, model.experts[0].num_classes)
+    import torchattacks  # costs a second, which only attackers should pay
+
+    # torchattacks would leave some of the model in train mode
+    with in_eval_mode(model), torch.enable_grad(), model.evaluated_with(gate):
+        perturb = ATTACKS[attack](torchattacks, model, eps, step_size, steps)
+        adversarial = perturb(images, labels)
+    check_budget(images, adversarial, eps)
+    return adversarial
+
+
+def _margin_pgd(
+    model: ImmunityMoE, eps: float, step: float, steps: int, images: Tensor, labels: Tensor
+) -> Tensor:
+    """As Madry et al. (2018, arXiv 1706.06083) use the margin at a given eps."""
+    *_, last = ascent_path(
+        lambda points: margin(model(points), labels),
+        images.detach(), eps=eps, step_size=step, steps=steps,
+    )  # fmt: skip
+    return last
+
+
+def _auto_pgd(
+    library, model: ImmunityMoE, eps: float, steps: int, images: Tensor, labels: Tensor
+) -> Tensor:
+    """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690) on the cross entropy, from one start.
+
+    Each image's point of the highest loss. As torchattacks calls it, it would hand back unmoved
+    what it did not fool or what was misclassified anyway: right for one fixed gate, but too weak
+    for the others.
+    """
+    attack = library.APGD(model, eps=eps, steps=steps, n_restarts=1, loss="ce", eot_iter=1)
+    return attack.perturb(images, labels, best_loss=True)[1]
+
+
+def ascent_path(
+    objective: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    eps: float | Tensor,
+    step_size: float,
+    steps: int,
+    random_start: bool = True,
+) -> Iterator[Tensor]:
+    """PGD (Madry et al. 2018, arXiv 1706.06083): where it starts, and where it is after each step.
+
+    objective: from points (B, 3, 32, 32) to what is raised, (B,). eps: a float, or each image's own
+    as (B, 1, 1, 1), then without a random start.
+    """
+    points = images
+    if random_start:
+        points = (points + torch.empty_like(points).uniform_(-eps, eps)).clamp(0, 1)
+    yield points
+    for _ in range(steps):
+        start = points.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            total = objective(start).sum()
+        (gradient,) = torch.autograd.grad(total, start)
+        points = within_budget(start.detach() + step_size * gradient.sign(), images, eps)
+        yield points
+
+
+def attack_path(
+    model: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    gate: Gate,
+    *,
+    eps: Tensor,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Where PGD on the cross entropy under a gate is after each step, (steps + 1, B, 3, 32, 32).
+
+    The first points are the images themselves (no random start), the last ones are adversarial.
+    eps: (B,), each image's own budget; 0 leaves it where it is. Raises ValueError on bad input.
+    """
+    check_images(images)
+    check_labels(labels, images, model.experts[0].num_classes)
+    with in_eval_mode(model):
+        path = ascent_path(
+            lambda points: functional.cross_entropy(model(points, gate), labels, reduction="none"),
+            images, eps=eps.view(-1, 1, 1, 1), step_size=step_size, steps=steps,
+            random_start=False,
+        )  # fmt: skip
+        return torch.stack(list(path))
+
+
+def exact_pgd(
+    model: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    aim: str = "expected",
+    random_start: bool = True,
+) -> Tensor:
+    """PGD on the exact cross entropy over all permutations of the gate.
+
+    The N! gates share the experts' outputs, so the loss under each of them, its expectation and its
+    gradient cost one pass; averaging the loss of sampled gates ("expectation over transformation",
+    Athalye et al. 2018, arXiv 1802.00420) costs one for every sample.
+    aim: what is raised for each image: the "expected" cross entropy over a uniform permutation, or
+    that under its "weakest" gate, where it is the largest. Raises ValueError on bad input.
+    """
+    if aim not in ("expected", "weakest"):
+        raise ValueError(f"unknown aim {aim!r}; choose expected or weakest")
+    check_images(images)
+    check_labels(labels, images, model.experts[0].num_classes)
+
+    def objective(points: Tensor) -> Tensor:
+        losses = cross_entropy_by_gate(model.expert_outputs(points), labels)
+        return losses.mean(1) if aim == "expected" else losses.amax(1)
+
+    budget = {"eps": eps, "step_size": step_size, "steps": steps}
+    *_, last = ascent_path(objective, images.detach(), **budget, random_start=random_start)
+    return last
+
+
+def cross_entropy_by_gate(outputs: ExpertOutputs, labels: Tensor) -> Tensor:
+    """The mixture's cross entropy under every permutation of its gate, (B, N!)."""
+    own = outputs.log_probs.gather(2, labels[:, None, None].expand(-1, outputs.logits.shape[1], 1))
+    gates = outputs.log_gate[:, permutations(own.shape[1]).to(labels.device)]
+    # Eq. (1) for all gates, of the label's probability alone: (B, N!, N) + (B, 1, N)
+    return -(gates + own.mT).logsumexp(-1)
+
+
+def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """(B,): max_{j != y} z_j - z_y, positive where the model is fooled (Carlini & Wagner 2017,
+    arXiv 1608.04644). Log-probabilities z (B, C) have the margins of logits."""
+    own = labels[:, None]
+    return log_probs.scatter(1, own, -torch.inf).amax(1) - log_probs.gather(1, own).squeeze(1)
+
+
+BEYOND = 1.05  # times the estimated distance to a decision boundary
+
+
+def arc(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, step_size: float, steps: int
+) -> Tensor:
+    """Greedy attack on the share of gates that are fooled, after ARC (Dbouk & Shanbhag 2022, arXiv
+    2206.06737), which is made for classifiers that are drawn at random.
+
+    Gradients of different experts may cancel in the mean loss. Each step turns to one expert at a
+    time, in the order of the batch's mean gate weights, and moves along the sign of its margin's
+    gradient: just beyond its decision boundary, by a linear estimate, or by step_size if it is
+    beyond already. An image keeps a move that fools no fewer gates. In ARC the classifiers are the
+    drawn ones themselves; here they would be the N! mixtures, which share N experts' gradients.
+    """
+    check_images(images)
+    check_labels(labels, images, model.experts[0].num_classes)
+    points = images = images.detach()
+    with torch.no_grad():
+        outputs = model.expert_outputs(images)
+    fooled = verdicts(outputs, labels).failure
+    for _ in range(steps):
+        for expert in outputs.gate.mean(0).argsort(descending=True).tolist():
+            start = points.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                _, logits = model.experts[expert].forward_with_features(start)
+                margins = margin(logits, labels)
+                total = margins.sum()
+            (gradient,) = torch.autograd.grad(total, start)
+            # Along the sign of the gradient, a linear margin rises by the gradient's l_1 norm
+            slope = gradient.abs().sum((1, 2, 3)).clamp(min=1e-12)
+            length = (BEYOND * -margins.detach() / slope).clamp(step_size, 2 * eps)
+            moved = points + length[:, None, None, None] * gradient.sign()
+            moved = within_budget(moved, images, eps)
+            with torch.no_grad():
+                share = verdicts(model.expert_outputs(moved), labels).failure
+            kept = share >= fooled
+            points = torch.where(kept[:, None, None, None], moved, points)
+            fooled = torch.where(kept, share, fooled)
+    return points
+
+
+@torch.no_grad()
+def random_noise(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, draws: int
+) -> Tensor:
+    """Of so many corners of the eps-ball around each image, drawn at random, the one that the most
+    gates get wrong. It uses no gradient: if it finds what gradients miss, they mislead (Carlini et
+    al. 2019, arXiv 1902.06705, sections 4.3 and 4.11)."""
+    best = images.clone()
+    most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
+    for _ in range(draws):
+        corner = eps * torch.randint_like(images, 2).mul_(2).sub_(1)
+        points = within_budget(images + corner, images, eps)
+        failure = verdicts(model.expert_outputs(points), labels).failure
+        better = failure > most
+        best[better], most[better] = points[better], failure[better]
+    return best
+
+
+DRAWS = 20  # of the gate for each gradient of a random gate, as AutoAttack's "rand" has it
+QUERIES_PER_STEP = 50  # of Square: 5,000 beside 100 steps of the gradient attacks, as published
+DRAWS_PER_STEP = 100  # of random noise: 10,000 points beside 100 steps
+FEWEST_CLASSES = 4  # that the targeted loss of AutoAttack can tell apart
+
+
+def auto_attack(
+    model: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    gate: Gate,
+    *,
+    eps: float,
+    steps: int = 100,
+    only: tuple[str, ...] = (),
+) -> tuple[Tensor, list[str]]:
+    """AutoAttack (Croce & Hein 2020, arXiv 2003.01690): adversarial images, and its warnings.
+
+    A fixed gate gets the "standard" version (APGD on the cross entropy, targeted APGD and FAB,
+    Square), a random one "rand" (APGD on cross entropy and DLR, gradients averaged over 20 draws).
+    It stops at the first point that fools the gate it sees, and under a random gate one lucky draw
+    counts, so its images want judging under all gates. steps: of each gradient attack; 100 is
+    AutoAttack as published. only: some of its attacks, as ("square",). Raises ValueError on bad
+    input, and for fewer than four classes where an attack needs them.
+    """
+    from pyautoattack import AutoAttack  # costs a second, which only attackers should pay
+
+    classes = model.experts[0].num_classes
+    check_images(images)
+    check_labels(labels, images, classes)
+    if classes < FEWEST_CLASSES and only != ("square",):
+        raise ValueError(
+            f"AutoAttack needs at least {FEWEST_CLASSES} classes, the model has {classes}; attacks "
+            "that work: those of attack_images, exact_pgd, arc, and Square alone"
+        )
+    target = fold(model).to(memory_format=torch.contiguous_format)  # it views gradients as lines
+    target.evaluation_gate = gate
+    version = "rand" if gate in ("switch", "switch-per-image") else "standard"
+    judge = AutoAttack(target, eps=eps, version=version, seed=0, device=images.device)
+    if only:
+        judge.attacks_to_run = list(only)
+    for attack in (judge.apgd, judge.apgd_targeted):
+        attack.n_iter = attack.n_iter_orig = steps
+    judge.apgd.eot_iter = DRAWS if version == "rand" else 1
+    judge.fab.n_iter = steps
+    judge.square.n_queries = QUERIES_PER_STEP * steps
+    judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
+    heard = _Heard()
+    judge.logger.addHandler(heard)
+    try:
+        adversarial, _ = judge.run_standard_evaluation(
+            images.contiguous(), labels, batch_size=len(images)
+        )
+    finally:
+        judge.logger.removeHandler(heard)
+    return adversarial.detach(), list(dict.fromkeys(heard.warnings))
+
+
+class _Heard(logging.Handler):
+    """Keeps what is logged as a warning."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # What it refers to is a file of its own repository
+        self.warnings.append(record.getMessage().replace(" See flags_doc.md for details.", ""))
+
+
+FAMILIES = {
+    "paper": "the paper's setting",
+    "frozen": "one frozen gate",
+    "sampled": "expectation by sampling",
+    "exact": "exact over all gates",
+    "judges": "standard judges",
+    "black box": "without gradients",
+    "transfer": "from other models",
+}
+# AutoAttack is in neither: it ends with Square, which needs no gradient
+WHITE_BOX, BLACK_BOX = ("paper", "frozen", "sampled", "exact"), ("black box", "transfer")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard the adaptive attacks try."""
+
+    eps: float
+    step_size: float
+    steps: int  # of PGD and its kin
+    samples: tuple[int, ...]  # of the gate for each gradient of EOTPGD, an attack for each
+    auto_attack_steps: int  # Square has 50 queries and random noise 100 draws for each
+
+
+@dataclass(frozen=True)
+class AdaptiveAttack:
+    """One attack: `perturb` takes images and labels, and gives adversarial images and what the
+    attack has to say about the model, if anything."""
+
+    name: str
+    family: str  # one of FAMILIES
+    sees: str  # the gate, or the other model, through which it looks
+    perturb: Callable[[Tensor, Tensor], tuple[Tensor, list[str]]]
+
+
+def adaptive_attacks(
+    model: ImmunityMoE, effort: Effort, surrogates: Mapping[str, ImmunityMoE]
+) -> list[AdaptiveAttack]:
+    """Every attack that knows the defence, on the model's folded copy, in the order of a report:
+    from the paper's setting over sampled gates to their exact expectation, and standard judges.
+
+    surrogates: other trained models by name, through whose plain ensembles it is attacked too.
+    AutoAttack is left out for fewer than four classes. To add an attack, add it here. Raises
+    ValueError for a model that cannot give what they need: a mixture's experts and gate.
+    """
+    if not isinstance(model, ImmunityMoE):
+        raise ValueError(
+            f"the attacks on all gates need a mixture with a gate (ImmunityMoE), and got a "
+            f"{type(model).__name__}; attacks that work on any model that gives gradients: "
+            "torchattacks' FGSM, BIM, MIFGSM and PGD, and without gradients: its Square"
+        )
+    target, device = fold(model), next(model.parameters()).device
+    budget = {"eps": effort.eps, "step_size": effort.step_size, "steps": effort.steps}
+    slow = {"eps": effort.eps, "steps": effort.auto_attack_steps}
+    attacks: list[AdaptiveAttack] = []
+
+    def add(name: str, family: str, sees: str, perturb: Callable[[Tensor, Tensor], Tensor]) -> None:
+        attacks.append(AdaptiveAttack(name, family, sees, lambda *batch: (perturb(*batch), [])))
+
+    def by_library(attack: str, gate: str, through: ImmunityMoE = target) -> Callable:
+        return lambda images, labels: attack_images(through, images, labels, attack, gate, **budget)
+
+    for name in ("fgsm", "bim", "mim", "pgd"):
+        add(name, "paper", "switch", by_library(name, "switch"))
+    for gate in ("trained", "uniform"):
+        add(f"pgd-{gate}", "frozen", gate, by_library("pgd", gate))
+    for samples in effort.samples:
+        add(f"eotpgd-{samples}", "sampled", "switch", partial(_eot_pgd, target, effort, samples))
+    for aim in ("expected", "weakest"):
+        add(f"exact-{aim}", "exact", "all gates", partial(exact_pgd, target, aim=aim, **budget))
+    add("arc", "exact", "all gates", partial(arc, target, **budget))
+    if target.experts[0].num_classes >= FEWEST_CLASSES:
+        for gate in ("trained", "uniform", "switch"):
+            perturb = partial(auto_attack, target, gate=gate, **slow)
+            attacks.append(AdaptiveAttack(f"autoattack-{gate}", "judges", gate, perturb))
+    # Square (Andriushchenko et al. 2020, arXiv 1912.00049) on the margin, as AutoAttack runs it
+    square = partial(auto_attack, target, gate="uniform", only=("square",), **slow)
+    add("square", "black box", "uniform", lambda *batch: square(*batch)[0])
+    draws = DRAWS_PER_STEP * effort.auto_attack_steps
+    noise = partial(random_noise, target, eps=effort.eps, draws=draws)
+    add("noise", "black box", "all gates", noise)
+    for number, expert in enumerate(target.experts, start=1):
+        alone = ImmunityMoE([expert], ConstantGate(1), "uniform").to(device)
+        name = f"expert {number} alone"
+        add(f"pgd-expert-{number}", "transfer", name, by_library("pgd", "uniform", alone))
+    for name, surrogate in surrogates.items():
+        through = by_library("pgd", "uniform", fold(surrogate))
+        add(f"pgd-{name}", "transfer", name, through)
+    return attacks
+
+
+def _eot_pgd(
+    target: ImmunityMoE, effort: Effort, samples: int, images: Tensor, labels: Tensor
+) -> Tensor:
+    from torchattacks import EOTPGD
+
+    with target.evaluated_with("switch"):
+        attack = EOTPGD(target, effort.eps, effort.step_size, effort.steps, samples)
+        return attack(images, labels)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy for evaluation: the same function within rounding, computed faster.
+
+    It is in eval mode, and its parameters take no gradients. A model under evaluation no longer
+    changes, so every batch norm right behind a convolution in an `nn.Sequential` becomes part of
+    that convolution; others stay. What happens to the model later does not reach the copy.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for index in range(len(sequence) - 1):
+            convolution, norm = sequence[index], sequence[index + 1]
+            if not (isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
+                continue
+            if norm.track_running_stats:
+                sequence[index] = fuse_conv_bn_eval(convolution, norm)
+                sequence[index + 1] = nn.Identity()
+                if index + 2 < len(sequence) and isinstance(sequence[index + 2], nn.ReLU):
+                    # Nothing else reads what the convolution puts out, its own gradient included
+                    sequence[index + 2] = nn.ReLU(inplace=True)
+    return model.eval()  # the layers that are new, too
+
+
+def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
+    """The points, each pixel brought to within eps of its image's and to [0, 1]."""
+    return (images + (points - images).clamp(-eps, eps)).clamp(0, 1)
+
+
+def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:
+    """Raise ValueError unless adversarial images lie in [0, 1] and within eps of the images."""
+    check_images(adversarial)
+    distance = (adversarial - images).abs().max().item()
+    if not distance <= eps + ROUNDING:
+        raise ValueError(
+            f"an adversarial image is {distance:g} away from its image; eps is {eps:g}"
+        )

@@ -1,0 +1,334 @@
+"""The networks of architecture search that the paper compares Immunity with: the network of cells
+that DARTS introduced (Liu et al. 2019, arXiv 1806.09055), and the published designs of P-DARTS,
+AdvRush and the RobNets, which build on it and are in designs.json.
+
+A cell is a small graph. Its states 0 and 1 are the outputs of the two cells before it, brought to
+its own number of channels; each further state is the sum of operations on earlier states; what the
+cell puts out is the concatenation of its own states. Two of the cells, at a third and at two
+thirds of the depth, halve the grid and double the channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from immunity_lib.experts import Expert, scale_channels
+
+# By name, in the order of `experts.BASELINES`: the source, the channels of a state of the first
+# cells, the number of cells, whether batch norms within cells have weights, and the designs: two
+# for the cells that keep the grid and the two that halve it, or one for each cell
+NETWORKS: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("designs.json").read_text("utf-8")
+)
+
+# The operations of a cell. Those that begin with a ReLU say so by `rectified` and leave it to the
+# cell, where all operations that read a state share the state's ReLU.
+
+
+class Convolutions(nn.Sequential):
+    """Convolutions and batch norms of an input behind its ReLU."""
+
+    rectified = True
+
+
+class Pool(nn.Sequential):
+    rectified = False
+
+
+class Skip(nn.Identity):
+    rectified = False
+
+
+class FactorizedReduce(nn.Module):
+    """Two 1x1 convolutions, of the pixels with even and of those with odd coordinates: (B, in,
+    u, v) behind its ReLU to (B, out, u / 2, v / 2)."""
+
+    rectified = True
+
+    def __init__(self, in_channels: int, out_channels: int, affine: bool) -> None:
+        super().__init__()
+        self.even = nn.Conv2d(in_channels, out_channels // 2, 1, bias=False)
+        self.odd = nn.Conv2d(in_channels, out_channels - out_channels // 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels, affine=affine)
+
+    def forward(self, rectified: Tensor) -> Tensor:
+        # Pixels are picked first: a strided 1x1 convolution is the same, but see `BasicBlock`
+        even = self.even(rectified[:, :, ::2, ::2])
+        return self.norm(torch.cat([even, self.odd(rectified[:, :, 1::2, 1::2])], 1))
+
+
+def _separable(
+    channels: int, size: int, stride: int, affine: bool, dilation: int = 1
+) -> list[nn.Module]:
+    """A depthwise and a pointwise convolution and batch norm."""
+    padding = dilation * (size - 1) // 2
+    return [
+        nn.Conv2d(channels, channels, size, stride, padding, dilation, groups=channels, bias=False),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    ]
+
+
+def _twice_separable(channels: int, size: int, stride: int, affine: bool) -> nn.Module:
+    first = _separable(channels, size, stride, affine)
+    return Convolutions(*first, nn.ReLU(), *_separable(channels, size, 1, affine))
+
+
+def pointwise(in_channels: int, out_channels: int, affine: bool) -> nn.Module:
+    convolution = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    return Convolutions(convolution, nn.BatchNorm2d(out_channels, affine=affine))
+
+
+# Each builds an operation from (channels, stride, whether batch norms have weights)
+OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "skip_connect": lambda channels, stride, affine: (
+        Skip() if stride == 1 else FactorizedReduce(channels, channels, affine)
+    ),
+    "avg_pool_3x3": lambda channels, stride, affine: Pool(
+        nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
+    ),
+    "max_pool_3x3": lambda channels, stride, affine: Pool(nn.MaxPool2d(3, stride, padding=1)),
+    "sep_conv_3x3": lambda channels, *rest: _twice_separable(channels, 3, *rest),
+    "sep_conv_5x5": lambda channels, *rest: _twice_separable(channels, 5, *rest),
+    "sep_conv_7x7": lambda channels, *rest: _twice_separable(channels, 7, *rest),
+    "dil_conv_3x3": lambda channels, *rest: Convolutions(*_separable(channels, 3, *rest, 2)),
+    "dil_conv_5x5": lambda channels, *rest: Convolutions(*_separable(channels, 5, *rest, 2)),
+}
+
+
+Edge = tuple[str, int]  # an operation and the state it reads
+Design = Sequence[Sequence[Edge]]  # for each state of a cell, from state 2 on, what it sums up
+
+
+def check_design(design: Design) -> None:
+    """Raise ValueError for a cell that cannot be built, naming the edge and what would be valid."""
+    if not design:
+        raise ValueError("a cell needs at least one state of its own; its design is empty")
+    for state, edges in enumerate(design, start=2):
+        if not edges:
+            raise ValueError(f"state {state} of a cell has no incoming edge; give it at least one")
+        for operation, source in edges:
+            if operation not in OPERATIONS:
+                valid = ", ".join(OPERATIONS)
+                raise ValueError(f"unknown operation {operation!r} of a cell; choose from {valid}")
+            if not 0 <= source < state:
+                raise ValueError(
+                    f"{operation} into state {state} comes from state {source}; "
+                    f"it can come from 0 to {state - 1}"
+                )
+
+
+def reduction_cells(layers: int) -> tuple[int, int]:
+    """The indices of the two cells that halve the grid; 6 and 13 of 20."""
+    if layers < 3:
+        raise ValueError(f"layers is {layers}; a network of cells has at least 3, two that halve")
+    return layers // 3, 2 * layers // 3
+
+
+class Cell(nn.Module):
+    """(the output before the last, the last output) to (the last output, this cell's)."""
+
+    def __init__(
+        self,
+        design: Design,
+        before_last_channels: int,
+        last_channels: int,
+        channels: int,
+        *,
+        halves: bool,
+        after_halving: bool,
+        affine: bool,
+    ) -> None:
+        """channels: of each state. halves: whether the cell halves the grid; after_halving:
+        whether the cell before did, so that the output before the last is twice as large."""
+        super().__init__()
+        check_design(design)
+        self.relu = nn.ReLU()
+        self.preprocess_before_last = (
+            FactorizedReduce(before_last_channels, channels, affine)
+            if after_halving
+            else pointwise(before_last_channels, channels, affine)
+        )
+        self.preprocess_last = pointwise(last_channels, channels, affine)
+        self.sources = [[source for _, source in edges] for edges in design]
+        self.operations = nn.ModuleList(
+            nn.ModuleList(
+                OPERATIONS[operation](channels, 2 if halves and source < 2 else 1, affine)
+                for operation, source in edges
+            )
+            for edges in design
+        )
+        self.out_channels = len(design) * channels
+        self.drop_path = 0.0
+
+    def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        before_last, last = outputs
+        states = [
+            self.preprocess_before_last(self.relu(before_last)),
+            self.preprocess_last(self.relu(last)),
+        ]
+        rectified: dict[int, Tensor] = {}
+        for sources, operations in zip(self.sources, self.operations, strict=True):
+            summands = []
+            for source, operation in zip(sources, operations, strict=True):
+                if operation.rectified and source not in rectified:
+                    rectified[source] = self.relu(states[source])
+                summand = operation(rectified[source] if operation.rectified else states[source])
+                dropped = self.training and self.drop_path and not isinstance(operation, Skip)
+                summands.append(_drop_path(summand, self.drop_path) if dropped else summand)
+            states.append(sum(summands[1:], summands[0]))
+        return last, torch.cat(states[2:], 1)
+
+
+def _drop_path(summand: Tensor, share: float) -> Tensor:
+    """(B, K, u, v): zero for a random share of the images, scaled up for the others to make up."""
+    kept = torch.empty(len(summand), 1, 1, 1, device=summand.device).bernoulli_(1 - share)
+    return summand * (kept / (1 - share)).to(summand.dtype)
+
+
+class Stem(nn.Sequential):
+    """Convolution and batch norm, no ReLU; both inputs of the first cell."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        out = super().forward(images)
+        return out, out
+
+
+class CellNetwork(Expert):
+    """A network of cells for 32x32 images, one design for each cell; stages "stem", "cell0", ...
+
+    What one stage hands to the next are the last two outputs; the activations are the last.
+    """
+
+    def __init__(
+        self,
+        designs: Sequence[Design],
+        channels: int,
+        *,
+        affine: bool = True,
+        auxiliary: bool = False,
+        **options: Any,
+    ) -> None:
+        """channels: of a state of the first cells, 36 in the published networks. affine: whether
+        batch norms within cells have weights. auxiliary: with a second classifier behind the
+        second cell that halves the grid, for training alone. options: as in `Expert`."""
+        halving = reduction_cells(len(designs))
+        stem_channels = 3 * channels
+        stages: dict[str, nn.Module] = {
+            "stem": Stem(
+                nn.Conv2d(3, stem_channels, 3, padding=1, bias=False), nn.BatchNorm2d(stem_channels)
+            )
+        }
+        before_last = last = stem_channels
+        for index, design in enumerate(designs):
+            channels *= 2 if index in halving else 1
+            cell = Cell(
+                design, before_last, last, channels, halves=index in halving,
+                after_halving=index - 1 in halving, affine=affine,
+            )  # fmt: skip
+            stages[f"cell{index}"] = cell
+            before_last, last = last, cell.out_channels
+            if index == halving[1]:
+                auxiliary_channels = last
+        super().__init__(stages, last, **options)
+        self.auxiliary_stages = 1 + halving[1] + 1  # the stem and the cells it stands behind
+        self.auxiliary_classifier = (
+            _auxiliary_classifier(auxiliary_channels, self.num_classes) if auxiliary else None
+        )
+
+    @staticmethod
+    def activations_of(state: tuple[Tensor, Tensor]) -> Tensor:
+        return state[1]
+
+    def forward_with_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, 32, 32) in [0, 1] to the logits (B, C) of both classifiers."""
+        if self.auxiliary_classifier is None:
+            raise ValueError("this network was built without its auxiliary classifier")
+        state = self.stages[: self.auxiliary_stages](self.normalise(images))
+        auxiliary = self.auxiliary_classifier(self.activations_of(state))
+        final = self.activations_of(self.stages[self.auxiliary_stages :](state))
+        return self.classifier(final.mean((2, 3))), auxiliary
+
+    def set_drop_path(self, share: float) -> None:
+        """From now on, in train mode, drop this share of the operations' outputs, in [0, 1)."""
+        for stage in self.stages:
+            if isinstance(stage, Cell):
+                stage.drop_path = share
+
+
+def _auxiliary_classifier(channels: int, num_classes: int) -> nn.Module:
+    """From the grid of 8x8, (B, channels, 8, 8), to logits (B, C)."""
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.AvgPool2d(5, stride=3, count_include_pad=False),
+        nn.Conv2d(channels, 128, 1, bias=False),
+        nn.BatchNorm2d(128),
+        nn.ReLU(),
+        nn.Conv2d(128, 768, 2, bias=False),
+        nn.BatchNorm2d(768),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(768, num_classes),
+    )
+
+
+def build_cells(name: str, width: float, layers: int | None = None, **options: Any) -> CellNetwork:
+    """One of `NETWORKS`, as published or of fewer layers; options: as in `CellNetwork`."""
+    published = NETWORKS[name]
+    channels = scale_channels(published["channels"], width)
+    designs = cell_designs(name, published["layers"] if layers is None else layers)
+    return CellNetwork(designs, channels, affine=published["affine"], **options)
+
+
+def cell_designs(name: str, layers: int) -> list[Design]:
+    """One design for each cell. Of a network with a design of its own for every published cell,
+    each of the three parts between the halvings keeps its first ones."""
+    published = NETWORKS[name]
+    if "cells" in published:
+        cells = [published["cells"][index] for index in _kept_cells(layers)]
+    else:
+        halving = reduction_cells(layers)
+        kinds = ("reduction" if index in halving else "normal" for index in range(layers))
+        cells = [published[kind] for kind in kinds]
+    return [decode(cell) if isinstance(cell, str) else cell for cell in cells]
+
+
+def decode(encoding: str) -> Design:
+    """The design of a cell of a RobNet, from one two-bit code for each of the 14 edges between its
+    six states: the first bit for a skip, the second for a separable convolution. 00 leaves the edge
+    out. ValueError for anything else."""
+    codes = encoding.split()
+    if len(codes) != 14 or not all(code in ("00", "01", "10", "11") for code in codes):
+        raise ValueError(
+            f"{encoding!r} encodes no cell; one is 14 codes of 00, 01, 10 or 11, for the edges "
+            "into state 2 (from 0, 1), 3 (from 0 to 2), 4 (from 0 to 3) and 5 (from 0 to 4)"
+        )
+    rest = iter(codes)
+    return [
+        [edge for source in range(state) for edge in _edges(next(rest), source)]
+        for state in (2, 3, 4, 5)
+    ]
+
+
+def _edges(code: str, source: int) -> list[Edge]:
+    operations = zip(("skip_connect", "sep_conv_3x3"), code, strict=True)
+    return [(operation, source) for operation, bit in operations if bit == "1"]
+
+
+def _kept_cells(layers: int) -> list[int]:
+    """Which of RobNet-free's cells a network of fewer layers is made of."""
+    published = NETWORKS["robnet-free"]["layers"]
+    if layers > published:
+        raise ValueError(f"layers is {layers}; RobNet-free has designs for {published}")
+    starts = (0, *reduction_cells(published))
+    ends = (*reduction_cells(layers), layers)
+    kept: list[int] = []
+    for start, end in zip(starts, ends, strict=True):
+        kept += range(start, start + end - len(kept))
+    return kept

@@ -1,0 +1,145 @@
+"""Your own images as a data set: a folder of image files for each class.
+
+Two layouts are valid. `<folder>/train/<class>/*` and `<folder>/test/<class>/*` say which images are
+for testing. Of `<folder>/<class>/*` alone, a fifth of every class is: the files whose name has a
+hash in the lowest fifth of its range. That is a fifth on average, not to the image; in return,
+adding or removing files moves no other file from one split to the other.
+
+Class folders may hold further folders. Names that begin with a dot are passed over, and so are
+files that do not end as an image's do (.jpg, .png, ...; torchvision's IMG_EXTENSIONS).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from immunity_lib.data.batches import ImageSet, Source
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MOST_PIXELS = 50_000_000  # of one image, at four bytes each
+TEST_SHARE = 1 / 5
+LAYOUTS = (
+    "valid are <folder>/train/<class>/*.png with <folder>/test/<class>/*.png, or, where there are "
+    "many images, <folder>/<class>/*.png alone (or .jpg, ...), each with two classes or more"
+)
+
+
+def source(folder: Path) -> Source:
+    """The images of a folder, each as `pixels` gives it.
+
+    The rows of a split follow the hash of their file names, which mixes the classes: the first k
+    are a fair sample. Bytes of a class name that are not UTF-8 are written as \\xe9 and the like.
+    Raises ValueError for a folder in neither layout and, when they are read, for broken files.
+    """
+    from torchvision.datasets.folder import is_image_file, make_dataset  # costs seconds to import
+
+    def is_valid(path: str) -> bool:
+        return is_image_file(path) and f"{os.sep}." not in path.removeprefix(str(folder))
+
+    files = {"train": [], "test": []}
+    chosen = [folder / split for split in files if (folder / split).is_dir()]
+    roots = chosen or [path for path in [folder] if path.is_dir()]
+    folders = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
+    classes = sorted(name for name in folders if not name.startswith("."))
+    if len(classes) < 2:
+        has = f"has {len(classes)} class folders" if folder.is_dir() else "is no folder"
+        raise ValueError(f"'{_text(folder)}' {has}; {LAYOUTS}")
+    labels = {name: label for label, name in enumerate(classes)}
+    for root in roots:
+        for file in sorted(make_dataset(root, labels, None, is_valid, allow_empty=True), key=_rank):
+            split = root.name if chosen else "test" if _rank(file) < TEST_SHARE else "train"
+            files[split].append(file)
+    labelled = {split: {label for _, label in found} for split, found in files.items()}
+    without = [f"{s}/{name}" for s in files for name in classes if labels[name] not in labelled[s]]
+    if without:
+        raise ValueError(f"'{_text(folder)}' has no images for {_list(without)}; {LAYOUTS}")
+
+    def read(split: str, count: int) -> ImageSet:
+        return read_images([(path, path, label) for path, label in files[split][:count]])
+
+    description = "image folder " + ("with train/ and test/" if chosen else "split by file names")
+    available = {split: len(found) for split, found in files.items()}
+    return Source(description, tuple(map(_text, classes)), available, read)
+
+
+def read_images(rows: Sequence[tuple[str, str | BinaryIO, int]], exact: bool = False) -> ImageSet:
+    """An image set of rows (what an error calls the image, its file, its label), by `pixels`.
+
+    Raises ValueError that names the images that cannot be used.
+    """
+    from tqdm import tqdm
+    from tqdm.contrib.concurrent import thread_map
+
+    images = np.empty((len(rows), 3, 32, 32), np.uint8)
+
+    def fault(row: int) -> str:
+        try:
+            images[row] = pixels(rows[row][1], exact)
+        except Exception as error:  # for a broken file, Pillow raises errors of all kinds
+            return f"{rows[row][0]} ({error})"
+        return ""
+
+    # 32x32 pixels are decoded faster than handed to a thread; of large images, memory holds few.
+    in_threads = partial(thread_map, max_workers=8, leave=False, tqdm_class=tqdm)
+    faults = [*filter(None, (map if exact else in_threads)(fault, range(len(rows))))]
+    if faults:
+        raise ValueError(
+            f"{len(faults)} images cannot be used: {_list(faults)}; replace these files by intact "
+            "copies, or move them out of the folder to do without"
+        )
+    labels = torch.tensor([label for *_, label in rows], dtype=torch.int64)
+    return ImageSet(torch.from_numpy(images), labels)
+
+
+def pixels(file: str | BinaryIO, exact: bool = False) -> np.ndarray:
+    """Pixels (3, 32, 32) uint8 of an image file: upright, in RGB, shorter side resized, then centre
+    crop.
+
+    Raises ValueError for content in none of FORMATS, whatever the file's name (for some others
+    Pillow starts further programs), for more than MOST_PIXELS or 8 bits a channel, and with `exact`
+    for any size but 32x32; for a broken file, whatever Pillow does.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    from torchvision.transforms import functional
+
+    try:
+        picture = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"no intact image of the formats {', '.join(FORMATS)}") from error
+    with picture:
+        size = f"{picture.width}x{picture.height} pixels"
+        shorter, longer = sorted(picture.size)
+        # The second: what a thin strip grows to when its shorter side does.
+        if max(shorter * longer, 32 * 32 * longer / shorter) > MOST_PIXELS:
+            raise ValueError(f"{size}, over {MOST_PIXELS:,} or too long a strip; make it smaller")
+        if exact and picture.size != (32, 32):
+            raise ValueError(f"{size}, not 32x32")
+        if picture.mode.startswith(("I", "F")):  # Pillow would clip them to white
+            raise ValueError(f"pixels of mode {picture.mode}; save it with 8 bits a channel")
+        picture.draft(None, (256, 256))  # large JPEGs: decoded at a fraction of their size
+        ImageOps.exif_transpose(picture, in_place=True)
+        upright = picture if picture.mode == "RGB" else picture.convert("RGB")
+        small = functional.resize(upright, [32], antialias=True)
+        return np.asarray(functional.center_crop(small, [32])).transpose(2, 0, 1)
+
+
+def _rank(file: tuple[str, int]) -> float:
+    """In 0 .. 1, evenly spread, from the file's name alone."""
+    digest = hashlib.sha256(os.fsencode(os.path.basename(file[0]))).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _list(names: Iterable[str]) -> str:
+    names = [_text(name) for name in names]
+    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _text(path: str | os.PathLike) -> str:
+    """A path that can be printed and saved, whatever bytes it has."""
+    return os.fsencode(path).decode(errors="backslashreplace")

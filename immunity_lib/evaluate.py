@@ -1,0 +1,336 @@
+"""How a mixture does, clean and under attack, exactly over every state of its gate.
+
+A gate of N weights has N! states, and every expert's output is shared by all of them: one pass of
+the experts gives the mixture under each. For N = 5 that is 120, so nothing is sampled; of more than
+six experts' gates, as many are drawn as six have.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from immunity_lib.attacks import (
+    BLACK_BOX,
+    WHITE_BOX,
+    AdaptiveAttack,
+    Effort,
+    adaptive_attacks,
+    attack_images,
+    check_budget,
+    exact_pgd,
+    fold,
+)
+from immunity_lib.data import ImageSet
+from immunity_lib.data.batches import evaluation_batches
+from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
+
+BATCH = 250
+
+
+def verdicts_over_gates(
+    model: ImmunityMoE, batches: Iterable[tuple[Tensor, Tensor]]
+) -> GateVerdicts:
+    """Verdicts of a model, put in eval mode, over batches of (images, labels), one pass each."""
+    model.eval()
+    with torch.no_grad():
+        found = [verdicts(model.expert_outputs(images), labels) for images, labels in batches]
+    return GateVerdicts.join(found)
+
+
+def verdicts_under_attack(
+    model: ImmunityMoE,
+    image_set: ImageSet,
+    attack: str,
+    gate: Gate,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    batch_size: int = BATCH,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> GateVerdicts:
+    """Verdicts on adversarial images made against the given gate.
+
+    The attack, one of `attacks.ATTACKS`, is on the model's folded copy. Its random starts and gates
+    are drawn from `seed`, without touching the caller's random state. Every adversarial batch is
+    checked to lie in [0, 1] and within eps.
+    """
+    target, total = fold(model), math.ceil(len(image_set) / batch_size)
+    batches = evaluation_batches(image_set, batch_size, device)
+    budget = {"eps": eps, "step_size": step_size, "steps": steps}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        shown = tqdm(batches, f"{attack} on the {gate} gate", total, leave=False)
+        adversarial = (
+            (attack_images(target, images, labels, attack, gate, **budget), labels)
+            for images, labels in shown
+        )
+        return verdicts_over_gates(model, adversarial)
+
+
+def evaluate_adaptively(
+    model: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    effort: Effort,
+    surrogates: Mapping[str, ImmunityMoE],
+    *,
+    tell: Callable[[str], None] = print,
+    done: Mapping[str, tuple[GateVerdicts, dict]] | None = None,
+    keep: Callable[[str, GateVerdicts, dict], None] = lambda name, found, told: None,
+) -> tuple[dict[str, tuple[GateVerdicts, dict]], dict]:
+    """Every adaptive attack on a model in eval mode, over all gates image by image, and the checks.
+
+    images: (B, 3, 32, 32) in [0, 1]; labels: (B,); surrogates: other models whose images are tried.
+    tell: gets a line after every attack. done: results of attacks that need not be made again;
+    keep: gets each attack's name and result when it is done.
+
+    Returns by the name of each attack its verdicts and what is told of it ("family", "sees",
+    "flags", "seconds", and "experts_alone", each expert's own accuracy); and a summary:
+    "agreement" (see there), "by_budget", pairs of eps and expected accuracy under exact PGD, and
+    "checks", a list of `Finding` as dictionaries. Raises ValueError for a model without gradients.
+    """
+    target, results = fold(model), dict(done or {})
+    if not target(images[:1].clone().requires_grad_(), "uniform").requires_grad:
+        raise ValueError(
+            "the model gives no gradient in its images, which most of these attacks follow; "
+            "attacks that work: auto_attack(only=('square',)) and random_noise"
+        )
+    with torch.random.fork_rng():
+        for attack in adaptive_attacks(model, effort, surrogates):
+            if attack.name not in results:
+                torch.manual_seed(0)  # so that an attack does not depend on those before it
+                results[attack.name] = _attack(target, images, labels, attack, effort.eps)
+                keep(attack.name, *results[attack.name])
+            found, told = results[attack.name]
+            tell(
+                f"{found.accuracy.switched:.1%} expected under {attack.name} "
+                f"({found.accuracy.every:.1%} under every gate, plain ensemble "
+                f"{found.accuracy.uniform:.1%}), {told['seconds']:.0f} s"
+            )
+        some, theirs = images[:BATCH], labels[:BATCH]  # the checks need no more
+        by_budget = accuracy_by_budget(target, some, theirs, effort.steps)
+        checks = _check(target, some, theirs, effort, results, by_budget)
+    return results, {
+        "agreement": agreement(model, images),
+        "by_budget": [list(pair) for pair in by_budget.items()],
+        "checks": [finding._asdict() for finding in checks],
+    }
+
+
+def _attack(
+    target: ImmunityMoE, images: Tensor, labels: Tensor, attack: AdaptiveAttack, eps: float
+) -> tuple[GateVerdicts, dict]:
+    started = time.perf_counter()
+    parts, alone, flags = [], [], []
+    for some, theirs in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        adversarial, said = attack.perturb(some, theirs)
+        check_budget(some, adversarial, eps)
+        with torch.no_grad():
+            outputs = target.expert_outputs(adversarial)
+        parts.append(verdicts(outputs, theirs))
+        alone.append(outputs.logits.argmax(-1) == theirs[:, None])
+        flags += said
+    return GateVerdicts.join(parts), {
+        "family": attack.family,
+        "sees": attack.sees,
+        "flags": list(dict.fromkeys(flags)),
+        "seconds": round(time.perf_counter() - started, 1),
+        "experts_alone": torch.cat(alone).double().mean(0).tolist(),
+    }
+
+
+@torch.no_grad()
+def agreement(model: ImmunityMoE, images: Tensor) -> dict[str, float]:
+    """How far a model's answers depend on the gate: "unanimous", the share of images to which all
+    gates give one answer, and "pairs", the probability that two gates drawn at random agree."""
+    votes = []
+    for some in images.split(BATCH):
+        answers = switched_probabilities(outputs := model.expert_outputs(some)).argmax(-1)
+        votes.append(functional.one_hot(answers, outputs.logits.shape[-1]).double().mean(1))
+    shares = torch.cat(votes)
+    return {
+        "unanimous": (shares.amax(1) == 1).double().mean().item(),
+        "pairs": shares.square().sum(1).mean().item(),
+    }
+
+
+BUDGETS = tuple(k / 255 for k in (0, 2, 4, 8, 16, 32, 64, 128, 255))
+
+
+def accuracy_by_budget(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, steps: int
+) -> dict[float, float]:
+    """Accuracy expected over the gate under PGD on the exact expectation, by eps. The step grows
+    with eps, so that every point of the ball can be reached."""
+    found = {}
+    for eps in BUDGETS:
+        budget = {"eps": eps, "step_size": 2.5 * eps / steps, "steps": steps}
+        attacked = exact_pgd(model, images, labels, **budget)
+        found[eps] = 1 - verdicts_over_gates(model, [(attacked, labels)]).failure.mean().item()
+    return found
+
+
+def _check(
+    target: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    effort: Effort,
+    results: Mapping[str, tuple[GateVerdicts, dict]],
+    by_budget: Mapping[float, float],
+) -> list[Finding]:
+    """Measure what the checks want to know of attacks on a model, and make them."""
+
+    def worst(families: Sequence[str]) -> Tensor:
+        failures = [found.failure for found, told in results.values() if told["family"] in families]
+        return torch.stack(failures).amax(0)
+
+    def under_exact(steps: int) -> float:
+        budget = {"eps": effort.eps, "step_size": effort.step_size, "steps": steps}
+        attacked = exact_pgd(target, images, labels, **budget)
+        return 1 - verdicts_over_gates(target, [(attacked, labels)]).failure.mean().item()
+
+    points = images.clone().requires_grad_()
+    # Under other gates the gate's own gradient could hide that experts have none
+    loss = functional.nll_loss(target(points, "uniform"), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, points, allow_unused=True)
+    zero = torch.ones(1) if gradient is None else gradient.flatten(1).abs().amax(1) == 0
+    with torch.no_grad():
+        difference = (target(images, "trained") - target(images, "trained")).abs().max().item()
+    flags = dict.fromkeys(flag for _, told in results.values() for flag in told["flags"])
+    return sanity_checks(
+        by_budget=by_budget,
+        pgd=results["pgd"][0].accuracy.switched,
+        fgsm=results["fgsm"][0].accuracy.switched,
+        white=worst(WHITE_BOX),
+        black=worst(BLACK_BOX),
+        once=under_exact(effort.steps),
+        twice=under_exact(2 * effort.steps),
+        zero_gradients=zero.double().mean().item(),
+        frozen=results["pgd-trained"][0].accuracy.trained,
+        alone=[
+            results[f"pgd-expert-{number + 1}"][1]["experts_alone"][number]
+            for number in range(len(target.experts))
+        ],
+        difference=difference,
+        flags=list(flags),
+    )
+
+
+class Finding(NamedTuple):
+    """One check's outcome, which speaks for itself: what was found, why it matters, who says so."""
+
+    check: str
+    passed: bool
+    evidence: str
+    why: str
+    source: str
+
+
+TOLERANCE = 0.005  # half a point of accuracy
+CARLINI = "Carlini et al. 2019, arXiv 1902.06705"
+
+
+def sanity_checks(
+    *,
+    by_budget: Mapping[float, float],
+    pgd: float,
+    fgsm: float,
+    white: Tensor,
+    black: Tensor,
+    once: float,
+    twice: float,
+    zero_gradients: float,
+    frozen: float,
+    alone: Sequence[float],
+    difference: float,
+    flags: Sequence[str],
+) -> list[Finding]:
+    """Checks that must pass before numbers under attack mean anything. One that fails says that the
+    attack was too weak, or that the model hides its gradients; not that the model is robust.
+
+    All are accuracies, 0 .. 1, but for white and black, each image's failure probability (B,) under
+    the strongest attack with and without gradients; zero_gradients, the share of images whose
+    gradient is exactly zero; and difference, the largest of a log-probability between two passes.
+    by_budget: by eps, up to 1. once, twice: under an attack and one of twice its steps. frozen,
+    alone: of the mixture with its gate frozen and of each expert, attacked through its own
+    gradients. flags: AutoAttack's warnings.
+    """
+    curve = [by_budget[eps] for eps in sorted(by_budget)]
+    rise = max((later - sooner for sooner, later in zip(curve, curve[1:], strict=False)), default=0)
+    missed = int((black > white + 1e-9).sum())
+    return [
+        Finding(
+            "accuracy falls to zero as eps grows to 1",
+            rise <= TOLERANCE and curve[-1] <= TOLERANCE,
+            ", ".join(f"{255 * eps:.0f}/255: {by_budget[eps]:.1%}" for eps in sorted(by_budget)),
+            "A larger ball holds the smaller one, and a ball of radius 1 holds every image: "
+            "whatever survives there was not found, rather than not there.",
+            f"{CARLINI}, section 5.2",
+        ),
+        Finding(
+            "iterative attack beats a single step",
+            pgd <= fgsm + TOLERANCE,
+            f"{pgd:.1%} under PGD, {fgsm:.1%} under FGSM",
+            "One long step can only do better than many short ones where the gradient points the "
+            "wrong way.",
+            "Athalye et al. 2018, arXiv 1802.00420, section 3.1",
+        ),
+        Finding(
+            "attacks with gradients beat those without",
+            bool(black.mean() <= white.mean() + TOLERANCE),
+            f"{1 - white.mean():.1%} left with gradients, {1 - black.mean():.1%} without; "
+            f"{missed} of {len(white)} images fail more often without",
+            "Gradients are more information. If noise, queries or images made for other models "
+            "find more, the gradients are masked.",
+            f"{CARLINI}, section 5.4",
+        ),
+        Finding(
+            "twice the steps change less than half a point",
+            abs(once - twice) < TOLERANCE,
+            f"{once:.1%}, with twice the steps {twice:.1%}",
+            "An attack that still gains from more steps has not converged, and its number is too "
+            "high.",
+            f"{CARLINI}, section 4.8",
+        ),
+        Finding(
+            "no gradient is zero",
+            zero_gradients == 0,
+            f"{zero_gradients:.1%} of images have a zero gradient",
+            "Where the gradient is zero, an attack that follows it stands still.",
+            f"{CARLINI}, section 4.4, and AutoAttack's flags",
+        ),
+        Finding(
+            "with a frozen gate it breaks like a plain network",
+            frozen <= max(alone) + 0.05,
+            f"frozen gate {frozen:.1%}; experts alone {min(alone):.1%} to {max(alone):.1%}",
+            "Without its randomness the defence is an ordinary network. If the attack does not "
+            "break that (within five points of the strongest expert), it fails for another reason "
+            "than randomness.",
+            f"{CARLINI}, section 4.6",
+        ),
+        Finding(
+            "with a fixed gate it gives the same answer twice",
+            difference < 1e-4,
+            f"largest difference of a log-probability {difference:.1e}",
+            "The gate is the only declared randomness. Any other would have to be averaged over, "
+            "too.",
+            f"{CARLINI}, section 4.6",
+        ),
+        Finding(
+            "AutoAttack raises no flag",
+            not flags,
+            "; ".join(flags) or "no flags",
+            "AutoAttack tells where its own verdict is not to be trusted.",
+            "Croce & Hein 2020, arXiv 2003.01690, and its flags_doc.md",
+        ),
+    ]

@@ -1,0 +1,467 @@
+"""Training of a mixture by eq (12), standard or adversarial, resumable after every epoch.
+
+A `Recipe` says all that trained weights depend on, besides code and data. After every epoch the
+weights, the optimiser's momentum, the random state and the log so far go into one checkpoint: a run
+that was killed or stopped goes on from there and ends where an undisturbed one would have (on the
+CPU, bit for bit).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from immunity_lib.attacks import attack_images
+from immunity_lib.data import Dataset, ImageSet
+from immunity_lib.data.batches import MAXIMAL_ANGLE, evaluation_batches, training_batches
+from immunity_lib.experts import build_expert
+from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
+from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, normalise_maps
+from immunity_lib.losses import ImmunityLoss, immunity_loss
+from immunity_lib.moe import ConstantGate, ConvolutionalGate, ExpertOutputs, ImmunityMoE
+from immunity_lib.scores import mutual_information
+
+STOPPED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that trained weights depend on, besides code and data. Units: epochs, images, pixels;
+    eps and step_size in the image's range [0, 1]. Raises ValueError for a value out of range."""
+
+    # data
+    dataset: Literal["parts10", "cifar10", "cifar100", "images"] = "parts10"
+    train_images: int | None = None  # None: all
+    validation_images: int = 500  # held out of training, for its log
+
+    # model
+    expert: str = "googlenet"  # one of `experts.EXPERT_NAMES`
+    experts: int = 5  # N of the mixture
+    width: float = 1.0  # factor on all channels
+    layers: int | None = None  # cells of a network of cells; None: as published
+    heatmap_layer: Literal["larger-than-8x8", "at-least-8x8"] = "larger-than-8x8"
+    gate_network: Literal["convolutional", "constant"] = "convolutional"
+    normalise: bool = True  # by the data's mean and deviation of each channel
+    seed: int = 0
+
+    # descent
+    epochs: int = 200
+    batch_size: int = 32
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decayed: Literal["everything", "convolutions and classifier"] = "everything"
+    schedule: Literal["constant", "cosine", "multistep", "one-cycle", "warmup-cosine"] = "cosine"
+    gradient_clip: float = 0.0  # largest gradient norm; 0: not clipped
+    augment: bool = True  # random crop, horizontal flip and rotation
+    rotation: float = MAXIMAL_ANGLE  # degrees, at most
+    cutout: int = 0  # side of a hidden square; 0: none
+    auxiliary_weight: float = 0.0  # of a network of cells' second classifier
+    drop_path: float = 0.0  # of cells, at the end of training
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: mixed precision
+    compiled: bool = False  # torch.compile: a slow start, and faster steps
+
+    # losses, eqs (2) and (12)
+    alpha: float = 1.0  # weight of every expert's own cross entropy, eq (2)
+    beta: float = 1.0  # weight of the mutual information loss, eq (12)
+    gamma: float = 100.0  # weight of the position stability loss, eq (12)
+    coordinates: Literal["pixels", "unit"] = "unit"  # of eq (10)
+    explained: Literal["logit", "log-probability", "mixture"] = "logit"  # y_label of eq (3)
+    floor: float = 0.1  # share of the mean map that is added, see `normalise_maps`; 0: literal
+    warmup_epochs: float = 1.0  # over which beta and gamma rise from 0
+
+    # adversarial training, on the trained gate
+    adversary: Literal["pgd", "ffgsm"] | None = None  # None: clean images
+    adversary_steps: int = 10
+    eps: Fraction = Fraction(8, 255)
+    step_size: Fraction = Fraction(2, 255)
+    # of clean and adversarial images: TRADES (arXiv 1901.08573), logit pairing (1803.06373)
+    pairing: Literal["none", "trades", "alp"] = "none"
+    pairing_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        least = {
+            "train_images": 2, "validation_images": 1, "experts": 1, "layers": 3, "epochs": 1,
+            "batch_size": 2, "adversary_steps": 1,
+        }  # fmt: skip
+        for field in fields(self):
+            name, value, low = field.name, getattr(self, field.name), least.get(field.name, 0)
+            if value is None or isinstance(value, bool | str):
+                continue
+            if not low <= value < math.inf:  # so phrased that NaN fails
+                raise ValueError(f"{name} is {value}; it must be at least {low}")
+            if name in ("width", "learning_rate", "eps", "step_size") and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+            high = {"width": 4, "eps": 1, "step_size": 1, "seed": 2**63 - 1}.get(name, math.inf)
+            if value > high:
+                raise ValueError(f"{name} is {value}; it must be at most {high}")
+            if name in ("momentum", "drop_path") and value >= 1:
+                raise ValueError(f"{name} is {value}; it must be below 1")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields for a JSON file, fractions as text."""
+        return {
+            name: str(value) if isinstance(value, Fraction) else value
+            for name, value in asdict(self).items()
+        }
+
+    def is_that_of(self, known: dict[str, Any]) -> bool:
+        """Whether these are the fields that `as_json` once gave; fields that it did not have yet
+        stand for their defaults."""
+        return self.as_json() == Recipe().as_json() | known
+
+
+class TrainingDiverged(ArithmeticError):
+    """A loss that is not finite; the message says which, where, and what to try."""
+
+
+def build_model(recipe: Recipe, dataset: Dataset) -> ImmunityMoE:
+    """The untrained model of a recipe, initialised from its seed."""
+    mean, std = (dataset.mean, dataset.std) if recipe.normalise else ((0.0,) * 3, (1.0,) * 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)  # the CPU's alone
+        experts = [
+            build_expert(
+                recipe.expert, len(dataset.class_names), recipe.width, mean, std,
+                recipe.heatmap_layer, layers=recipe.layers,
+                auxiliary=bool(recipe.auxiliary_weight),
+            )
+            for _ in range(recipe.experts)
+        ]  # fmt: skip
+        gates = {"convolutional": ConvolutionalGate, "constant": ConstantGate}
+        model = ImmunityMoE(experts, gates[recipe.gate_network](recipe.experts))
+    return model.to(memory_format=torch.channels_last)
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    name: str = "",
+    device: torch.device | None = None,
+) -> tuple[ImmunityMoE, list[dict]]:
+    """Train a recipe from its last checkpoint in `folder`, or from the start.
+
+    Returns the model after the last epoch and its log, one entry an epoch as described in
+    `diagnose` and `_train_epoch`, which is in `folder/log.jsonl` too. name: for the progress lines.
+    Raises TrainingDiverged at the first loss that is not finite. SIGTERM (as SystemExit(143)) and
+    Ctrl-C end it at once, with the last epoch's checkpoint left to go on from.
+    """
+    model = build_model(recipe, dataset).to(device)
+    loss = training_loss
+    if recipe.compiled:
+        torch._dynamo.config.trace_autograd_ops = True  # the heat maps' gradient, inside the loss
+        loss = torch.compile(training_loss, dynamic=False)
+    optimiser = make_optimiser(model, recipe)
+    name, log = name or folder.name, []
+    source = {"recipe": recipe.as_json(), "data": dataset.splits["train"].checksum}
+    with torch.random.fork_rng(), _sigterm_stops():
+        torch.manual_seed(recipe.seed)
+        try:
+            log = _restore(folder, source, model, optimiser)
+            while len(log) < recipe.epochs:
+                started = time.perf_counter()
+                entry = {"epoch": len(log) + 1}
+                entry |= _train_epoch(
+                    model, loss, optimiser, recipe, dataset, len(log), name, device
+                )
+                entry |= diagnose(model, dataset.splits["validation"], recipe, device)
+                entry["seconds"] = round(time.perf_counter() - started, 2)
+                longer = [*log, entry]
+                lines = "".join(json.dumps(one) + "\n" for one in longer)
+                write_atomically(folder / "log.jsonl", lines)
+                _save(folder, source | {"log": longer}, model, optimiser)
+                log = longer
+                print(progress_line(name, recipe.epochs, entry), flush=True)
+        except (SystemExit, KeyboardInterrupt):
+            kept = f"after epoch {len(log)} of {recipe.epochs}"
+            print(f"{name} stopped; the same command goes on {kept}", flush=True)
+            raise
+    return model, log
+
+
+def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name, device) -> dict[str, float]:
+    """One epoch; means over its batches of the loss's parts and of their weighted total."""
+    model.train()
+    for expert in model.experts:
+        if recipe.drop_path:
+            expert.set_drop_path(recipe.drop_path * epoch / recipe.epochs)
+    batches = training_batches(
+        dataset.splits["train"], recipe.batch_size, torch.default_generator, recipe.augment,
+        device, rotation=recipe.rotation, cutout=recipe.cutout,
+        fill=dataset.mean if recipe.normalise else (0.0,) * 3,
+    )  # fmt: skip
+    steps, sums = math.ceil(len(dataset.splits["train"]) / recipe.batch_size), defaultdict(float)
+    remedy = "lower learning_rate, beta or gamma, or set gradient_clip"
+    shown = tqdm(batches, f"{name} {epoch + 1}/{recipe.epochs}", steps, leave=False)
+    for number, (images, labels) in enumerate(shown, start=1):
+        done = epoch + (number - 1) / steps
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * learning_rate_factor(
+                recipe.schedule, done / recipe.epochs
+            )
+        adversarial = adversarial_images(model, images, labels, recipe)
+        parts = loss(model, images, labels, recipe, done, adversarial)
+        optimiser.zero_grad()
+        parts.total.backward()
+        if recipe.gradient_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
+        optimiser.step()
+        for part, value in {
+            "cross_entropy": parts.cross_entropy.item(),
+            "mutual_information_loss": parts.mutual_information.item(),
+            "position_stability_loss": parts.position_stability.item(),
+            "loss": parts.total.item(),
+        }.items():
+            if not math.isfinite(value):
+                where = f"in epoch {epoch + 1}, batch {number} of {steps}"
+                raise TrainingDiverged(f"{name}: {part} is {value} {where}; {remedy}")
+            sums[part] += value
+        shown.set_postfix(loss=f"{sums['loss'] / number:.3f}", refresh=False)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise TrainingDiverged(f"{name}: a weight is not finite after epoch {epoch + 1}; {remedy}")
+    return {part: total / number for part, total in sums.items()}
+
+
+def training_loss(
+    model: ImmunityMoE,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    epochs_done: float,
+    adversarial: Tensor | None = None,
+) -> ImmunityLoss:
+    """Eq (12) on one batch; beta and gamma rise linearly over the warm-up.
+
+    adversarial: the images under attack, where the recipe trains on them. The total also has what
+    the recipe's pairing and auxiliary classifier add.
+    """
+    warm = min(epochs_done / recipe.warmup_epochs, 1.0) if recipe.warmup_epochs else 1.0
+    beta, gamma = warm * recipe.beta, warm * recipe.gamma
+    clean_is_classified = adversarial is None or recipe.pairing == "trades"
+    classified, other = (images, adversarial) if clean_is_classified else (adversarial, images)
+    with mixed_precision(recipe, images.device):
+        if recipe.auxiliary_weight:  # of a stand-alone network, which has no gate to ask
+            logits = [one.to(images.dtype) for one in
+                      model.experts[0].forward_with_auxiliary(classified)]  # fmt: skip
+            own, auxiliary_logits = logits
+            outputs = ExpertOutputs(own[:, None], own.new_zeros(len(images), 1), ())
+        else:
+            outputs, auxiliary_logits = model.expert_outputs(classified), None
+        other_log_probs = model(other, gate="trained") if recipe.pairing != "none" else None
+    maps = positions = None
+    if beta or gamma:
+        heat = grad_cam(outputs, labels, create_graph=True, explained=recipe.explained)
+        maps = normalise_maps(heat, recipe.floor)
+        # A floor's centre of mass never moves, so that eq (11) would reward maps for shrinking
+        positions = normalise_maps(heat, recipe.floor, constant_share=True)
+    loss = immunity_loss(
+        outputs, labels, maps, positions, alpha=recipe.alpha, beta=beta, gamma=gamma,
+        coordinates=recipe.coordinates,
+    )  # fmt: skip
+    total = loss.total
+    if recipe.pairing == "trades":  # its eq (5): KL(clean || adversarial)
+        total = total + recipe.pairing_weight * functional.kl_div(
+            other_log_probs, outputs.mixture(), reduction="batchmean", log_target=True
+        )
+    if recipe.pairing == "alp":
+        distance = functional.mse_loss(outputs.mixture(), other_log_probs)
+        total = total + recipe.pairing_weight * distance
+    if auxiliary_logits is not None:
+        auxiliary = functional.cross_entropy(auxiliary_logits, labels)
+        total = total + recipe.auxiliary_weight * auxiliary
+    return replace(loss, total=total)
+
+
+def adversarial_images(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, recipe: Recipe
+) -> Tensor | None:
+    """The images of a batch under the recipe's attack on the trained gate; None if it has none."""
+    if recipe.adversary is None:
+        return None
+    eps, step_size, steps = float(recipe.eps), float(recipe.step_size), recipe.adversary_steps
+    attack: str = recipe.adversary
+    if recipe.pairing == "trades":
+        # It ascends the divergence from the clean answer; FFGSM is that attack's one step of 1.25
+        # eps for a cross entropy
+        attack, one_step = "tpgd", recipe.adversary == "ffgsm"
+        step_size, steps = (1.25 * eps, 1) if one_step else (step_size, steps)
+    with mixed_precision(recipe, images.device):
+        return attack_images(
+            model, images, labels, attack, "trained", eps=eps, step_size=step_size, steps=steps
+        )
+
+
+def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe, device=None) -> dict:
+    """What the log says of the model, in eval mode, maps in the fixed reading; random numbers are
+    left as they were.
+
+    accuracy of the mixture under the trained gate and of every expert; entropy of the gate in
+    nats; share of empty maps; I(C, E) in nats; mean norm of the input's gradient of the mixture's
+    cross entropy; robust_accuracy of the mixture under the recipe's own attack, if it has one.
+    """
+    model.eval()
+    sums: dict[str, Tensor | float] = defaultdict(float)
+    for images, labels in evaluation_batches(validation, 250, device):
+        images.requires_grad_()
+        outputs = model.expert_outputs(images)
+        mixture = outputs.mixture()
+        cross_entropy = functional.nll_loss(mixture, labels, reduction="sum")
+        maps = heatmaps_from_outputs(outputs, labels).detach()
+        (gradient,) = torch.autograd.grad(cross_entropy, images)
+        sums["accuracy"] += (mixture.argmax(-1) == labels).sum()
+        sums["expert_accuracy"] += (outputs.logits.argmax(-1) == labels[:, None]).sum(0)
+        sums["gate_entropy"] -= (outputs.gate * outputs.log_gate).sum().detach()
+        sums["empty_maps"] += empty_share(maps).mean() * len(labels)
+        sums["mutual_information"] += mutual_information(maps) * len(labels)
+        sums["input_gradient"] += gradient.flatten(1).norm(dim=1).sum()
+        if recipe.adversary:
+            with torch.random.fork_rng():
+                torch.manual_seed(recipe.seed)
+                attacked = adversarial_images(model, images.detach(), labels, recipe)
+            with torch.no_grad():
+                predicted = model(attacked, gate="trained").argmax(-1)
+            sums["robust_accuracy"] += (predicted == labels).sum()
+    return {
+        what: torch.as_tensor(total).div(len(validation)).tolist() for what, total in sums.items()
+    }
+
+
+def progress_line(name: str, epochs: int, entry: dict) -> str:
+    """One epoch of the log as a line of text."""
+    robust = entry.get("robust_accuracy")
+    attacked = "" if robust is None else f", {robust:.1%} under its own attack"
+    return (
+        f"{name} epoch {entry['epoch']}/{epochs}: cross entropy {entry['cross_entropy']:.3f}, "
+        f"MI {entry['mutual_information_loss']:.3f}, PS {entry['position_stability_loss']:.3g}, "
+        f"accuracy {entry['accuracy']:.1%} (experts "
+        f"{min(entry['expert_accuracy']):.1%} to {max(entry['expert_accuracy']):.1%}){attacked}, "
+        f"gate entropy {entry['gate_entropy']:.2f}, empty maps {entry['empty_maps']:.1%}, "
+        f"input gradient {entry['input_gradient']:.3f}, {entry['seconds']:.0f} s"
+    )
+
+
+def make_optimiser(model: ImmunityMoE, recipe: Recipe) -> torch.optim.Optimizer:
+    """Stochastic gradient descent on all weights of the model."""
+    groups: list[dict] = [{"params": list(model.parameters())}]
+    if recipe.decayed != "everything":  # biases and batch norms, which are vectors, are left alone
+        vectors = [one for one in model.parameters() if one.ndim < 2]
+        others = [one for one in model.parameters() if one.ndim >= 2]
+        groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        groups, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def learning_rate_factor(schedule: str, done: float) -> float:
+    """Factor on the learning rate when the share `done` of the training lies behind."""
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    if schedule == "multistep":
+        return 0.1 ** sum(done >= milestone for milestone in (0.5, 0.75))
+    if schedule == "warmup-cosine":  # of the RobNets: 0.02 to 1.2 in 20 epochs, to 0.001 in 150
+        if done < 20 / 170:
+            return (0.02 + (1.2 - 0.02) * done * 170 / 20) / 1.2
+        rest = (done - 20 / 170) / (150 / 170)
+        return (0.001 + (1.2 - 0.001) * (1 + math.cos(math.pi * rest)) / 2) / 1.2
+    if schedule == "one-cycle":  # linear up for a quarter of the training, linear down after
+        return max(min(4 * done, (1 - done) / 0.75), 1e-3)
+    return 1.0
+
+
+def mixed_precision(recipe: Recipe, device: torch.device) -> AbstractContextManager:
+    """Within it, convolutions and products are in bfloat16 if the recipe says so."""
+    if recipe.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """Within it, SIGTERM raises SystemExit(143), so that what is held is let go and the end is
+    told. Only the main thread can handle signals; in any other, SIGTERM does what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise SystemExit(STOPPED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def _save(folder: Path, notes: dict, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """Write weights, momentum, random state and notes (recipe, data, log) as one file."""
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        if state.get("momentum_buffer") is not None:
+            tensors[f"momentum.{index}"] = state["momentum_buffer"]
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    write_tensors(folder / CHECKPOINT, tensors, notes)
+
+
+def _restore(
+    folder: Path, source: dict, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> list[dict]:
+    """Load the checkpoint, if there is one of this recipe and data; the log so far. Any other is
+    set aside, and training starts from the beginning."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return []
+    try:
+        tensors, notes = read_tensors(path)
+        log, random_state = notes["log"], tensors["random.cpu"]
+        if any(notes[key] != value for key, value in source.items()):
+            raise DamagedFile("it belongs to other settings or data")
+        parameters = [one for group in optimiser.param_groups for one in group["params"]]
+        needed = {f"model.{key}": value.shape for key, value in model.state_dict().items()}
+        possible = {f"momentum.{index}": one.shape for index, one in enumerate(parameters)}
+        found = {key: one.shape for key, one in tensors.items() if not key.startswith("random.")}
+        if not needed.items() <= found.items() <= (needed | possible).items():
+            raise DamagedFile("it belongs to another version of the code")
+    except (DamagedFile, KeyError) as error:
+        set_aside(path, f"{error}; training starts anew")
+        return []
+    model.load_state_dict(_under("model.", tensors))
+    # In the memory format of its weight, without which the next step is slow
+    state = {
+        int(index): {"momentum_buffer": torch.empty_like(parameters[int(index)]).copy_(buffer)}
+        for index, buffer in _under("momentum.", tensors).items()
+    }
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    torch.set_rng_state(random_state)
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    epochs = source["recipe"]["epochs"]
+    if len(log) < epochs:
+        print(f"{folder.name} goes on after epoch {len(log)} of {epochs}", flush=True)
+    return log
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""The reproduction: which models are trained, what is measured of them, and what is shown."""

@@ -1,0 +1,255 @@
+"""Models by name: which there are in a preset, which each table needs, and how each is trained.
+
+A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; its variants are
+configurations of one model. With loss weights of its own the method has them behind it:
+`immunity-beta4-gamma0`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from immunity_lib.data import DATASETS
+from immunity_lib.experts import BASELINES, EXPERT_NAMES
+from immunity_lib.train import Recipe
+from study.settings import Settings, read_yaml
+
+REGIMES = {
+    "standard": "on clean images",
+    "adversarial": "on adversarial images alone (Madry et al. 2018, arXiv 1706.06083)",
+    "trades": "on clean images, and to answer alike under attack (Zhang et al. 2019, 1901.08573)",
+    "alp": "adversarial logit pairing (Kannan et al. 2018, arXiv 1803.06373)",
+}
+METHODS = {
+    "standalone": "a single network, the mixture of one",
+    "ensemble": "independently trained stand-alone networks under equal weights",
+    "moe": "the mixture alone: beta = gamma = 0",
+    "moe-mi": "with the mutual information loss: gamma = 0",
+    "moe-ps": "with the position stability loss: beta = 0",
+    "immunity": "with both losses",
+    "immunity-literal": "with both losses on heat maps as the equations literally say",
+}
+
+# As readers call them: the mixtures of the ablation, data sets, networks, attacks
+MIXTURES = {"moe": "MoE", "moe-mi": "MoE+MI", "moe-ps": "MoE+PS", "immunity": "Immunity"}
+DATA = {"parts10": "Parts-10", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
+        "images": "own images"}  # fmt: skip
+NETWORKS = {
+    "resnet18": "ResNet18", "densenet121": "DenseNet121", "googlenet": "GoogLeNet",
+    "googlenet-kuangliu": "GoogLeNet-kuangliu", "pdarts": "P-DARTS", "advrush": "AdvRush",
+    "robnet-free": "RobNet-free", "robnet-large-v1": "RobNet-large-v1",
+    "robnet-large-v2": "RobNet-large-v2",
+}  # fmt: skip
+ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD", "cw": "C&W",
+                 "apgd": "APGD"}  # fmt: skip
+
+_WEIGHT = "[0-9]+(?:[.][0-9]+)?(?:e-?[0-9]+)?"
+_NAME = re.compile(
+    f"(?P<dataset>{{}})-(?P<method>{{}})(-beta(?P<beta>{_WEIGHT})-gamma(?P<gamma>{_WEIGHT}))?"
+    "-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
+        *("|".join(sorted(names, key=len, reverse=True)) for names in
+          (DATASETS, METHODS, EXPERT_NAMES, REGIMES))
+    )
+)  # fmt: skip
+
+
+class ModelName(BaseModel):
+    """The parts of a model's name; `str()` puts them together, `parse` takes them apart."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset: str
+    method: str
+    expert: str
+    regime: str
+    seed: int
+    beta: float | None = None  # of eq (12); None: the preset's
+    gamma: float | None = None
+
+    def __str__(self) -> str:
+        weights = ""
+        if self.beta is not None:
+            weights = f"-beta{_shortest(self.beta)}-gamma{_shortest(self.gamma)}"
+        return f"{self.dataset}-{self.method}{weights}-{self.expert}-{self.regime}-seed{self.seed}"
+
+    @classmethod
+    def parse(cls, name: str) -> ModelName:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"{name!r} is no model's name; one is <data>-<method>-<expert>-<regime>-seed<k> "
+                f"with data from {', '.join(DATASETS)}, method from {', '.join(METHODS)}, "
+                f"expert from {', '.join(EXPERT_NAMES)}, regime from {', '.join(REGIMES)}"
+            )
+        return cls(**match.groupdict())
+
+
+def _shortest(weight: float) -> str:
+    """A weight as it is written in a name, from which it can be read again to the bit."""
+    return repr(float(weight)).removesuffix(".0").replace("e+", "e")
+
+
+def recipe_of(settings: Settings, name: ModelName) -> Recipe:
+    """How this model is trained: the preset's recipe, what the method changes, and for a baseline
+    the recipe of its authors."""
+    if name.method == "ensemble":
+        raise ValueError(f"{name} is not trained; its members are: {members(settings, name)}")
+    changes: dict[str, Any] = {"dataset": name.dataset, "expert": name.expert, "seed": name.seed}
+    if name.expert in BASELINES:
+        changes["layers"] = settings.baseline_layers
+    if published := own_recipe(settings, name):
+        changes |= published["fields"]
+    if name.method == "standalone":
+        # One expert has nothing to be different from, and its own loss is the mixture's
+        changes |= {"experts": 1, "alpha": 0.0}
+    if name.method in ("standalone", "moe", "moe-ps"):
+        changes["beta"] = 0.0
+    if name.method in ("standalone", "moe", "moe-mi"):
+        changes["gamma"] = 0.0
+    if name.beta is not None:
+        changes |= {"beta": name.beta, "gamma": name.gamma}
+    if name.method == "immunity-literal":
+        changes |= {"floor": 0.0, "warmup_epochs": 0.0}
+    weights = {"trades": settings.trades_weight, "alp": settings.pairing_weight}
+    if name.regime in weights:
+        changes |= {"pairing": name.regime, "pairing_weight": weights[name.regime]}
+    if name.regime == "standard":
+        changes["adversary"] = None
+    # What a model does not use stays at its default, so that changing it trains nothing anew
+    unused: tuple[str, ...] = ()
+    if name.method in ("standalone", "moe"):
+        unused += ("floor", "warmup_epochs", "coordinates", "explained")
+    if name.regime == "standard":
+        unused += ("adversary_steps", "eps", "step_size")
+    defaults = {field.name: field.default for field in fields(Recipe)}
+    changes |= {field: defaults[field] for field in unused}
+    return TypeAdapter(Recipe).validate_python(asdict(settings.recipe) | changes)
+
+
+def own_recipe(settings: Settings, name: ModelName) -> dict[str, Any] | None:
+    """The recipe of its authors ("source", "gaps" and the "fields" of a `Recipe`), for a
+    stand-alone baseline where the preset asks for it."""
+    wanted = name.method == "standalone" and settings.baseline_recipes == "own"
+    if not (wanted and name.expert in BASELINES):
+        return None
+    content = _published_recipes()
+    kind = "standard" if name.regime == "standard" else "adversarial"
+    return content["recipes"][content["networks"][name.expert][kind]]
+
+
+@cache
+def _published_recipes() -> dict[str, Any]:
+    return read_yaml(Path(__file__).with_name("recipes.yaml"))
+
+
+def members(settings: Settings, ensemble: ModelName) -> list[ModelName]:
+    """The stand-alone networks that an ensemble is made of: N seeds of its own."""
+    first = ensemble.seed * settings.experts
+    return [
+        ensemble.model_copy(update={"method": "standalone", "seed": first + k})
+        for k in range(settings.experts)
+    ]
+
+
+def single(settings: Settings, names: list[ModelName]) -> list[ModelName]:
+    """The trained models behind these names; an ensemble stands for its members."""
+    return [
+        one
+        for name in names
+        for one in (members(settings, name) if name.method == "ensemble" else [name])
+    ]
+
+
+def table1_models(settings: Settings) -> list[ModelName]:
+    """Independently trained networks and Immunity, for every compared network."""
+    return _models(settings, "ensemble", "immunity", experts=settings.compared_experts)
+
+
+def table2_models(settings: Settings) -> list[ModelName]:
+    """Every baseline and method under every regime, on every data set."""
+    found = []
+    for dataset, regime in product(settings.datasets, settings.regimes):
+        of = {"datasets": [dataset], "regimes": [regime]}
+        found += _models(settings, "standalone", experts=settings.baselines, **of)
+        found += _models(settings, "standalone", "moe", "immunity", **of)
+    return found
+
+
+def table3_models(settings: Settings) -> list[ModelName]:
+    """The ablation, under standard training."""
+    return _models(settings, *MIXTURES)
+
+
+def swept_models(settings: Settings) -> list[ModelName]:
+    """Immunity with one of its losses alone, its weight times each of the preset's factors. With
+    the factors 0 and 1, these are models of Table 3."""
+    weights = [(settings.recipe.beta * factor, 0.0) for factor in settings.weight_factors]
+    weights += [(0.0, settings.recipe.gamma * factor) for factor in settings.weight_factors]
+    return [
+        name.model_copy(update={"beta": beta, "gamma": gamma})
+        for beta, gamma in weights
+        for name in _models(settings, "immunity")
+    ]
+
+
+def literal_model(settings: Settings) -> ModelName:
+    """The model that shows what the literal heat-map losses do."""
+    return _models(settings, "immunity-literal")[0]
+
+
+def attacked_models(settings: Settings) -> list[ModelName]:
+    """Every model of Tables 2 and 3 and of the sweep of loss weights, once."""
+    every = table2_models(settings) + table3_models(settings) + swept_models(settings)
+    return list(dict.fromkeys(every))
+
+
+def adaptive_models(settings: Settings) -> list[ModelName]:
+    """The mixtures under adaptive attacks: with and without the losses, under every regime."""
+    return _models(settings, "moe", "immunity", regimes=settings.regimes)
+
+
+def explored_models(settings: Settings) -> list[ModelName]:
+    """The mixtures that the explorer offers: every variant of the ablation under every regime."""
+    every = _models(settings, *MIXTURES, regimes=settings.regimes)
+    return [name for name in every if name.seed == settings.seeds[0]]
+
+
+def surrogates(settings: Settings, attacked: ModelName) -> list[ModelName]:
+    """The other mixtures that were trained like this one, to attack it through."""
+    return [
+        name
+        for name in attacked_models(settings)
+        if name.method != "standalone"
+        and name != attacked
+        and name == attacked.model_copy(update={"method": name.method})
+    ]
+
+
+def trained_models(settings: Settings) -> list[ModelName]:
+    """Every model that the preset trains, once."""
+    of_table1 = single(settings, table1_models(settings))
+    named = [*attacked_models(settings), literal_model(settings), *of_table1]
+    return list(dict.fromkeys(named))
+
+
+def _models(
+    settings: Settings, *methods: str, experts: Sequence[str] | None = None,
+    regimes: Sequence[str] = ("standard",), datasets: Sequence[str] | None = None,
+) -> list[ModelName]:  # fmt: skip
+    """Every combination, with every seed; by default of the preset's own expert and data."""
+    experts = [settings.expert] if experts is None else experts
+    datasets = [settings.dataset] if datasets is None else datasets
+    return [
+        ModelName(dataset=dataset, method=method, expert=expert, regime=regime, seed=seed)
+        for dataset, regime, expert, method, seed in product(
+            datasets, regimes, experts, methods, settings.seeds
+        )
+    ]

@@ -1,0 +1,1 @@
+"""The explorer: models on single images, step by step under attack."""

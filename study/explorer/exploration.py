@@ -1,0 +1,218 @@
+"""What the explorer shows, computed once and kept: attack paths, answers and heat maps."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache, wraps
+from io import BytesIO
+from pathlib import Path
+from threading import RLock
+
+import torch
+from torch import Tensor
+
+from immunity_lib.attacks import attack_path, fold
+from immunity_lib.data import Dataset
+from immunity_lib.data.images import pixels
+from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
+from study.catalogue import MIXTURES, ModelName, explored_models
+from study.explorer.cam_methods import OURS, explanation_maps
+from study.settings import Settings, preset_names
+from study.store import chosen_device, model_folder, trained_model
+
+KEPT = 128  # results of each kind; the answers to an image take 2 MB
+GALLERY = 30  # images to choose from, as many of each class as there is room for
+BUDGETS = (0, Fraction(1, 4), Fraction(1, 2), 1, Fraction(3, 2), 2)  # times the preset's eps
+PRESET_BUDGET = BUDGETS.index(1)
+TRUE_CLASS, ANSWER = "its true class", "what the plain ensemble answers"
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An image to look at.
+
+    image: (3, 32, 32) in [0, 1]. label: its class, or None where nobody knows it (an own image).
+    part_masks: (P, 32, 32) bool, the true parts; P is 0 where they are not known.
+    """
+
+    title: str
+    image: Tensor
+    label: int | None
+    part_masks: Tensor = torch.zeros(0, 32, 32, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says on its way: E budgets, S + 1 points, N experts, C classes, G gates.
+
+    asked: the class that the attack leads away from: the true one where it is known, else what the
+    plain ensemble of this model answers.
+    """
+
+    frames: Tensor  # (E, S + 1, 3, 32, 32)
+    experts: Tensor  # (E, S + 1, N, C), each expert's probabilities
+    gate: Tensor  # (E, S + 1, N), the trained weights
+    mixtures: Tensor  # (E, S + 1, G, C), under each permutation of them, see `moe.permutations`
+    asked: int
+
+
+def _kept(method: Callable) -> Callable:
+    """A method of Exploration that computes each result once, and one at a time: JupyterLab can
+    serve widgets in a thread beside the cells that still run."""
+    cached = lru_cache(KEPT)(method)
+
+    @wraps(method)
+    def once(self, *arguments):
+        with self._lock:
+            return cached(self, *arguments)
+
+    return once
+
+
+class Exploration:
+    """The mixtures of a preset on single images, each attacked by PGD on itself.
+
+    preset: its name or path, as the reader gave it. models: those that are trained or come with the
+    project; missing: the others. budgets: values of eps, E of them, 0 first. Raises ValueError if
+    there is no model at all.
+    """
+
+    def __init__(self, settings: Settings, dataset: Dataset, preset: str = ""):
+        self.settings, self.dataset = settings, dataset
+        self._preset, self._lock = preset or settings.preset, RLock()
+        self.budgets = [settings.eps * factor for factor in BUDGETS if settings.eps * factor <= 1]
+        self.models, self.missing = [], []
+        for name in explored_models(settings):
+            there = (model_folder(settings, name) / "record.json").exists()
+            (self.models if there else self.missing).append(name)
+        if not self.models:
+            raise ValueError(
+                f"no mixture of preset {settings.preset} is trained yet; this trains one: "
+                f"{self.training_command()}"
+            )
+        test, self.gallery = dataset.splits["test"], []
+        per_class = max(1, GALLERY // len(dataset.class_names))
+        for label, class_name in enumerate(dataset.class_names[:GALLERY]):
+            for row in (test.labels == label).nonzero()[:per_class, 0].tolist():
+                masks = () if test.part_masks is None else (test.part_masks[row],)
+                title = f"{class_name}, test image {row}"
+                self.gallery.append(Subject(title, test.images[row] / 255, label, *masks))
+
+    def training_command(self) -> str:
+        """The shell command that trains the first model that is missing."""
+        own = self._preset not in preset_names()
+        given = {
+            "preset": Path(self._preset).expanduser().resolve() if own else self._preset,
+            "model": self.missing[0], "data": self.settings.data_folder,
+            "output": self.settings.output_folder,
+        }  # fmt: skip
+        options = [f"--{option}={value}" for option, value in given.items() if value]
+        return shlex.join([sys.executable, "-m", "study.graph.job", "02_training", *options])
+
+    @_kept
+    def model(self, name: ModelName) -> ImmunityMoE:
+        """In eval mode."""
+        return trained_model(self.settings, name, self.dataset)
+
+    @_kept
+    def answers(self, name: ModelName, subject: Subject, attacked_gate: Gate) -> Answers:
+        """What the model says on the way of an attack on it that sees this gate."""
+        model, image = self._folded(name), subject.image.to(chosen_device())[None]
+        asked = subject.label
+        if asked is None:
+            asked = int(model(image, gate="uniform").argmax())
+        eps = torch.tensor([float(budget) for budget in self.budgets])
+        frames = self._attack(model, image.repeat(len(eps), 1, 1, 1), asked, attacked_gate, eps)
+        with torch.no_grad():
+            outputs = model.expert_outputs(frames.flatten(0, 1))
+        found = outputs.log_probs.exp(), outputs.gate, switched_probabilities(outputs)
+        by_point = (one.unflatten(0, frames.shape[:2]).cpu() for one in found)
+        return Answers(frames.cpu(), *by_point, asked)
+
+    @_kept
+    def maps(
+        self,
+        name: ModelName,
+        subject: Subject,
+        attacked_gate: Gate,
+        budget: int = PRESET_BUDGET,
+        method: str = OURS,
+        explained: int | str = TRUE_CLASS,
+    ) -> Tensor:
+        """Heat maps (S + 1, N, 32, 32) on the way with one of the budgets, each summing to 1.
+
+        method: one of CAM_METHODS. explained: the class they are for; TRUE_CLASS: the one asked
+        for; ANSWER: what the plain ensemble answers at each point.
+        """
+        answers, device = self.answers(name, subject, attacked_gate), chosen_device()
+        labels = answers.experts[budget].mean(1).argmax(-1)
+        if explained != ANSWER:
+            labels.fill_(answers.asked if explained == TRUE_CLASS else explained)
+        frames = answers.frames[budget].to(device)
+        return explanation_maps(self.model(name), frames, labels.to(device), method).cpu()
+
+    @_kept
+    def verdicts(self, name: ModelName, attacked_gate: Gate) -> tuple[GateVerdicts, GateVerdicts]:
+        """On the images of the gallery, before and after the attack at the preset's eps."""
+        model, device = self._folded(name), chosen_device()
+        images = torch.stack([subject.image for subject in self.gallery]).to(device)
+        labels = torch.tensor([subject.label for subject in self.gallery], device=device)
+        eps = torch.full((len(images),), float(self.settings.eps))
+        attacked = self._attack(model, images, labels, attacked_gate, eps)[:, -1]
+        with torch.no_grad():
+            before, after = (
+                verdicts(model.expert_outputs(seen), labels) for seen in (images, attacked)
+            )
+        return before, after
+
+    def broken(self, name: ModelName, attacked_gate: Gate) -> list[bool]:
+        """For each image of the gallery, whether the plain ensemble is right before the attack, and
+        wrong after it."""
+        before, after = self.verdicts(name, attacked_gate)
+        return (before.uniform & ~after.uniform).tolist()
+
+    @_kept
+    def _folded(self, name: ModelName) -> ImmunityMoE:
+        return fold(self.model(name))
+
+    def _attack(self, model, images: Tensor, labels: int | Tensor, gate: Gate, eps: Tensor):
+        """Where PGD without a random start is, (B, S + 1, 3, 32, 32)."""
+        labels = torch.as_tensor(labels, device=images.device).expand(len(images))
+        path = attack_path(
+            model, images, labels, gate, eps=eps.to(images.device),
+            step_size=float(self.settings.step_size), steps=self.settings.steps,
+        )  # fmt: skip
+        return path.transpose(0, 1)
+
+
+def label_of(name: ModelName) -> str:
+    """A mixture as readers call it."""
+    return f"{MIXTURES[name.method]}, {name.regime} training"
+
+
+def budget_label(eps: Fraction) -> str:
+    """eps in 255ths, as the paper has it."""
+    return f"{float(eps * 255):g}/255"
+
+
+def own_subject(content: bytes, name: str) -> Subject:
+    """A reader's image file, made to fit; its title says what was changed.
+
+    Raises ValueError that says why a file is refused, and what would do.
+    """
+    from PIL import Image
+
+    try:
+        image = torch.from_numpy(pixels(BytesIO(content)).copy()) / 255
+    except Exception as error:  # for a broken file, Pillow raises errors of all kinds
+        raise ValueError(
+            f"{name} cannot be read as an image; give an intact PNG, JPEG or WebP file ({error})"
+        ) from error
+    picture = Image.open(BytesIO(content))  # of one of the formats that were just read
+    was = f"{picture.width}x{picture.height} pixels, {picture.mode}"
+    fitted = " made to fit: its middle at 32x32 pixels, RGB, opaque, of a film the first frame"
+    return Subject(name if was == "32x32 pixels, RGB" else f"{name}: {was},{fitted}", image, None)

@@ -1,0 +1,245 @@
+"""What the explorer shows, once computed: as a page to step through, and as still figures.
+
+`page.html` draws the page, with a few lines of plain JavaScript that ask nothing of a kernel or a
+network: in the explorer's widget as in the file that a reader takes home. The figures show the same
+ways with the same colours, on the same scale.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import BytesIO
+
+import jinja2
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from immunity_lib.heatmaps import GRID, is_empty
+from immunity_lib.moe import permutations
+from study.catalogue import ModelName
+from study.explorer.cam_methods import OURS
+from study.explorer.exploration import (
+    TRUE_CLASS,
+    Answers,
+    Exploration,
+    Subject,
+    budget_label,
+    label_of,
+)
+from study.figures import COLOURS, SCREEN, literal
+
+COLOUR_MAP = "magma"  # rises evenly in lightness: readable without colours, and in print
+# Okabe and Ito's colours, told apart by colour-blind readers too
+PART_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")
+RIGHT, WRONG = COLOURS[0], COLOURS[1]
+ATTACKED_GATES = {
+    "uniform": "all gates alike (the plain ensemble)",
+    "trained": "the gate as trained",
+}
+
+
+def explorer_page(
+    exploration: Exploration,
+    names: Sequence[ModelName],
+    subjects: Sequence[Subject],
+    attacked_gate: str,
+    budget: int,
+    method: str = OURS,
+    explained: int | str = TRUE_CLASS,
+) -> str:
+    """HTML that steps through the attack on each model, image by image, and through the gate.
+
+    budget: which of the exploration's budgets; the others as for `Exploration.maps`.
+    """
+    dataset, shown = exploration.dataset, []
+    for subject in subjects:
+        key = subject, attacked_gate
+        maps = [exploration.maps(name, *key, budget, method, explained) for name in names]
+        top, models = scale_top(maps), []
+        for name, of_model in zip(names, maps, strict=True):
+            way = _way(exploration.answers(name, *key), of_model, subject.part_masks, budget, top)
+            models.append({"title": label_of(name)} | way)
+        parts = [mask.flatten().nonzero()[:, 0].tolist() for mask in subject.part_masks]
+        shown.append({"title": escape(subject.title), "top": top, "parts": parts, "models": models})
+    parts = zip(dataset.part_names, PART_COLOURS, strict=False)
+    data = {
+        # Names of files and folders, which the page writes as HTML
+        "classes": [escape(name) for name in dataset.class_names],
+        "parts": [{"name": escape(name), "colour": colour} for name, colour in parts],
+        "gates": permutations(exploration.settings.experts).tolist(),
+        "ramp": plt.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3].tolist(),
+        "subjects": shown,
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("study", "explorer"), autoescape=True
+    )
+    return environment.get_template("page.html").render(
+        attacked=ATTACKED_GATES[attacked_gate], eps=budget_label(exploration.budgets[budget]),
+        dataset=dataset.name, steps=exploration.settings.steps, method=method,
+        explained=dataset.class_names[explained] if isinstance(explained, int) else explained,
+        # Inside of a script element, nothing may close it
+        data=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+    )  # fmt: skip
+
+
+def _way(answers: Answers, maps: Tensor, masks: Tensor, budget: int, top: float) -> dict:
+    """One model's way at one budget: pictures as two sheets, steps down; the rest as numbers."""
+    frames = answers.frames[budget]
+    heat = (brightness(maps, top) * 255).round().astype(np.uint8)  # (S + 1, N, 32, 32)
+    sheet = heat.transpose(0, 2, 1, 3).reshape(len(heat) * GRID, -1)
+    return {
+        "asked": answers.asked,
+        "images": data_address(np.concatenate([colours(frame) for frame in frames])),
+        "heat": data_address(sheet),
+        "moved": _rounded((frames - frames[0]).abs().flatten(1).amax(1) * 255),
+        "weights": _rounded(answers.gate[budget]),
+        "experts": _rounded(answers.experts[budget]),  # each one's probabilities
+        "answers": answers.mixtures[budget].argmax(-1).tolist(),  # by step and state of the gate
+        "empty": is_empty(maps).tolist(),
+        "onParts": _rounded((maps[:, :, None] * masks).sum((-2, -1))),
+    }
+
+
+def _rounded(numbers: Tensor) -> list:
+    return np.round(numbers.numpy().astype(float), 4).tolist()
+
+
+def scale_top(maps: Sequence[Tensor]) -> float:
+    """Where one scale for all these maps, each summing to 1, ends: 0.1 % of their pixels lie above.
+    In units of an even spread."""
+    pixels = torch.cat([one.flatten() for one in maps]) * GRID**2
+    return max(pixels.kthvalue(int(0.999 * len(pixels))).values.item(), 1.0)
+
+
+def brightness(heat: Tensor, top: float) -> np.ndarray:
+    """0 .. 1 of maps that each sum to 1: the square root of their heat over that of `top`, which is
+    in units of an even spread. So wide maps can be seen beside those of a few bright pixels."""
+    return np.sqrt(np.clip(heat.numpy() * (GRID**2 / top), 0, 1))
+
+
+def colours(image: Tensor) -> np.ndarray:
+    """RGB (32, 32, 3) uint8 of an image (3, 32, 32) in [0, 1]."""
+    return (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+
+
+def data_address(pixels: np.ndarray) -> str:
+    """A PNG as a `data:` address, for the source of an HTML image."""
+    from PIL import Image
+
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def gallery_figure(exploration: Exploration, columns: int = 10) -> Figure:
+    """The images to choose from, by their numbers."""
+    subjects = exploration.gallery
+    rows = -(-len(subjects) // columns)
+    figure, axes = _grid(rows, columns, (0.95 * columns, 1.12 * rows))
+    for number, (panel, subject) in enumerate(zip(axes.T.flat, subjects, strict=False)):
+        panel.imshow(colours(subject.image))
+        panel.set_title(number + 1, fontsize=8, pad=2)
+    for panel in axes.T.flat[len(subjects) :]:
+        panel.set_axis_off()
+    return figure
+
+
+def attack_figure(
+    exploration: Exploration,
+    names: Sequence[ModelName],
+    subject: Subject,
+    attacked_gate: str,
+    budget: int,
+    steps: Sequence[int],
+) -> Figure:
+    """A row for each model and step: the image with the answer of the mixture, and the map of every
+    expert with its answer and weight, all maps on one scale, the true parts outlined."""
+    rows, captions, class_names = [], [], exploration.dataset.class_names
+    for name in names:
+        answers = exploration.answers(name, subject, attacked_gate)
+        maps = exploration.maps(name, subject, attacked_gate, budget)
+        for step in steps:
+            at = budget, step
+            rows.append((answers.frames[at], maps[step]))
+            weights = [f"expert {k + 1}, weight {w:.2f}" for k, w in enumerate(answers.gate[at])]
+            titles = [f"{label_of(name).split(',')[0]}, step {step}", *weights]
+            of_panels = [answers.mixtures[at][0], *answers.experts[at]]  # the gate as trained first
+            for title, said in zip(titles, of_panels, strict=True):
+                answer = int(said.argmax())
+                sign = "" if answer == answers.asked else " x"
+                captions.append((title, f"{literal(class_names[answer])} {said[answer]:.0%}{sign}"))
+    figure, axes = _heat_rows(rows, (1.5, 2.0), subject.part_masks)
+    for panel, (title, verdict) in zip(axes.flat, captions, strict=True):
+        panel.set_title(title, fontsize=8)
+        panel.set_xlabel(verdict, fontsize=8)
+    return figure
+
+
+def gates_figure(
+    exploration: Exploration, names: Sequence[ModelName], subject: Subject, attacked_gate: str
+) -> Figure:
+    """Which gates are right at the attack's last step, a panel for each model: budgets down, states
+    of the gate across, sorted by how many budgets they withstand."""
+    budgets = [budget_label(eps) for eps in exploration.budgets]
+    figure, axes = plt.subplots(
+        len(names), 1, figsize=(9.4, 0.28 * len(budgets) * len(names) + 1.1), dpi=SCREEN,
+        squeeze=False, sharex=True, layout="constrained",
+    )  # fmt: skip
+    for panel, name in zip(axes.flat, names, strict=True):
+        answers = exploration.answers(name, subject, attacked_gate)
+        right = (answers.mixtures[:, -1].argmax(-1) == answers.asked).numpy()
+        right = right[:, np.argsort(-right.sum(0), kind="stable")]
+        for outcome, marker, colour in ((True, "s", RIGHT), (False, "x", WRONG)):
+            down, across = np.nonzero(right == outcome)
+            panel.scatter(across + 1, down, 14, marker=marker, color=colour, linewidths=1)
+        shares = [f"{e}  ({share:.0%})" for e, share in zip(budgets, right.mean(1), strict=True)]
+        panel.set_yticks(range(len(shares)), shares, fontsize=8)
+        panel.set_title(label_of(name), fontsize=9)
+        panel.set(xlim=(0, right.shape[1] + 1), ylim=(len(shares) - 0.5, -0.5))
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("states of the gate (square: right, cross: wrong)")
+    figure.supylabel("eps (right gates)", fontsize=9)
+    return figure
+
+
+def methods_figure(image: Tensor, maps: Mapping[str, Tensor]) -> Figure:
+    """A row for each CAM method: the maps (N, 32, 32) of every expert for one image and class."""
+    figure, axes = _heat_rows([(image, of_method) for of_method in maps.values()], (1.15, 1.2))
+    for panel, method in zip(axes[:, 0], maps, strict=True):
+        panel.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
+    for expert, panel in enumerate(axes[0, 1:]):
+        panel.set_title(f"expert {expert + 1}", fontsize=8)
+    return figure
+
+
+def _heat_rows(rows: Sequence[tuple[Tensor, Tensor]], size: tuple, masks: Sequence[Tensor] = ()):
+    """A figure and its panels: in each row an image and its maps (N, 32, 32), all on one scale, the
+    parts outlined. size: of a panel, in inches."""
+    columns, top = len(rows[0][1]) + 1, scale_top([maps for _, maps in rows])
+    figure, axes = _grid(len(rows), columns, (size[0] * columns + 1, size[1] * len(rows)))
+    for row, (image, maps) in zip(axes, rows, strict=True):
+        row[0].imshow(colours(image))
+        for panel, heat in zip(row[1:], maps, strict=True):
+            drawn = panel.imshow(brightness(heat, top), cmap=COLOUR_MAP, vmin=0, vmax=1)
+        for panel in row:
+            for mask, colour in zip(masks, PART_COLOURS, strict=False):
+                if mask.any():
+                    panel.contour(mask.float().numpy(), levels=[0.5], colors=[colour], linewidths=1)
+    heats = np.array([0, 1, top / 4, top])  # brightness is the square root of heat
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, ticks=np.sqrt(heats / top))
+    bar.ax.set_yticklabels([f"{heat:.0f}" for heat in heats], fontsize=8)
+    bar.set_label("heat, in units of an even spread", fontsize=8)
+    return figure, axes
+
+
+def _grid(rows: int, columns: int, size: tuple) -> tuple[Figure, np.ndarray]:
+    return plt.subplots(
+        rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained",
+        subplot_kw={"xticks": [], "yticks": []},
+    )  # fmt: skip

@@ -1,0 +1,179 @@
+"""One notebook of the graph, run in batch: what every job of the Snakefile starts.
+
+papermill runs the notebook. Beside that, this gives it an interpreter and surroundings of its own,
+takes a free GPU where the machine has several, tells `make status` how the job stands, stops the
+kernel on SIGTERM and Ctrl-C, and ends when the graph that started it has been killed. A training
+that was stopped goes on from its last epoch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from study.catalogue import ModelName
+from study.graph import parse_options, preset_parser
+from study.settings import ROOT
+from study.store import write_json
+
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+LOOK_AGAIN, REFRESHED = 1, 20  # seconds between two looks, and between two signs of life
+LONGEST_FOLDER = 60  # characters, of a kernel's sockets: their paths have 107 at most
+
+# The same whoever starts the job: a sum's last bits depend on the number of threads.
+# One thread each: models that train beside each other use the cores better than one with several.
+# The allocator keeps its memory instead of handing it back after every layer.
+SURROUNDINGS = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a notebook; returns 0, 1 where a cell failed, 143 or 130 where it was asked to stop."""
+    parent, started = os.getppid(), datetime.now(UTC)
+    parser = preset_parser("graph.job", "One notebook of the graph, run in batch.")
+    parser.add_argument("notebook", choices=NOTEBOOKS)
+    parser.add_argument("--model", type=ModelName.parse, help="one of the preset; default: all")
+    parser.add_argument("--gpus", default="", help="GPUs to choose one from, as in 0,1,2,3")
+    options, settings = parse_options(parser, arguments)
+    job = f"{options.notebook}-{options.model}" if options.model else options.notebook
+    executed = settings.runs / "notebooks" / f"{job}.ipynb"
+    log = executed.with_suffix(".log")
+    parameters = {
+        "preset": options.preset, "data_folder": options.data, "output_folder": options.output,
+        "interactive": False, "pretrained": False,
+    }  # fmt: skip
+    if options.model:
+        parameters["model"] = str(options.model)
+
+    def report(state: str, error: str = "") -> None:
+        """Say how the job stands, where other machines can read it too; times are in UTC."""
+        now = datetime.now(UTC)
+        content = {
+            "state": state, "error": error, "machine": platform.node(), "process": os.getpid(),
+            "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "started": started.isoformat(),
+            "seen": now.isoformat(), "seconds": (now - started).total_seconds(),
+        }  # fmt: skip
+        with suppress(OSError):  # on a full disk, it is the job itself that must say so
+            write_json(settings.runs / "jobs" / f"{job}.json", content)
+
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    shown = _show_only_prints(log)
+    os.environ |= SURROUNDINGS
+    with free_gpu(options.gpus) if options.gpus else nullcontext() as gpu:
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        failure, stop = _run(options.notebook, executed, parameters, shown, report, parent)
+    if failure and not stop:
+        print(f"{job} failed: {failure} (see {log})", file=shown)
+    report("stopped" if stop else "failed" if failure else "done", failure)
+    return 128 + stop if stop else int(bool(failure))
+
+
+def _run(notebook, executed, parameters, shown, report: Callable, parent: int) -> tuple[str, int]:
+    """What went wrong, in a line, empty if nothing did; and the signal that asked to stop, or 0.
+
+    papermill hands no signal on to its kernel (github.com/nteract/papermill/issues/508). It runs in
+    a thread, where it hears of none; the main thread stops the kernel, and with that papermill.
+    """
+    failures: list[str] = []
+    signals: list[int] = []
+
+    def execute() -> None:
+        import papermill  # costs a second
+        from traitlets.config import Config
+
+        try:
+            with own_kernel() as sockets:
+                # Not TCP: kernels that start beside each other may pick the same free port
+                transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+                papermill.execute_notebook(
+                    ROOT / "notebooks" / f"{notebook}.ipynb", executed, parameters,
+                    kernel_name="python3", cwd=ROOT, progress_bar=False, stdout_file=shown,
+                    config=Config({"AsyncKernelManager": transport}),
+                )  # fmt: skip
+        except Exception as error:  # of the notebook or its kernel: all of it is in the log
+            traceback.print_exc()
+            lines = str(getattr(error, "evalue", error)).strip().splitlines()
+            failures.append(": ".join([getattr(error, "ename", type(error).__name__), *lines[:1]]))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: signals.append(received))
+    thread = threading.Thread(target=execute)
+    thread.start()
+    for look in itertools.count():
+        if os.getppid() != parent:
+            signals.append(signal.SIGTERM)
+        for process in psutil.Process().children(recursive=True) if signals else ():
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        if look % (REFRESHED // LOOK_AGAIN) == 0:
+            report("running")
+        thread.join(LOOK_AGAIN)
+        if not thread.is_alive():
+            break
+    return "".join(failures), signals[0] if signals else 0
+
+
+@contextmanager
+def own_kernel() -> Iterator[str]:
+    """Within it, the kernel "python3" is this interpreter, whatever other one is installed under
+    that name, and reads none of the user's start-up files; gives a folder for its sockets."""
+    folder = tempfile.gettempdir()
+    folder = folder if len(folder) <= LONGEST_FOLDER else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="immunity-", dir=folder) as own:
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        kernel = {"argv": command, "display_name": "Python 3", "language": "python"}
+        write_json(Path(own, "kernels/python3/kernel.json"), kernel)
+        os.environ |= {"JUPYTER_PATH": own, "JUPYTER_RUNTIME_DIR": own, "IPYTHONDIR": own}
+        yield own
+
+
+@contextmanager
+def free_gpu(gpus: str) -> Iterator[str]:
+    """Hold one of the GPUs "0,1,2,...", numbers or UUIDs, that no other job of this user holds on
+    this machine, and give its name as CUDA_VISIBLE_DEVICES takes it; waits until one is free.
+
+    Snakemake counts GPUs but tells no job which is its own
+    (github.com/snakemake/snakemake/issues/281). It is held by a lock, which ends with the job.
+    """
+    folder = Path(tempfile.gettempdir(), f"immunity-gpus-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    while True:
+        for gpu in gpus.split(","):
+            with suppress(Timeout), FileLock(folder / f"{gpu}.lock", timeout=0):
+                yield gpu
+                return
+        time.sleep(LOOK_AGAIN)
+
+
+def _show_only_prints(log: Path):
+    """Send what this process and its kernel say to the log, and return where their notebook's own
+    prints go: to where all of it went before."""
+    shown = os.fdopen(os.dup(2), "w", buffering=1)
+    with open(log, "w") as file:
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""What a preset costs, before anything runs: `make plan PRESET=paper`.
+
+Arithmetic is multiply-accumulates of convolutions and products, which PyTorch counts on shapes
+alone in an expert's real forward pass, training step, heat maps and gradient of the images; a step
+of an attack is such a gradient. Adaptive attacks are counted as if every image resisted, which few
+do. Left out: the gate, batch norms, losses, augmentation, the small held-out split. Hours are this
+arithmetic over an assumed sustained speed, the same for all. On a CPU, measured epochs (`make
+bench`) keep to the proportions within a third for networks of plain convolutions, ResNet18 at half
+its bill aside; networks of cells, with their depthwise convolutions, take 4 to 5 times theirs.
+Memory is that of the larger phase, training or measuring: weights, in training also gradients and
+momentum, and what a batch keeps for its backward pass; a GPU's libraries take 1 to 2 GB beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from immunity_lib.attacks import DRAWS, DRAWS_PER_STEP, QUERIES_PER_STEP
+from immunity_lib.data import Dataset, find_source
+from immunity_lib.data.cifar import CLASS_NAMES
+from immunity_lib.evaluate import BATCH, BUDGETS
+from immunity_lib.heatmaps import heatmaps_from_outputs
+from immunity_lib.moe import ImmunityMoE
+from immunity_lib.train import Recipe, build_model, training_loss
+from study import catalogue
+from study.graph import parse_options, preset_parser
+from study.settings import Settings
+
+ASSUMED_TFLOPS = 10.0  # sustained; a guess for one data-centre GPU on images this small
+# Of what a cluster is asked for: the speed is a guess, and a job that waits in a queue a little
+# longer loses less than one that is ended
+MARGIN = 2.0
+STARTING = 10  # minutes, for the kernel, the libraries and the data
+LIBRARIES = 4000  # MB of a process that has loaded them
+WORK = ["02_training", "03_attacks", "06_adaptive_attacks", "scores"]
+
+
+def plan(settings: Settings) -> pd.DataFrame:
+    """A row for each model that the preset trains, by its name: "epochs", "batch", "parameters",
+    "memory" in bytes, multiply-accumulates of one image's "forward" pass, and of all that is done
+    in each notebook of WORK; "scores" are heat maps and accuracy on all test images.
+
+    Nothing is computed and no data are read, but for the names of the files of your own images.
+    """
+    attacked, adaptive = catalogue.attacked_models(settings), catalogue.adaptive_models(settings)
+    gradients, queries = adaptive_passes(settings)
+    attack_steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
+    rows = {}
+    for name in catalogue.trained_models(settings):
+        recipe = catalogue.recipe_of(settings, name)
+        classes, train_images, test_images = _counts(settings, name.dataset)
+        cost = cost_of(recipe, classes)
+        forward, gradient = cost["forward"], cost["gradient"]
+        own_steps = {None: 0, "ffgsm": 1, "pgd": recipe.adversary_steps}[recipe.adversary]
+        gates = 1 if recipe.experts == 1 else len(settings.attack_gates)
+        of_attacks = gates * sum(steps * gradient + forward for steps in attack_steps)
+        of_attacks = settings.attacked_images * of_attacks + test_images * forward
+        of_adaptive = settings.adaptive_count * (gradients * gradient + queries * forward)
+        rows[str(name)] = cost | {
+            "epochs": recipe.epochs,
+            "batch": recipe.batch_size,
+            "02_training": train_images * recipe.epochs * (cost["step"] + own_steps * gradient),
+            "03_attacks": of_attacks * (name in attacked),
+            "06_adaptive_attacks": of_adaptive * (name in adaptive),
+            "scores": test_images * (forward + cost["maps"]),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").astype("float64")
+
+
+def adaptive_passes(settings: Settings) -> tuple[int, int]:
+    """Gradients and forward passes alone that the adaptive attacks take for an image, at most."""
+    of_pgd = 3 + 2 + 2 + 1 + 3  # the paper's, frozen gates, exact, single experts, other mixtures
+    of_checks = len(BUDGETS) + 2
+    arc = 1  # a gradient of every expert, and an answer after each
+    gradients = settings.steps * (of_pgd + of_checks + sum(settings.gate_samples) + arc)
+    # AutoAttack on two fixed gates: APGD, on nine targets too, FAB on nine and Square; on the
+    # switched one, two APGD with 20 draws; then Square alone and noise
+    gradients += settings.auto_attack_steps * (2 * (1 + 9 + 9) + 2 * DRAWS)
+    queries = 2 * (9 + QUERIES_PER_STEP) + QUERIES_PER_STEP + DRAWS_PER_STEP
+    return gradients, settings.steps * settings.experts + settings.auto_attack_steps * queries
+
+
+def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
+    """What a recipe's experts cost, from shapes alone: "parameters", bytes of "memory", and for one
+    image multiply-accumulates of a "forward" pass, the "gradient" of the image, heat "maps" and a
+    training "step" without its attack."""
+    alike = replace(
+        recipe, experts=1, gate_network="constant", precision="float32", seed=0, epochs=1,
+        alpha=0.0, beta=float(recipe.beta + recipe.gamma > 0), gamma=0.0, floor=0.0,
+        warmup_epochs=0.0, adversary=None, adversary_steps=1,
+    )  # fmt: skip
+    return {what: recipe.experts * one for what, one in _cost_of_expert(alike, classes).items()}
+
+
+@cache
+def _cost_of_expert(recipe: Recipe, classes: int) -> dict[str, int]:
+    model = shapes_of(recipe, classes)
+    pair = torch.zeros(2, 3, 32, 32, device="meta")
+    labels = torch.zeros(2, dtype=torch.long, device="meta")
+    other = None if recipe.pairing == "none" else pair
+
+    def attack() -> tuple[torch.Tensor, torch.Tensor]:
+        attacked = 1 * pair.clone().requires_grad_()  # the counter's hooks want no leaf
+        return model.eval()(attacked, gate="uniform").sum(), attacked
+
+    def train() -> torch.Tensor:
+        return training_loss(model.train(), pair, labels, recipe, 1.0, other).total
+
+    weights = sum(one.nbytes for one in model.experts.parameters())
+    training = 3 * weights + recipe.batch_size * _kept_bytes(model, train) // 2
+    return {
+        "parameters": sum(one.numel() for one in model.experts.parameters()),
+        "memory": max(training, weights + BATCH * _kept_bytes(model, attack) // 2),
+        "forward": _macs(lambda: model(pair, gate="uniform")),
+        "gradient": _macs(lambda: torch.autograd.grad(*attack())),
+        "maps": _macs(lambda: heatmaps_from_outputs(model.expert_outputs(pair), labels)),
+        "step": _macs(lambda: train().backward()),
+    }
+
+
+def shapes_of(recipe: Recipe, classes: int) -> ImmunityMoE:
+    """A recipe's model without values: on the meta device, where nothing is computed."""
+    data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {})
+    with torch.device("meta"):
+        return build_model(recipe, data)
+
+
+def _macs(compute: Callable) -> int:
+    """Multiply-accumulates for each image of a computation on two."""
+
+    # PyTorch's own formula takes a depthwise convolution's backward pass for a full one's
+    def backward(gradient, inputs, weight, *others, **_) -> int:  # their shapes
+        return sum(others[-1][:2]) * conv_flop_count(inputs, weight, gradient)
+
+    mapping = {torch.ops.aten.convolution_backward: backward}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        compute()
+    return counter.get_total_flops() // 4
+
+
+def _kept_bytes(model: ImmunityMoE, compute: Callable) -> int:
+    """What a computation holds on to for its backward pass, weights aside, each tensor once."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}  # holds the storages, so that none is counted under another's address
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
+    """Classes, training images and test images of a data set, as the preset takes them."""
+    if data in CLASS_NAMES:
+        classes, available = len(CLASS_NAMES[data]), {"train": 50_000, "test": 10_000}
+    else:
+        source = find_source(data, settings.data_folder)
+        classes, available = len(source.class_names), source.available
+    recipe = settings.recipe
+    train = recipe.train_images or available["train"] - recipe.validation_images
+    return classes, train, settings.test_images or available["test"]
+
+
+def requests(settings: Settings, tflops: float) -> dict[str, dict[str, int]]:
+    """What each job that computes asks a cluster for: minutes ("runtime") and MB ("mem_mb"). One
+    that ran out of either is tried again with more.
+
+    tflops: sustained speed of a GPU of the cluster, or of a core where it has none.
+    """
+    frame, table3 = plan(settings), catalogue.table3_models(settings)
+    jobs = {f"{job}-{name}": macs for job in WORK[:-1] for name, macs in frame[job].items()}
+    for job, names in {
+        "01_expert_selection": catalogue.table1_models(settings),
+        "04_ablation": table3 + catalogue.swept_models(settings),
+        "05_heatmaps": table3,
+    }.items():
+        jobs[job] = frame["scores"][list(map(str, catalogue.single(settings, names)))].sum()
+    memory = LIBRARIES + int(frame["memory"].max() / 1e6) + 1
+    return {
+        job: {"runtime": int(STARTING + MARGIN * 60 * hours(macs, tflops)) + 1, "mem_mb": memory}
+        for job, macs in jobs.items()
+    }
+
+
+def hours(multiply_accumulates, tflops: float):
+    """At a sustained speed in TFLOP/s; a multiply-accumulate is two operations."""
+    return 2 * multiply_accumulates / (tflops * 1e12) / 3600
+
+
+def format_plan(settings: Settings, tflops: float) -> str:
+    """The bill as text: a line for all seeds of a model, the totals, and what they assume."""
+    frame = plan(settings)
+    measuring = frame[WORK[1:]].sum(axis=1)
+    each = hours(frame["02_training"] + measuring, tflops)
+    shown = frame[["epochs", "batch"]].assign(**{
+        "parameters (M)": frame["parameters"] / 1e6,
+        "forward (GMAC)": frame["forward"] / 1e9,
+        "training (PMAC)": frame["02_training"] / 1e15,
+        "measuring (PMAC)": measuring / 1e15,
+        "GPU hours": each,
+        "memory (GB)": frame["memory"] / 1e9,
+    })  # fmt: skip
+    by_model = shown.groupby(shown.index.str.replace("-seed[0-9]+$", "", regex=True), sort=False)
+    table = by_model.mean()
+    table.insert(0, "jobs", by_model.size())
+    disk = (4 * frame["parameters"] + 2e6).sum() / 1e9
+    _, _, assumptions = (__doc__ or "").partition("\n\n")
+    return f"""\
+Preset {settings.preset}: what it would cost; per job, seeds of a model in one line.
+{table.to_string(float_format="{:,.3g}".format)}
+
+{len(frame)} trainings; {each.sum():,.0f} GPU hours in all, {each.max():,.1f} for the longest job, \
+at an assumed {tflops:g} TFLOP/s sustained (--tflops)
+{disk:.1f} GB of disk: weights, and about 2 MB a model for logs, records and notebooks
+
+{assumptions}"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan of a preset; returns the exit status."""
+    parser = preset_parser("graph.plan", "What a preset costs.", default="paper", output=False)
+    told = f"sustained speed of the machine, TFLOP/s (default: {ASSUMED_TFLOPS:g})"
+    parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)
+    options, settings = parse_options(parser, arguments)
+    print(format_plan(settings, options.tflops))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

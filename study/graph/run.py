@@ -1,0 +1,197 @@
+"""One command from a preset to its tables and figures: what `make reproduce` runs.
+
+Checks the preset and the data before anything is computed, lets Snakemake make what is missing, and
+ends with a list of what there is and what it shows. Killed at any moment, the same command goes on.
+On a machine with several GPUs, each job takes one of its own; with the profile of a cluster,
+Snakemake submits every job to its scheduler (profiles/).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import yaml
+from filelock import FileLock, Timeout
+
+from study.graph import parse_options, preset_parser
+from study.graph.plan import ASSUMED_TFLOPS, requests
+from study.graph.status import format_status
+from study.settings import ROOT, Settings, read_yaml
+from study.store import DamagedFile, chosen_device, load_data, read_json, write_atomically
+
+PROFILES = ROOT / "profiles"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the graph of a preset; returns the exit status."""
+    parser = preset_parser("graph.run", "Make what is missing of a preset's tables and figures.")
+    parser.add_argument("--jobs", type=int, help="notebooks beside each other (default: all cores)")
+    parser.add_argument("--profile", default="", help="a folder of profiles/, as slurm, or a path")
+    told = f"sustained speed of a cluster's GPU in TFLOP/s, for time limits ({ASSUMED_TFLOPS:g})"
+    parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)
+    options, settings = parse_options(parser, arguments)
+    lock = settings.runs / ".lock"
+    try:
+        if set(settings.output_folder) & set("{}"):
+            raise ValueError(
+                f"output folder {settings.output_folder!r} has a brace in its name, which stands "
+                "for a wildcard in the graph; choose another"
+            )
+        profile = options.profile and profile_folder(options.profile)
+        config = {"preset": options.preset, "data_folder": settings.data_folder}
+        config |= {"output_folder": settings.output_folder}
+        if profile and submits(profile):
+            config["requests"] = requests(settings, options.tflops)
+        else:
+            config["gpus"] = ",".join(visible_gpus())
+        # Downloads them once, before models train beside each other
+        data = [load_data(settings, name) for name in settings.datasets]
+        sources = "; ".join(f"{dataset.name} from {dataset.source}" for dataset in data)
+        print(f"preset {settings.preset} on {chosen_device()}; {sources}", flush=True)
+        settings.runs.mkdir(parents=True, exist_ok=True)
+        # Held until this process ends, however it ends: so Snakemake's own lock, which a kill
+        # would leave behind, is not needed
+        with FileLock(lock, timeout=0):
+            touch_future_files(settings)
+            status = _run_snakemake(settings, config, profile, options.jobs)
+    except Timeout:
+        parser.error(
+            f"preset {settings.preset} is being reproduced by another process, which holds {lock}, "
+            f"seen from {platform.node()}: wait for it, or stop it; if it runs no more, on any "
+            "machine, remove that file"
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if status == 0:
+        print(list_results(settings))
+    else:
+        # No job outlives the graph: one that says it runs was killed
+        print(
+            f"{format_status(settings, datetime.now(UTC), lost_after=0)}\n"
+            f"stopped with status {status}; the same command goes on where this one stopped, and "
+            f"the notebooks, with a log of each that failed, are in {settings.runs / 'notebooks'}",
+            file=sys.stderr,
+        )
+    return status
+
+
+def profile_folder(name: str) -> Path:
+    """Where a profile lies, by its name in profiles/ or by its path; ValueError lists the names."""
+    for folder in (PROFILES / name, Path(name)):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    known = ", ".join(sorted(path.parent.name for path in PROFILES.glob("*/config.yaml")))
+    raise ValueError(f"unknown profile {name!r}; valid names: {known}, or the path of a folder")
+
+
+def submits(profile: Path) -> bool:
+    """Whether a profile hands its jobs to a scheduler, rather than running them on this machine."""
+    return read_yaml(profile / "config.yaml").get("executor", "local") != "local"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by number or UUID."""
+    from torch.cuda import device_count
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else map(str, range(device_count()))
+    return [name.strip() for name in names][: device_count()]
+
+
+def touch_future_files(settings: Settings) -> None:
+    """Give files that are dated in the future the present's date: Snakemake would take all that is
+    made from them for older, and fail. Raises ValueError that names one that cannot be touched."""
+    code = (ROOT / name for name in ("immunity_lib", "study", "notebooks"))
+    for path in (p for one in (*code, settings.runs, settings.figures) for p in one.rglob("*")):
+        if path.lstat().st_mtime > time.time():
+            try:
+                os.utime(path, follow_symlinks=False)
+            except OSError as error:
+                raise ValueError(f"{path} is dated in the future; touch it") from error
+            print(f"{path} was dated in the future, and is dated now", file=sys.stderr)
+
+
+def list_results(settings: Settings) -> str:
+    """Every table and figure of the preset, with its path and what it shows."""
+    lines = [f"Tables and figures of preset {settings.preset}:"]
+    for sidecar in sorted(settings.figures.glob("*.json")):
+        endings = {path.suffix[1:] for path in sidecar.parent.glob(f"{sidecar.stem}.*")} - {"json"}
+        shown = os.path.relpath(sidecar.with_suffix(""))
+        with suppress(DamagedFile):
+            lines.append(f"  {shown} ({', '.join(sorted(endings))})")
+            lines.append(f"      {read_json(sidecar)['caption']}")
+    lines.append(f"Executed notebooks: {os.path.relpath(settings.runs / 'notebooks')}")
+    return "\n".join(lines)
+
+
+def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: int | None) -> int:
+    os.environ.pop("SNAKEMAKE_PROFILE", None)  # --profile alone says where the jobs run
+    from snakemake.cli import main as snakemake
+
+    # A file, since Snakemake would read values on its command line as YAML
+    described = settings.runs / "graph.yaml"
+    write_atomically(described, yaml.safe_dump(config))
+    arguments = [
+        "--snakefile", str(ROOT / "Snakefile"),
+        "--directory", str(settings.runs),
+        "--configfile", str(described),
+        "--workflow-profile", "none",
+        "--nolock",
+        "--rerun-incomplete",
+        "--rerun-triggers", "mtime", "params",
+        "--keep-incomplete",  # the executed part of a notebook that failed, to read
+        "--quiet", "rules",
+    ]  # fmt: skip
+    if profile:
+        arguments += ["--profile", str(profile)]
+    if "requests" not in config:
+        gpus = len(config["gpus"].split(",")) if config["gpus"] else 0
+        arguments += ["--cores", str(jobs or "all"), "--resources", f"gpu={gpus}"]
+    elif jobs:
+        arguments += ["--jobs", str(jobs)]
+    signals, status = hand_on_signals(), 0
+    try:
+        snakemake(arguments)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except KeyboardInterrupt:  # before it had begun
+        status = 1
+    return 128 + signals[0] if signals else status
+
+
+def hand_on_signals() -> list[int]:
+    """From now on, SIGTERM and Ctrl-C end the running jobs of the graph too; their numbers land in
+    the list. On a cluster the jobs are cancelled, and its scheduler tells them.
+
+    Snakemake's own answer to SIGTERM is to start no further job and to wait for those that run
+    (github.com/snakemake/snakemake/issues/448), which takes hours; Ctrl-C it takes from a terminal,
+    which tells the jobs too.
+    """
+    from snakemake.scheduling.job_scheduler import JobScheduler
+
+    signals: list[int] = []
+
+    def stop(number, _) -> None:
+        signals.append(number)
+        for job in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                job.terminate()
+        if len(signals) == 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    JobScheduler.exit_gracefully = staticmethod(stop)  # its handler of SIGTERM
+    return signals
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The small weights that come with the project, made from trained models: `make pretrained`.
+
+They let a notebook show its models before anything is trained. Half precision halves their size;
+each record says which weights they were rounded from and what that changed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from immunity_lib.data import Dataset
+from immunity_lib.data.batches import evaluation_batches
+from immunity_lib.files import read_tensors, write_tensors
+from immunity_lib.moe import ImmunityMoE
+from study.catalogue import ModelName, explored_models
+from study.graph import parse_options, preset_parser
+from study.settings import Settings
+from study.store import (
+    WEIGHTS,
+    checksum,
+    load_data,
+    own_folder,
+    pretrained_folder,
+    trained_model,
+    training_record,
+    write_json,
+)
+
+
+def publish(settings: Settings, name: ModelName, dataset: Dataset) -> None:
+    """Write pretrained/<preset>/<name>/ from the model in runs/, if it is trained."""
+    source, folder = own_folder(settings, name), pretrained_folder(settings, name)
+    if not (source / "record.json").exists():
+        print(f"{name} is not trained and was left out")
+        return
+    own = settings.model_copy(update={"pretrained": False})
+    model, record = trained_model(own, name, dataset), training_record(own, name)
+    tensors, notes = read_tensors(source / WEIGHTS)
+    halves = {k: one.half() if one.is_floating_point() else one for k, one in tensors.items()}
+    write_tensors(folder / WEIGHTS, halves, notes)
+    before = _answers(model, dataset)
+    model.load_state_dict(halves)
+    kept = (_answers(model, dataset) == before).float().mean().item()
+    rounding = {"from": record["weights"], "to": "float16", "expert_answers_kept": kept}
+    weights = {"weights": checksum(folder / WEIGHTS), "rounding": rounding}
+    write_json(folder / "record.json", record | weights)
+    print(f"{folder}: {kept:.2%} of the experts' answers on test images are those before rounding")
+
+
+@torch.no_grad()
+def _answers(model: ImmunityMoE, dataset: Dataset) -> torch.Tensor:
+    """What each expert answers to each test image, (B, N)."""
+    device = next(model.parameters()).device
+    batches = evaluation_batches(dataset.splits["test"], 250, device)
+    return torch.cat([model.expert_outputs(batch).logits.argmax(-1) for batch, _ in batches])
+
+
+def publish_all(settings: Settings) -> None:
+    """Publish every mixture of the preset's ablation, under each regime."""
+    dataset = load_data(settings)
+    for name in explored_models(settings):
+        publish(settings, name, dataset)
+
+
+if __name__ == "__main__":
+    publish_all(parse_options(preset_parser("pretrained", __doc__, output=False))[1])

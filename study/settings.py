@@ -1,0 +1,271 @@
+"""What a preset and a notebook's parameters may say, checked strictly before any computing.
+
+A preset is a flat YAML file: the study's own fields, which `Settings` lists, and the training
+fields of `immunity_lib.train.Recipe`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from immunity_lib.experts import EXPERT_NAMES
+from immunity_lib.train import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ROOT / "presets"
+
+DatasetName = Literal["parts10", "cifar10", "cifar100", "images"]
+BaselineName = Literal["pdarts", "advrush", "robnet-free", "robnet-large-v1", "robnet-large-v2"]
+ExpertName = Literal["resnet18", "densenet121", "googlenet", "googlenet-kuangliu", BaselineName]
+AttackName = Literal["fgsm", "bim", "mim", "pgd", "cw", "apgd"]
+GateName = Literal["trained", "uniform", "switch", "switch-per-image"]
+Regime = Literal["standard", "adversarial", "trades", "alp"]
+Count = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+# Of a recipe, what the study itself sets for each model
+SET_BY_MODEL = {"seed", "layers", "pairing", "pairing_weight"}
+TRAINING = {field.name for field in fields(Recipe)} - SET_BY_MODEL
+# Of this machine and moment; the rest of the settings is what a result rests on
+NOT_OF_THE_RESULT = {"model", "data_folder", "output_folder", "interactive", "pretrained"}
+
+
+class Settings(BaseModel):
+    """One preset."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    preset: str = Field(
+        description="its name; results lie under it in runs/ and figures/",
+        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    model: str = Field("", description="one model of the preset by name; empty: all of them")
+    data_folder: str = Field(
+        "", description="where CIFAR (empty: data/, it is downloaded) or the own images lie"
+    )
+    output_folder: str = Field("", description="where runs/ and figures/ go; empty: the project")
+    interactive: bool = Field(True, description="show widgets; batch runs set this to false")
+    pretrained: bool = Field(
+        True, description="use weights that come with the project; `make reproduce` trains all anew"
+    )
+    recipe: Recipe = Field(description="how models are trained, and on what; flat in the preset")
+
+    # images of each test split
+    test_images: Count | None = Field(None, description="for clean accuracy and scores; null: all")
+    attacked_images: Count = Field(1000, description="of the test images, for attacks")
+
+    # models
+    compared_experts: list[ExpertName] = Field(description="the networks of Table 1", min_length=1)
+    further_datasets: list[DatasetName] = Field([], description="of Table 2, beside `dataset`")
+    baselines: list[BaselineName] = Field([], description="networks to compare with in Table 2")
+    baseline_layers: Annotated[int, Field(ge=3)] | None = Field(
+        None, description="cells of each baseline; null: as published"
+    )
+    baseline_recipes: Literal["own", "preset"] = Field(
+        "own", description="train baselines as their authors do, or as everything else here"
+    )
+    regimes: list[Regime] = Field(["standard", "adversarial"], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
+    trades_weight: Weight = Field(6.0, description="of the divergence that TRADES adds")
+    pairing_weight: Weight = Field(0.5, description="of adversarial logit pairing (alp)")
+    weight_factors: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="on beta and on gamma, one at a time; 0 and 1 are in the ablation"
+    )
+
+    # attacks, at the recipe's eps and step_size
+    attacks: list[AttackName] = Field(["fgsm", "bim", "mim", "pgd"], min_length=1)
+    steps: Count = 20
+    attack_gates: list[GateName] = Field(["switch", "uniform"], min_length=1)
+    adaptive_images: Count | None = Field(
+        None, description="of the test images, for adaptive attacks; null: those of all attacks"
+    )
+    gate_samples: list[Count] = Field(
+        [1, 2, 5, 10, 20], min_length=1,
+        description="of the gate for each gradient of EOTPGD, an attack for each",
+    )  # fmt: skip
+    auto_attack_steps: Count = Field(
+        100, description="of AutoAttack; Square has 50 queries and random noise 100 draws for each"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        lists = (
+            "seeds", "compared_experts", "baselines", "regimes", "attacks", "attack_gates",
+            "gate_samples", "weight_factors", "datasets",
+        )  # fmt: skip
+        for field in lists:
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field} repeat: {values}; give each once")
+        if self.experts < 2:
+            raise ValueError(f"experts is {self.experts}; a mixture has at least 2")
+        if self.expert not in EXPERT_NAMES:
+            raise ValueError(f"expert is {self.expert!r}; valid names: {', '.join(EXPERT_NAMES)}")
+        if "images" in self.datasets and not self.data_folder:
+            raise ValueError(
+                "data set images, but data_folder is empty; name the folder that holds a folder of "
+                "images for each class"
+            )
+        for field in ("attacked_images", "adaptive_images"):
+            count = getattr(self, field)
+            if None not in (self.test_images, count) and count > self.test_images:
+                raise ValueError(
+                    f"{field} is {count}, but test_images only {self.test_images}; lower the one "
+                    "or raise the other"
+                )
+        return self
+
+    @property
+    def dataset(self) -> str:
+        return self.recipe.dataset
+
+    @property
+    def expert(self) -> str:
+        """The network of Tables 2, 3 and Figure 2."""
+        return self.recipe.expert
+
+    @property
+    def experts(self) -> int:
+        return self.recipe.experts
+
+    @property
+    def eps(self) -> Fraction:
+        return self.recipe.eps
+
+    @property
+    def step_size(self) -> Fraction:
+        return self.recipe.step_size
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets of Table 2; the first is that of everything else."""
+        return [self.dataset, *self.further_datasets]
+
+    @property
+    def adaptive_count(self) -> int:
+        """How many test images meet the adaptive attacks."""
+        return self.adaptive_images or self.attacked_images
+
+    @property
+    def runs(self) -> Path:
+        """Checkpoints, logs, records and executed notebooks of this preset."""
+        return Path(self.output_folder or ROOT) / "runs" / self.preset
+
+    @property
+    def figures(self) -> Path:
+        """Tables and figures of this preset."""
+        return Path(self.output_folder or ROOT) / "figures" / self.preset
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the project."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_preset(preset: str, **changes: Any) -> Settings:
+    """Settings of a preset, by its name or by the path of a YAML file, with some fields changed.
+
+    A relative folder in the file starts from where the file is. Raises ValueError that names what
+    is wrong and what would be right.
+    """
+    path = PRESETS / f"{preset}.yaml"
+    if not path.exists():
+        path = Path(preset).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"unknown preset {preset!r}; valid names: {', '.join(preset_names())}, "
+            "or the path of a YAML file"
+        )
+    content = read_yaml(path)
+    for field in ("data_folder", "output_folder"):
+        if isinstance(folder := content.get(field), str) and folder and "://" not in folder:
+            content[field] = str(path.resolve().parent / Path(folder).expanduser())
+        if changes.get(field) in (None, ""):  # it says nothing
+            changes.pop(field, None)
+    return read_settings({"preset": path.stem} | content | changes)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file; raises ValueError that names a file that is none."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold fields like 'epochs: 10'; found {content!r}")
+    return content
+
+
+def read_settings(content: Mapping[str, Any]) -> Settings:
+    """Settings from a preset's flat fields; raises ValueError with all that is wrong with them."""
+    for field in ("data_folder", "output_folder"):
+        folder = content.get(field, "")
+        if isinstance(folder, str) and "://" in folder:
+            raise ValueError(
+                f"{field} = {folder!r} is an address; name a folder of this machine, on which a "
+                "remote storage may be mounted"
+            )
+        if isinstance(folder, str) and folder.startswith("~"):
+            content = {**content, field: str(Path(folder).expanduser())}
+    # What regimes under attack use; 0.031 means 31/1000, not the nearest binary fraction
+    recipe = {"adversary": "pgd"} | {
+        name: Fraction(str(value)) if isinstance(value, float) and name.startswith(("eps", "step"))
+        else value
+        for name, value in content.items() if name in TRAINING
+    }  # fmt: skip
+    own = {name: value for name, value in content.items() if name not in TRAINING}
+    try:
+        return Settings.model_validate({**own, "recipe": recipe})
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in problem["loc"] if part != "recipe")
+    if problem["type"] == "extra_forbidden":
+        valid = sorted((Settings.model_fields.keys() - {"recipe"}) | TRAINING)
+        return f"unknown parameter {name!r}; valid names: {', '.join(valid)}"
+    if problem["type"] == "missing":
+        field = Settings.model_fields.get(name)
+        return f"{name} is missing: {field.description if field else 'give a value'}"
+    if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
+        return (
+            f"{name} = {problem['input']!r}: give it letters, digits, '.', '_' and '-' alone, "
+            "the first a letter or digit"
+        )
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name} = {problem['input']!r}: {message}" if name else message
+
+
+PARAMETERS = "# Parameters"  # how a cell of parameters begins, the notebook's and papermill's
+
+
+def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
+    """Settings from a notebook's `globals()`, called in the cell right below its parameters.
+
+    The preset that `preset` names, and on top every parameter that was set: in the notebook's own
+    cell of parameters, as it ran last, and in the one that papermill puts behind it. Other names of
+    the kernel do not count. A parameter that is no field is an error, since papermill passes
+    unknown ones on without one.
+    """
+    cells = [cell for cell in namespace.get("In", []) if cell.startswith(PARAMETERS)]
+    names: set[str] = set()
+    for cell in cells:
+        found = {
+            one.id
+            for one in ast.walk(ast.parse(cell))
+            if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+        }
+        # The notebook's own cell names its preset first, and begins anew
+        names = found if not cell.startswith(f"{PARAMETERS}\n") else names | found
+    parameters = {name: namespace[name] for name in sorted(names)}
+    return load_preset(parameters.pop("preset", "demo"), **parameters)

@@ -1,0 +1,375 @@
+"""What lies on disk: trained models, records with their provenance, frames, tables and figures.
+
+runs/<preset>/models/<model>/       model.safetensors, record.json, checkpoint and log
+runs/<preset>/records/              <model>.<kind>.parquet, the frame, and .json, its record
+figures/<preset>/                   what is shown, each with a .json that says what it rests on
+pretrained/<preset>/<model>/        weights that come with the project, with their record
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch.utils.flop_counter import FlopCounterMode
+
+from immunity_lib.data import Dataset, load_dataset
+from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
+from immunity_lib.moe import ConstantGate, ImmunityMoE
+from immunity_lib.train import Recipe, build_model, train
+from study.catalogue import ModelName, members, own_recipe, recipe_of
+from study.settings import NOT_OF_THE_RESULT, ROOT, Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PRETRAINED = ROOT / "pretrained"
+PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
+WEIGHTS = "model.safetensors"
+LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises DamagedFile that names the file if it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not a whole record ({error}); move it away") from error
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path} holds no record, but {str(content)[:40]!r}; move it away")
+    return content
+
+
+def provenance() -> dict[str, Any]:
+    """What a result depends on besides its settings: code, packages and hardware."""
+    source = ("immunity_lib", "study")
+    digest = hashlib.sha256()
+    for path in sorted(path for name in source for path in (ROOT / name).rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return {
+        # An image has no history, but was told its commit when it was built
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("IMMUNITY_COMMIT") or None,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *source)),
+        "library": digest.hexdigest()[:16],  # by which a record tells which code made it
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    # Without git, or a checkout, the source's checksum still says which code it was
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", *arguments]
+        return subprocess.check_output(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    return None
+
+
+def _processor() -> str:
+    about = Path("/proc/cpuinfo")
+    names = re.findall("model name\\s*: (.*)", about.read_text() if about.exists() else "")
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+# Models
+
+
+def chosen_device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_data(settings: Settings, name: str = "") -> Dataset:
+    """The preset's data set, or one of its further ones, with as many images as it says."""
+    dataset = load_dataset(
+        name or settings.dataset, settings.data_folder or ROOT / "data",
+        settings.recipe.train_images, settings.recipe.validation_images, settings.test_images,
+    )  # fmt: skip
+    available = len(dataset.splits["test"])
+    for field in ("attacked_images", "adaptive_images"):
+        count = getattr(settings, field)
+        if count is not None and count > available:
+            raise ValueError(
+                f"{field} is {count}, but {dataset.name} has only {available} test images; lower it"
+            )
+    return dataset
+
+
+def own_folder(settings: Settings, name: ModelName) -> Path:
+    """Where a model lies that was trained here."""
+    return settings.runs / "models" / str(name)
+
+
+def pretrained_folder(settings: Settings, name: ModelName) -> Path:
+    """Where a model lies that comes with the project."""
+    return PRETRAINED / settings.preset / str(name)
+
+
+def model_folder(settings: Settings, name: ModelName) -> Path:
+    """Where everything about a model lies: what was trained here goes before what came with the
+    project."""
+    own = own_folder(settings, name)
+    if not (own / "record.json").exists() and is_pretrained(settings, name):
+        return pretrained_folder(settings, name)
+    return own
+
+
+def is_pretrained(settings: Settings, name: ModelName) -> bool:
+    """Whether the project brings weights of this model, trained with these settings."""
+    folder = pretrained_folder(settings, name)
+    if not (settings.pretrained and (folder / WEIGHTS).exists()):
+        return False
+    try:
+        return recipe_of(settings, name).is_that_of(read_json(folder / "record.json")["recipe"])
+    except (DamagedFile, OSError, KeyError) as error:
+        _say_once(f"the weights of {name} that come with the project are not used: {error!r}")
+        return False
+
+
+def training_record(settings: Settings, name: ModelName) -> dict[str, Any]:
+    """The record that the training of a model left beside its weights."""
+    return read_json(model_folder(settings, name) / "record.json")
+
+
+def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
+    """A model of the preset, in eval mode; trained first if it is not there yet.
+
+    Weights that are damaged, or were trained with other settings or data, are set aside and made
+    anew. An ensemble is put together from its members, with equal weights.
+    """
+    if name.method == "ensemble":
+        networks = [trained_model(settings, one, dataset) for one in members(settings, name)]
+        experts = [network.experts[0] for network in networks]
+        gate = ConstantGate(len(experts)).to(chosen_device())
+        return ImmunityMoE(experts, gate, evaluation_gate="uniform").eval()
+    folder = own_folder(settings, name)
+    model = _load_if_usable(settings, name, dataset)
+    if model is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / ".lock"):  # a second process waits, then finds the model trained
+            model = _load_if_usable(settings, name, dataset)
+            if model is None:
+                _train_and_save(settings, name, dataset)
+                model = _load(folder, recipe_of(settings, name), dataset)
+    return model.to(chosen_device()).eval()
+
+
+def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE | None:
+    """The model that was trained here, else the one that comes with the project; None where there
+    is none that can be used. Of the two, the former is set aside then."""
+    recipe, own = recipe_of(settings, name), own_folder(settings, name)
+    files = [own / WEIGHTS, own / "record.json"]
+    if all(path.exists() for path in files):
+        try:
+            return _load(own, recipe, dataset)
+        except DamagedFile as error:
+            for path in files:
+                set_aside(path, f"{error}; the model is trained anew")
+    if is_pretrained(settings, name):
+        try:
+            model = _load(pretrained_folder(settings, name), recipe, dataset)
+            _say_once(f"{name}: weights that come with the project")
+            return model
+        except DamagedFile as error:
+            _say_once(f"the weights of {name} that come with the project are not used: {error}")
+    return None
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Print a line once in a process."""
+    print(line)
+
+
+def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE:
+    """The model in the folder; DamagedFile says why it cannot be used."""
+    known, model = read_json(folder / "record.json"), build_model(wanted, dataset)
+    try:
+        if known["weights"] != checksum(folder / WEIGHTS):
+            raise DamagedFile(f"{folder / WEIGHTS} is another file than its record speaks of")
+        same_data = known["data"]["checksum"] == dataset.splits["train"].checksum
+        if not (wanted.is_that_of(known["recipe"]) and same_data):
+            raise DamagedFile("it was trained with other settings or other data")
+        model.load_state_dict(read_tensors(folder / WEIGHTS)[0])
+    except KeyError as error:
+        raise DamagedFile(f"{folder / 'record.json'} lacks {error}") from error
+    except RuntimeError as error:
+        raise DamagedFile(f"its weights are of another version of the code ({error})") from error
+    return model
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> None:
+    wanted, folder, device = recipe_of(settings, name), own_folder(settings, name), chosen_device()
+    published = own_recipe(settings, name)
+    print(f"training {name} on {device}, data from {dataset.source}", flush=True)
+    started = time.perf_counter()
+    model, log = train(wanted, dataset, folder, name=str(name), device=device)
+    image = dataset.splits["train"].images[:1].to(device) / 255
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for expert in model.experts:
+            expert(image)
+    write_tensors(folder / WEIGHTS, model.state_dict(), {"name": str(name)})
+    content = {
+        "kind": "training",
+        "model": str(name),
+        "recipe": wanted.as_json(),
+        "data": {
+            "source": dataset.source,
+            "images": len(dataset.splits["train"]),
+            "checksum": dataset.splits["train"].checksum,
+        },
+        "published": published and {key: published[key] for key in ("source", "gaps")},
+        "weights": checksum(folder / WEIGHTS),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "multiply_accumulates": counter.get_total_flops() // 2,
+        "log": log,
+        "seconds": round(sum(entry["seconds"] for entry in log), 1),
+        "seconds_in_this_process": round(time.perf_counter() - started, 1),
+        "provenance": provenance(),
+    }
+    write_json(folder / "record.json", content)
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # the model has superseded it
+
+
+def _locked(path: Path, timeout: float = LOCKED) -> FileLock:
+    """A lock that is held while a model is made; raises TimeoutError, with what to do, where its
+    holder, perhaps on another machine, does not let go."""
+    try:
+        lock = FileLock(path, timeout=timeout)
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise TimeoutError(
+            f"{path} is held for {timeout / 3600:.0f} hours, seen from {platform.node()}; if no "
+            "job works on this model any more, on any machine, remove that file"
+        ) from None
+
+
+# Records and frames
+
+
+def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
+    """Where the record of a kind, "attacks", "scores" or "adaptive", lies; its frame beside it."""
+    return settings.runs / "records" / f"{name}.{kind}.json"
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Write a frame as parquet, whole or not at all."""
+    content = BytesIO()
+    frame.to_parquet(content, index=False)
+    write_atomically(path, content.getvalue())
+
+
+def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
+    """The frames of a kind of these models, one under the other (see `measure`), and what each
+    model is: "data", "method", "expert", "regime", "seed", "beta" and "gamma".
+
+    Raises FileNotFoundError, with the command that makes it, where a model has none yet.
+    """
+    import pandas as pd
+
+    frames = []
+    for name in names:
+        path = record_path(settings, name, kind)
+        read_summary(settings, name, kind)  # says what is missing
+        try:
+            frame = pd.read_parquet(path.with_suffix(".parquet"))
+        except (OSError, ValueError) as error:
+            file = path.with_suffix(".parquet")
+            raise DamagedFile(f"{file} cannot be read ({error}); move {path} away") from error
+        parts = name.model_dump()
+        parts["data"] = parts.pop("dataset")
+        frames.append(frame.assign(model=str(name), **parts))
+    return pd.concat(frames, ignore_index=True)
+
+
+def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, Any]:
+    """What a record says beside its frame; raises FileNotFoundError as `read_frame`."""
+    path = record_path(settings, name, kind)
+    if not path.exists():
+        notebook = {"attacks": "03_attacks", "adaptive": "06_adaptive_attacks"}.get(kind)
+        command = f"make reproduce PRESET={settings.preset}"
+        if notebook:
+            command = (
+                f"papermill notebooks/{notebook}.ipynb out.ipynb "
+                f"-p preset {settings.preset} -p model {name}"
+            )
+        raise FileNotFoundError(f"{name} has no record of its {kind} yet ({path}); run: {command}")
+    return read_json(path)["summary"]
+
+
+# Tables and figures
+
+
+def write_artefact(
+    settings: Settings,
+    name: str,
+    contents: Mapping[str, str | bytes],
+    caption: str,
+    records: Sequence[Path],
+) -> list[Path]:
+    """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
+
+    The latter holds the caption, the settings, the checksum of each file, and of every record its
+    copy in the folder records/ beside it and its provenance. The same records give the same bytes.
+    The paths are printed and returned.
+    """
+    contents = {
+        f"{name}.{ending}": content.encode() if isinstance(content, str) else content
+        for ending, content in contents.items()
+    }
+    sources = []
+    for record in dict.fromkeys(records):
+        copy = (
+            f"{record.parent.name}.training.json" if record.name == "record.json" else record.name
+        )
+        write_atomically(settings.figures / "records" / copy, record.read_bytes())
+        made = {
+            key: value for key, value in read_json(record)["provenance"].items()
+            if key != "finished"
+        }  # fmt: skip
+        sources.append({"file": f"records/{copy}", "provenance": made})
+    sidecar = {
+        "kind": "artefact",
+        "name": name,
+        "caption": caption,
+        "settings": settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT),
+        "files": {file: hashlib.sha256(one).hexdigest() for file, one in contents.items()},
+        "records": sources,
+    }
+    for file, content in contents.items():
+        write_atomically(settings.figures / file, content)
+    write_json(settings.figures / f"{name}.json", sidecar)
+    paths = [settings.figures / file for file in (*contents, f"{name}.json")]
+    project = settings.figures.parents[1]
+    print("saved", ", ".join(path.relative_to(project).as_posix() for path in paths))
+    return paths

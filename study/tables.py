@@ -1,0 +1,353 @@
+"""The tables of the paper and of notebooks 03, 04 and 06: filters and pivots of the long frame.
+
+The long frame (see `measure`) has a row for each model, attack and image. From it come cells: what
+labels their row, header ("column (unit)"), value and images; and from cells tidy tables, a line for
+each cell, its value the mean of `count` numbers, one a seed or one a network.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from immunity_lib.attacks import FAMILIES
+from immunity_lib.experts import BASELINES
+from immunity_lib.moe import DRAWN
+from study import catalogue
+from study.catalogue import ATTACK_TITLES, DATA, MIXTURES, NETWORKS, ModelName
+from study.settings import Settings
+from study.store import read_frame, read_summary, write_artefact
+
+FIELDS = ["column", "unit", "value", "standard_deviation", "count", "images", "paper"]
+DECIMALS = {"%": 1, "points": 1, "1e-3": 2, "pixels^4": 0, "nats": 3}
+REPORTED = Path(__file__).with_name("reported.csv")
+STRONGEST_FIRST = ("pgd", "apgd", "cw", "mim", "bim", "fgsm")
+DEFENCES = {
+    "switched": "expected over switches (%)",  # of a uniform permutation of the trained weights
+    "uniform": "plain ensemble (%)",
+    "switching": "switching (points)",  # what it adds: the first minus the second
+    "trained": "frozen gate (%)",
+    "every": "every switch (%)",  # right under all permutations, image by image
+    "best": "best switch (%)",  # of the permutations, held fixed for all images
+    "worst": "worst switch (%)",
+}
+SCORES = {  # of the heat maps, and the factors to the units of their columns
+    "independence_score": ("IScore (1e-3)", 1e3),
+    "causality_score": ("CScore (pixels^4)", 1),
+    "mutual_information": ("I(C,E) (nats)", 1),
+    "empty_maps": ("empty maps (%)", 100),
+}
+Names = Sequence[ModelName]
+
+
+# From the long frame to cells, and from cells to tidy tables
+
+
+def read_rows(settings: Settings, names: Names, kind: str) -> pd.DataFrame:
+    """The long frame's rows of the split "test", by name and, for readers, by data, training and
+    model: MoE, Immunity, P-DARTS, stand-alone GoogLeNet."""
+    frame = read_frame(settings, names, kind).rename(columns={"model": "name"})
+    network = frame["expert"].map(NETWORKS)
+    alone = network.where(frame["expert"].isin(BASELINES), "stand-alone " + network)
+    frame["model"] = frame["method"].map(MIXTURES).fillna(alone)
+    frame["data"], frame["training"] = frame["data"].map(DATA), frame["regime"]
+    return frame[frame["split"] == "test"]
+
+
+def gate_cells(settings: Settings, names: Names, kind: str = "attacks") -> pd.DataFrame:
+    """A cell for each model, attack (by its name, family and what it sees) and defence."""
+    labels = ["name", "data", "training", "model", "seed", "family", "attack", "sees"]
+    cells = []
+    for key, rows in read_rows(settings, names, kind).groupby(labels, sort=False):
+        experts = 1 if rows["method"].iloc[0] == "standalone" else settings.experts
+        packed = np.frombuffer(b"".join(rows["gates"]), np.uint8).reshape(len(rows), -1)
+        gates = min(math.factorial(experts), DRAWN)
+        by_gate = np.unpackbits(packed, axis=1, count=gates).mean(0)
+        found = rows[["switched", "uniform", "trained"]].astype(float).mean()
+        found["switching"] = found["switched"] - found["uniform"]
+        found["every"] = (rows["switched"] == 1).mean()
+        found["best"], found["worst"] = by_gate.max(), by_gate.min()
+        label = dict(zip(labels, key, strict=True)) | {"images": len(rows)}
+        for defence, header in DEFENCES.items():
+            cells.append(label | {"header": header, "value": 100 * found[defence]})
+    return pd.DataFrame(cells)
+
+
+def attack_cells(settings: Settings, names: Names) -> pd.DataFrame:
+    """Accuracy expected over switches, clean and under every attack on the first of the gates."""
+    gate, cells = settings.attack_gates[0], gate_cells(settings, names)
+    cells = cells[cells["sees"].isin(["", gate]) & (cells["header"] == DEFENCES["switched"])]
+    if len(cells) != len(names) * (1 + len(settings.attacks)):
+        raise ValueError(
+            f"records of {', '.join(cells['model'].unique())} are of other attacks or gates than "
+            f"{', '.join(settings.attacks)} on {gate}; run: make reproduce PRESET={settings.preset}"
+        )
+    return cells.assign(header=cells["attack"].replace(ATTACK_TITLES) + " (%)")
+
+
+def score_cells(settings: Settings, names: Names) -> pd.DataFrame:
+    """The scores of the heat maps, mean over images."""
+    groups = read_rows(settings, names, "scores").groupby(["model", "seed"], sort=False)
+    means = groups[list(SCORES)].mean() * [scale for _, scale in SCORES.values()]
+    means.columns = [header for header, _ in SCORES.values()]
+    means = means.assign(images=groups.size()).reset_index()
+    return means.melt(["model", "seed", "images"], var_name="header")
+
+
+def summarise(cells: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """The tidy table of cells: values of one row and header become their mean and deviation."""
+    groups = cells.groupby([*labels, "header"], sort=False)
+    table = groups["value"].agg(["mean", "std", "size"]).assign(images=groups["images"].first())
+    table.columns = ["value", "standard_deviation", "count", "images"]
+    table = table.reset_index()
+    names = table["header"].str.extract(r"(?P<column>.*) \((?P<unit>.*)\)")
+    table = table.join(names)[[*labels, *FIELDS[:-1]]]
+    rows = table.groupby(list(labels), sort=False).ngroup()  # each row's cells together
+    return table.iloc[rows.argsort(kind="stable")].reset_index(drop=True)
+
+
+# Tables of the paper
+
+
+def table1(settings: Settings) -> pd.DataFrame:
+    """Table 1: networks trained independently of each other, and the same as experts of Immunity.
+
+    "accuracy" is what the paper compares: a single network (mean over all of them), and Immunity
+    under its switched gate. "experts alone" and "ensemble" (equal weights) compare like with like.
+    """
+    cells = []
+    for name in catalogue.table1_models(settings):
+        mixture = gate_cells(settings, [name], "scores").set_index("header")["value"]
+        scores = score_cells(settings, [name])
+        alone = 100 * np.array(read_summary(settings, name, "scores")["test"]["expert_accuracy"])
+        independent, network = name.method == "ensemble", NETWORKS[name.expert]
+        columns = {
+            "accuracy (%)": alone if independent else [mixture[DEFENCES["switched"]]],
+            "experts alone (%)": alone,
+            "ensemble (%)": [mixture[DEFENCES["uniform"]]],
+        }
+        own = [pd.DataFrame({"header": key, "value": columns[key]}) for key in columns]
+        title = network if independent else f"Immunity-{network}"
+        cells.append(pd.concat([*own, scores]).assign(model=title, images=scores["images"][0]))
+    return beside_paper(settings, summarise(pd.concat(cells), ["model"]), "table1")
+
+
+def table2(settings: Settings) -> pd.DataFrame:
+    """Table 2: accuracy under attack, expected over the switched gate that the attack sees too."""
+    labels = ["data"] * bool(settings.further_datasets) + ["training", "model"]
+    cells = attack_cells(settings, catalogue.table2_models(settings))
+    return beside_paper(settings, summarise(cells, labels), "table2")
+
+
+def table3(settings: Settings) -> pd.DataFrame:
+    """Table 3: the ablation under attack, as Table 2, and what the two losses do to the maps."""
+    names = catalogue.table3_models(settings)
+    cells = pd.concat([attack_cells(settings, names), score_cells(settings, names)])
+    return beside_paper(settings, summarise(cells, ["model"]), "table3")
+
+
+def gates_table(settings: Settings) -> pd.DataFrame:
+    """The mixtures of Table 2 under the strongest iterative attack, for every gate attacked."""
+    labels = ["data"] * bool(settings.further_datasets) + ["training", "model", "attacked gate"]
+    names = [name for name in catalogue.table2_models(settings) if name.method != "standalone"]
+    cells = gate_cells(settings, names).rename(columns={"sees": "attacked gate"})
+    strongest = min(settings.attacks, key=STRONGEST_FIRST.index)
+    cells = cells[(cells["attack"] == strongest) & (cells["header"] != DEFENCES["switching"])]
+    return summarise(cells, labels)
+
+
+def beside_paper(settings: Settings, table: pd.DataFrame, artefact: str) -> pd.DataFrame:
+    """A table with the numbers that the paper reports, on CIFAR-10 for data that it does not have.
+
+    They lie in reported.csv, as far as our source of the paper shows them; who has the printed
+    tables can add lines. Raises ValueError for a file that has no numbers, or two for a cell.
+    """
+    cell = ["table", "data", "training", "model", "column"]
+    data = table.get("data", pd.Series(DATA[settings.dataset], table.index))
+    rows = table[["model", "column"]].assign(
+        table=artefact,
+        data=data.where(data == "CIFAR-100", "CIFAR-10"),
+        training=table.get("training", "standard"),
+        model=table["model"].str.replace("^RobNet-.*", "RobNets", regex=True),
+    )
+    try:
+        known = pd.read_csv(REPORTED, dtype={"value": float})[[*cell, "value"]]
+        return table.assign(paper=rows.merge(known, how="left", validate="many_to_one")["value"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{REPORTED} needs {', '.join(cell)}, value: {error}") from None
+
+
+# Tables of the adaptive attacks
+
+
+def worst_case(rows: pd.DataFrame, families: Collection[str] = tuple(FAMILIES)) -> pd.DataFrame:
+    """The least of what is right under each gate over the attacks of some families: switched,
+    uniform and trained, by training, model, name and image. rows: as `read_rows` gives them."""
+    attacked = rows[rows["family"].isin(families)]
+    groups = attacked.groupby(["training", "model", "name", "image"], sort=False)
+    return groups[["switched", "uniform", "trained"]].min()
+
+
+def worth_of_the_gate(settings: Settings, names: Names) -> pd.DataFrame:
+    """The headline: a row for each mixture, image by image the worst case over all attacks.
+
+    "same answer": share of images to which all gates give one answer, unattacked. Then accuracies:
+    unattacked; under the paper's attacks; and under all of them, by what defends. Last, how often
+    an attacker succeeds who may try k times: 1 - (1 - q)^k where a try fools with probability q.
+    """
+    rows, by = read_rows(settings, names, "adaptive"), ["training", "model", "name"]
+    left = worst_case(rows)
+    same = {str(one): read_summary(settings, one, "adaptive")["agreement"] for one in names}
+    found = pd.DataFrame({
+        "same answer (%)": [same[name]["unanimous"] for _, _, name, _ in left.index],
+        "unattacked (%)": worst_case(rows, ["clean"])["switched"],
+        "paper's attacks (%)": worst_case(rows, ["paper"])["switched"],
+        "all attacks (%)": left["switched"],
+        "plain ensemble (%)": left["uniform"],
+        "switching (points)": left["switched"] - left["uniform"],
+        "frozen gate (%)": left["trained"],
+        "every switch (%)": left["switched"] == 1,
+        **{f"success in {k} (%)": 1 - left["switched"] ** k for k in (1, 5, 20)},
+    })  # fmt: skip
+    groups = found.astype(float).groupby(by, sort=False)
+    means = (100 * groups.mean()).assign(images=groups.size()).reset_index()
+    return summarise(means.melt([*by, "images"], var_name="header"), by[:2])
+
+
+def suite_table(settings: Settings, names: Names) -> pd.DataFrame:
+    """Every adaptive attack on every mixture, by what defends on the same images."""
+    cells = gate_cells(settings, names, "adaptive")
+    held = cells["header"].isin([DEFENCES["best"], DEFENCES["worst"]])
+    cells = cells[(cells["family"] != "clean") & ~held]
+    cells = cells.assign(kind=cells["family"].map(FAMILIES))
+    return summarise(cells, ["training", "model", "kind", "attack", "sees"])
+
+
+def checks_table(settings: Settings, names: Names) -> pd.DataFrame:
+    """One line a check: how many of the models pass, the evidence of those that do not (or of the
+    first), why it matters and who says so."""
+    told = [read_summary(settings, name, "adaptive")["checks"] for name in names]
+    lines = []
+    for found in zip(*told, strict=True):  # one check of all models
+        pairs = zip(names, found, strict=True)
+        failures = [f"{name}: {one['evidence']}" for name, one in pairs if not one["passed"]]
+        evidence = "; ".join(failures) or f"for example {found[0]['evidence']}"
+        passed = f"{len(names) - len(failures)} of {len(names)}"
+        lines.append(found[0] | {"passed": passed, "evidence": evidence})
+    return pd.DataFrame(lines)
+
+
+def budget_curves(settings: Settings, names: Names) -> pd.DataFrame:
+    """Accuracy in % by eps: training, model, eps, value; means over seeds."""
+    by, lines = ["training", "model", "eps"], []
+    for name in names:
+        for eps, accuracy in read_summary(settings, name, "adaptive")["by_budget"]:
+            lines.append([name.regime, MIXTURES[name.method], eps, 100 * accuracy])
+    found = pd.DataFrame(lines, columns=[*by, "value"])
+    return found.groupby(by, sort=False, as_index=False).mean()
+
+
+# The sweep of the loss weights
+
+
+def weight_sweep(settings: Settings) -> pd.DataFrame:
+    """What each loss buys: a line for each loss, factor on its weight (0: without it) and seed.
+
+    Behind these the scores of the heat maps, where parts are known the heat of the expert that
+    looks at a part most (mean over parts) and on the background (mean over experts), and accuracy,
+    clean and under the strongest attack, expected over switches.
+    """
+    mi, ps, recipe = "mutual information", "position stability", settings.recipe
+    places = {"moe": [(mi, 0.0), (ps, 0.0)], "moe-mi": [(mi, 1.0)], "moe-ps": [(ps, 1.0)]}
+    strongest = min(settings.attacks, key=STRONGEST_FIRST.index)
+    lines = []
+    for name in catalogue.table3_models(settings) + catalogue.swept_models(settings):
+        own = places.get(name.method, [])
+        if name.beta is not None:
+            own = [(mi, name.beta / recipe.beta) if name.beta else (ps, name.gamma / recipe.gamma)]
+        line = score_cells(settings, [name]).set_index("header")["value"].to_dict()
+        summary = read_summary(settings, name, "scores")["test"]
+        if "part_coverage" in summary:
+            most = np.max(summary["part_coverage"], axis=0)
+            line["heat on the best covered part (%)"] = 100 * most.mean()
+            line["heat on the background (%)"] = 100 * np.mean(summary["background_heat"])
+        accuracy = attack_cells(settings, [name]).set_index("attack")["value"]
+        line["accuracy, clean (%)"] = accuracy["clean"]
+        line["accuracy under attack (%)"] = accuracy[strongest]
+        lines += [{"loss": one, "factor": factor, "seed": name.seed} | line for one, factor in own]
+    return pd.DataFrame(lines).sort_values(["loss", "factor", "seed"], ignore_index=True)
+
+
+# From tables to text and files
+
+
+def table_text(table: pd.DataFrame) -> pd.DataFrame:
+    """A table as text, one line a row of ours and, where we know numbers of the paper, one of its
+    own. Several numbers are printed as "mean ± standard deviation (count)"."""
+    labels = [field for field in table if field not in FIELDS]
+    rows: dict[tuple, dict[str, str]] = {}
+    for cell in table.to_dict("records"):
+        label, header = [cell[field] for field in labels], f"{cell['column']} ({cell['unit']})"
+        decimals = DECIMALS[cell["unit"]]
+        text = f"{round(cell['value'], decimals) + 0.0:.{decimals}f}"  # no "-0.0"
+        if cell["count"] > 1:
+            text += f" ± {cell['standard_deviation']:.{decimals}f} ({cell['count']})"
+        rows.setdefault((*label, "ours"), {})[header] = text
+        if not pd.isna(cell.get("paper")):  # it does not say the units of its scores
+            as_printed = "" if cell["unit"] == "%" else " as printed"
+            rows.setdefault((*label, "paper"), {})[header] = f"{cell['paper']:g}{as_printed}"
+    lines = [dict(zip([*labels, "source"], row, strict=True)) | rows[row] for row in rows]
+    text = pd.DataFrame(lines).fillna("")
+    return text if (text["source"] == "paper").any() else text.drop(columns="source")
+
+
+def evidence(settings: Settings, table: pd.DataFrame) -> str:
+    """What a table rests on, in words: data, seeds, images and the error that those leave (the 95 %
+    Wilson interval; an upper bound for expectations over gates, as each image then varies less)."""
+    from statsmodels.stats.proportion import proportion_confint  # costs a second
+
+    seeds = "one seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
+    data = " and ".join(DATA[name] for name in settings.datasets)
+    several = "; mean ± standard deviation (number of networks)" * bool(table["count"].max() > 1)
+    sentences = [f"Preset {settings.preset}, {data}, {seeds}{several}."]
+    for images, group in table.groupby("images", sort=False):
+        right = group.loc[group["unit"] == "%", "value"] / 100 * images
+        low, high = proportion_confint(right.to_numpy(), images, method="wilson")
+        sentences.append(
+            f"{', '.join(group['column'].unique())}: {images} images "
+            f"(95 % interval at most ± {50 * (high - low).max():.1f} points)."
+        )
+    if "paper" in table:
+        if table["paper"].notna().any():
+            of = "CIFAR-10, or CIFAR-100 in rows of it," if "data" in table else "CIFAR-10"
+            sentences.append(f"The rows marked paper are {of} at full scale.")
+        sentences.append("Numbers of the paper that our source does not show are left out.")
+    return " ".join(sentences)
+
+
+def budget_text(eps: float) -> str:
+    """A budget in 255ths, as papers write it: 8/255, 7.905/255."""
+    return f"{255 * float(eps):.4g}/255"
+
+
+def write_table(
+    settings: Settings, table: pd.DataFrame, name: str, caption: str, records: Sequence[Path],
+    text: pd.DataFrame | None = None,
+) -> list[Path]:  # fmt: skip
+    """Write figures/<preset>/<name>.csv (the numbers), .md, .tex and .json (see `write_artefact`);
+    returns the paths. records: the files that the table was read from. text: what is printed of a
+    table that is not tidy; what a tidy one rests on is added to its caption."""
+    if text is None:
+        text, caption = table_text(table), f"{caption} {evidence(settings, table)}"
+    escaped = re.sub(r"([%&_#$])", r"\\\1", caption)
+    contents = {
+        "csv": table.to_csv(index=False),
+        "md": f"{caption}\n\n{text.to_markdown(index=False, disable_numparse=True)}\n",
+        "tex": text.to_latex(index=False, escape=True, caption=escaped, label=f"tab:{name}"),
+    }
+    return write_artefact(settings, name, contents, caption, records)

@@ -1,0 +1,218 @@
+"""The adaptive evaluation: what it reports, and that its checks catch faked robustness."""
+
+import pytest
+import torch
+from torch import nn
+
+from immunity_lib import ImmunityMoE, attacks
+from immunity_lib.attacks import (
+    FAMILIES,
+    Effort,
+    adaptive_attacks,
+    auto_attack,
+    check_budget,
+    random_noise,
+)
+from immunity_lib.evaluate import evaluate_adaptively, sanity_checks
+from immunity_lib.moe import ConstantGate, verdicts
+
+EFFORT = Effort(8 / 255, 2 / 255, steps=10, samples=(1, 3), auto_attack_steps=4)
+SMALL = Effort(8 / 255, 4 / 255, steps=2, samples=(1,), auto_attack_steps=1)
+
+
+class Decoy(nn.Module):
+    """An expert that is broken on purpose."""
+
+    def __init__(self, expert):
+        super().__init__()
+        self.expert, self.num_classes, self.normalise = expert, expert.num_classes, nn.Identity()
+
+
+class KillsGradients(Decoy):
+    """It rounds its images, and a step function has no slope."""
+
+    def forward_with_features(self, images):
+        return self.expert.forward_with_features((8 * images).round() / 8)
+
+
+class AddsNoise(Decoy):
+    """It adds noise to its logits, whatever the gate."""
+
+    def forward_with_features(self, images):
+        activations, logits = self.expert.forward_with_features(images)
+        return activations, logits + 3 * torch.randn_like(logits)
+
+
+class Detaches(Decoy):
+    """It hands no gradient on at all."""
+
+    def forward_with_features(self, images):
+        return self.expert.forward_with_features(images.detach())
+
+
+def spoil(model, decoy):
+    return ImmunityMoE([decoy(expert) for expert in model.experts], model.gate).eval()
+
+
+def evaluate(model, images, effort=EFFORT, **options):
+    """Results and summary on images that the plain ensemble gets right."""
+    with torch.no_grad():
+        labels = model(images, "uniform").argmax(1)
+    quiet = {"tell": lambda line: None} | options
+    return evaluate_adaptively(model, images, labels, effort, {}, **quiet)
+
+
+@pytest.fixture(scope="module")
+def many_images(dataset):
+    return dataset.splits["test"].images[:16].float() / 255
+
+
+@pytest.fixture(scope="module")
+def honest(make_linear_model, many_images):
+    return evaluate(make_linear_model(3, sharpness=3.0), many_images)
+
+
+def failed_checks(evaluation):
+    return {finding["check"] for finding in evaluation[1]["checks"] if not finding["passed"]}
+
+
+def test_an_honest_model_passes_every_check_under_every_family(honest):
+    results, summary = honest
+    assert failed_checks(honest) == set()
+    families = [told["family"] for _, told in results.values()]
+    assert families == sorted(families, key=list(FAMILIES).index)
+    assert set(families) == set(FAMILIES)
+    assert results["pgd-expert-2"][1]["sees"] == "expert 2 alone"
+    for found, told in results.values():
+        assert found.switched.shape == (16, 6) and len(told["experts_alone"]) == 3
+        assert told["seconds"] >= 0 and told["flags"] == []
+    assert len(summary["checks"]) == 8
+    for finding in summary["checks"]:
+        assert finding["evidence"] and finding["why"].endswith(".") and finding["source"]
+
+
+def test_a_model_that_kills_gradients_is_caught(make_linear_model, many_images):
+    decoy = spoil(make_linear_model(3, sharpness=3.0), KillsGradients)
+    caught = failed_checks(evaluate(decoy, many_images))
+    assert "no gradient is zero" in caught
+    assert "attacks with gradients beat those without" in caught
+    assert "accuracy falls to zero as eps grows to 1" in caught
+    assert "AutoAttack raises no flag" in caught
+
+
+def test_a_model_that_adds_noise_is_caught(make_linear_model, many_images):
+    decoy = spoil(make_linear_model(3, sharpness=3.0), AddsNoise)
+    results, summary = evaluation = evaluate(decoy, many_images)
+    caught = failed_checks(evaluation)
+    assert "with a fixed gate it gives the same answer twice" in caught
+    assert "AutoAttack raises no flag" in caught
+    (flags,) = [f["evidence"] for f in summary["checks"] if f["check"].startswith("AutoAttack")]
+    assert "randomized defense" in flags
+    assert any("randomized defense" in flag for flag in results["autoattack-trained"][1]["flags"])
+
+
+def test_a_model_that_cannot_be_attacked_is_refused_with_what_works(make_linear_model, many_images):
+    decoy = spoil(make_linear_model(2), Detaches)
+    decoy.gate = ConstantGate(2)
+    with pytest.raises(ValueError, match=r"gives no gradient.*\('square',\)\) and random_noise"):
+        evaluate(decoy, many_images)
+    with pytest.raises(ValueError, match="got a Linear; attacks that work on any model.*PGD"):
+        adaptive_attacks(nn.Linear(2, 2), EFFORT, {})
+
+
+SOUND = {
+    "by_budget": {0: 0.9, 0.1: 0.3, 1: 0.0}, "pgd": 0.2, "fgsm": 0.4,
+    "white": torch.tensor([0.5, 1.0, 1.0]), "black": torch.tensor([0.5, 0.0, 0.9]),
+    "once": 0.5, "twice": 0.497, "zero_gradients": 0.0, "frozen": 0.2, "alone": [0.1, 0.2],
+    "difference": 1e-6, "flags": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "check"),
+    [
+        ({}, None),
+        ({"by_budget": {0: 0.9, 0.1: 0.3, 0.5: 0.4, 1: 0.0}}, "accuracy falls to zero"),
+        ({"by_budget": {0: 0.9, 1: 0.1}}, "accuracy falls to zero"),
+        ({"pgd": 0.5}, "iterative attack beats"), ({"twice": 0.49}, "twice the steps"),
+        ({"black": torch.tensor([0.0, 1.0, 1.0]), "white": torch.tensor([0.5, 0.0, 1.0])},
+         "attacks with gradients beat"),
+        ({"zero_gradients": 0.1}, "no gradient is zero"), ({"frozen": 0.6}, "with a frozen gate"),
+        ({"difference": 1e-3}, "with a fixed gate"), ({"flags": ["a warning"]}, "AutoAttack"),
+    ],
+)  # fmt: skip
+def test_each_check_tells_faked_robustness_from_none(found, check):
+    failed = [one for one in sanity_checks(**SOUND | found) if not one.passed]
+    assert [one.check.startswith(check) for one in failed] == [True] * (check is not None)
+    if "black" in found:
+        assert "1 of 3 images" in failed[0].evidence
+
+
+def test_what_is_done_is_not_made_again_and_what_is_made_is_kept(make_linear_model, many_images):
+    """So a run that was stopped goes on; an attack does not depend on those before it."""
+    model, kept, lines = make_linear_model(2), {}, []
+    results, _ = evaluate(
+        model, many_images, SMALL, tell=lines.append,
+        keep=lambda name, *result: kept.update({name: result}),
+    )  # fmt: skip
+    assert kept == results and len(lines) == len(results)
+    again = {}
+    done = {name: kept[name] for name in ("fgsm", "bim", "mim")}
+    evaluate(model, many_images, SMALL, done=done,
+             keep=lambda name, *result: again.update({name: result}))  # fmt: skip
+    assert again.keys() == results.keys() - done.keys()
+    for name, (found, _) in again.items():
+        assert torch.equal(found.switched, kept[name][0].switched)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_C1_with_few_classes_auto_attack_is_left_out_and_the_rest_works(
+    make_linear_model, many_images, classes
+):
+    model = make_linear_model(2, classes=classes)
+    results, summary = evaluate(model, many_images, SMALL)
+    assert not any(name.startswith("autoattack") for name in results)
+    assert {told["family"] for _, told in results.values()} == set(FAMILIES) - {"judges"}
+    assert "square" in results and len(summary["checks"]) == 8
+    message = f"at least 4 classes, the model has {classes}; attacks that work"
+    with pytest.raises(ValueError, match=message):
+        auto_attack(model, many_images, torch.zeros(16, dtype=torch.long), "uniform", eps=0.03)
+
+
+def test_G1_every_expert_alone_lies_where_the_model_lies(make_linear_model, monkeypatch):
+    """On a device that computes nothing, in place of a GPU: even the gate of a single expert."""
+    seen = []
+    monkeypatch.setattr(attacks, "attack_images", lambda through, *rest, **_: seen.append(through))
+    model = make_linear_model(3).to("meta")
+    for attack in adaptive_attacks(model, EFFORT, {"moe": model}):
+        if attack.family == "transfer":
+            attack.perturb(None, None)
+    assert [len(through.experts) for through in seen] == [1, 1, 1, 3]
+    for through in seen:
+        assert {parameter.device.type for parameter in through.parameters()} == {"meta"}
+
+
+def test_more_draws_of_noise_fool_no_fewer(make_distant_images):
+    """Of 3,072 pixels at random, the sum deviates by 55: one draw in six goes that far."""
+    model, images, labels = make_distant_images([0.2 / 3072**0.5] * 16)
+    failures = []
+    for draws in (1, 60):
+        torch.manual_seed(0)
+        points = random_noise(model, images, labels, eps=0.2, draws=draws)
+        check_budget(images, points, 0.2)
+        failures.append(verdicts(model.expert_outputs(points), labels).failure)
+    assert (failures[1] >= failures[0]).all() and failures[1].sum() > failures[0].sum()
+
+
+@pytest.mark.parametrize("only", [(), ("square",)])
+def test_square_and_auto_attack_break_the_gate_they_see(make_linear_model, many_images, only):
+    model = make_linear_model(3, sharpness=3.0)
+    with torch.no_grad():
+        labels = model(many_images, "uniform").argmax(1)
+    adversarial, _ = auto_attack(
+        model, many_images, labels, "uniform", eps=0.03, steps=20 if only else 5, only=only
+    )
+    check_budget(many_images, adversarial, 0.03)
+    found = verdicts(model.expert_outputs(adversarial), labels)
+    assert found.uniform.double().mean() < 0.7
+    assert model.evaluation_gate == "switch"

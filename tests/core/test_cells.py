@@ -1,0 +1,123 @@
+"""The networks of architecture search are the published ones: counts, wiring, values."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from immunity_lib import cells
+from immunity_lib.experts import BASELINES, build_expert
+
+
+def parameters(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_D13_cells_can_be_imported_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", "import immunity_lib.cells"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_baselines_are_the_networks_of_cells():
+    assert tuple(cells.NETWORKS) == BASELINES
+    for name in BASELINES:
+        assert isinstance(build_expert(name, 10, 0.125, layers=3), cells.CellNetwork)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ten_classes", "hundred_classes"),
+    [
+        ("pdarts", {"auxiliary": True}, 3_910_224, 4_031_364),
+        ("pdarts", {"width": 64 / 36}, 10_521_802, 10_614_052),
+        ("advrush", {"auxiliary": True}, 4_634_472, 4_755_612),
+    ],
+)
+def test_parameter_counts(name, options, ten_classes, hundred_classes):
+    for num_classes, expected in ((10, ten_classes), (100, hundred_classes)):
+        assert parameters(build_expert(name, num_classes, **options)) == expected
+
+
+# Those that no logits of the original code vouch for
+PER_CELL = {
+    "advrush": [32760, 34056, *[35352] * 4, 66888, 117360, *[127728] * 5, 258192, 442080]
+    + [483552] * 5,
+    "robnet-large-v1": [49896, 51192, *[52488] * 4, 203472, 182736, *[193104] * 5]
+    + [780192, 697248, *[738720] * 5],
+}
+
+
+@pytest.mark.parametrize("name", PER_CELL)
+def test_parameters_of_every_cell(name):
+    stages = build_expert(name, 10).stages
+    assert [parameters(stages.get_submodule(f"cell{k}")) for k in range(20)] == PER_CELL[name]
+
+
+def test_drop_path_spares_plain_skips_and_makes_up_for_what_it_drops():
+    torch.manual_seed(0)
+    state = torch.rand(2000, 4, 2, 2), torch.rand(2000, 4, 2, 2)
+    skips, pooled = [("skip_connect", 0), ("skip_connect", 1)], [("avg_pool_3x3", 0)]
+    for edges, dropped in ((skips, False), (pooled, True)):
+        cell = cells.Cell([edges], 4, 4, 4, halves=False, after_halving=False, affine=True).eval()
+        cell.preprocess_before_last[1].eps = cell.preprocess_last[1].eps = 1e-9
+        whole = cell(state)[1]
+        cell.training, cell.drop_path = True, 0.3  # batch norms stay in eval mode
+        thinned = cell(state)[1]
+        zeroed = (thinned.flatten(1) == 0).all(1)
+        assert zeroed.float().mean().item() == pytest.approx(0.3 if dropped else 0.0, abs=0.05)
+        kept = thinned[~zeroed]
+        torch.testing.assert_close(kept, whole[~zeroed] / (0.7 if dropped else 1.0))
+        cell.eval()
+        assert torch.equal(cell(state)[1], whole)
+
+
+def test_auxiliary_classifier_changes_no_logits_and_drop_path_reaches_every_cell():
+    network = build_expert("advrush", 10, 0.125, layers=4, auxiliary=True).eval()
+    network.set_drop_path(0.25)
+    assert [stage.drop_path for stage in network.stages[1:]] == [0.25] * 4
+    images = torch.rand(3, 3, 32, 32)
+    logits, auxiliary = network.forward_with_auxiliary(images)
+    torch.testing.assert_close(logits, network(images))
+    assert auxiliary.shape == logits.shape and not torch.allclose(auxiliary, logits)
+    with pytest.raises(ValueError, match="without its auxiliary classifier"):
+        build_expert("advrush", 10, 0.125, layers=4).forward_with_auxiliary(images)
+
+
+@pytest.mark.parametrize("layers", [3, 5, 8, 20])
+def test_fewer_layers_keep_the_shape_of_robnet_free(layers):
+    kept = cells._kept_cells(layers)
+    halving = cells.reduction_cells(layers)
+    assert len(kept) == layers and kept == sorted(set(kept))
+    assert (kept[halving[0]], kept[halving[1]]) == (6, 13)
+
+
+@pytest.mark.parametrize(
+    ("design", "message"),
+    [
+        ([[("skip_connect", 2)]], "comes from state 2; it can come from 0 to 1"),
+        ([[("skip_connect", -1)]], "comes from state -1; it can come from 0 to 1"),
+        ([[("conv_9x9", 0)]], "unknown operation 'conv_9x9'.*sep_conv_3x3"),
+        ([[("skip_connect", 0)], []], "state 3 of a cell has no incoming edge"),
+        ([], "its design is empty"),
+    ],
+)
+def test_impossible_designs_are_named(design, message):
+    with pytest.raises(ValueError, match=message):
+        cells.check_design(design)
+
+
+@pytest.mark.parametrize("encoding", ["11 10", "11 " * 13 + "12", ""])
+def test_impossible_encodings_are_named(encoding):
+    with pytest.raises(ValueError, match="encodes no cell; one is 14 codes"):
+        cells.decode(encoding)
+
+
+def test_factorized_reduce_reads_every_second_pixel_of_both_diagonals():
+    """Against two strided convolutions, the second of the map without its first row and column."""
+    reduce = cells.FactorizedReduce(3, 4, affine=True).eval()
+    maps = torch.rand(2, 3, 8, 8)
+    first = torch.nn.functional.conv2d(maps, reduce.even.weight, stride=2)
+    second = torch.nn.functional.conv2d(maps[:, :, 1:, 1:], reduce.odd.weight, stride=2)
+    torch.testing.assert_close(reduce(maps), reduce.norm(torch.cat([first, second], 1)))

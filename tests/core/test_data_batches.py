@@ -1,0 +1,129 @@
+"""Batches: every image once, reproducible, and moved as torchvision would move them."""
+
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as reference
+
+from immunity_lib.data import ImageSet
+from immunity_lib.data.batches import (
+    affine_maps,
+    cut_out,
+    evaluation_batches,
+    random_maps,
+    resample,
+    training_batches,
+)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def image_set():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (101, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(101))
+
+
+def _check_move(images, expected, shift=(0, 0), angle=0.0, flip=False, border=0):
+    maps = affine_maps(torch.tensor([shift]) / 32, torch.tensor([angle]), torch.tensor([flip]))
+    moved = resample(images, maps.expand(len(images), -1, -1))
+    inner = slice(border, 32 - border)
+    moved, expected = moved[..., inner, inner], expected[..., inner, inner]
+    torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5, check_stride=False)
+
+
+def _shift(images, right, down):
+    """A crop of the padded image."""
+    padded = reference.pad(images, 4)
+    return reference.crop(padded, top=4 - down, left=4 - right, height=32, width=32)
+
+
+def test_moves_are_torchvisions(images):
+    _check_move(images, images)
+    _check_move(images, reference.hflip(images), flip=True)
+    for right, down in [(4, 0), (0, -3), (-2, 4)]:
+        _check_move(images, _shift(images, right, down), shift=(right, down))
+    for angle in (-15.0, 4.0, 90.0):
+        expected = reference.rotate(images, angle, InterpolationMode.BILINEAR)
+        # Only at the border do the two differ: torchvision blends a mask of ones as well.
+        _check_move(images, expected, angle=angle, border=6)
+
+
+def test_moves_are_in_the_order_shift_flip_rotate(images):
+    expected = reference.rotate(reference.hflip(_shift(images, 3, 1)), 90.0)
+    _check_move(images, expected, shift=(3, 1), angle=90.0, flip=True)
+
+
+def test_every_move_is_drawn_and_another_for_each_image():
+    """Over many images the maps spread as far as stated, and no further."""
+    maps = random_maps(5000, torch.Generator().manual_seed(0), 15.0)
+    shifts = (maps[:, :, 2] * -16).round().int()
+    assert set(shifts.flatten().tolist()) == set(range(-4, 5))
+    angles = torch.rad2deg(torch.atan2(maps[:, 1, 0], maps[:, 1, 1]))
+    assert 14.9 < angles.max() <= 15.001 and -15.001 <= angles.min() < -14.9
+    assert (maps[:, 0, 0] < 0).float().mean() == pytest.approx(0.5, abs=0.03)
+    assert len(maps.unique(dim=0)) == 5000
+    white = resample(torch.ones(5000, 3, 32, 32), maps)
+    assert white.min() >= 0 and white.max() <= 1
+
+
+@pytest.mark.parametrize("batch_size, sizes", [(50, [50, 50]), (33, [33, 33, 33, 2])])
+def test_each_image_appears_once_per_epoch(image_set, batch_size, sizes):
+    """Of 101 images, a last batch of one is dropped, and one of two is kept."""
+    epoch = list(training_batches(image_set, batch_size, torch.Generator(), augment=False))
+    assert [len(labels) for _, labels in epoch] == sizes
+    images, labels = (torch.cat(parts) for parts in zip(*epoch, strict=True))
+    assert len(labels.unique()) == sum(sizes)
+    assert torch.equal((images * 255).round().byte(), image_set.images[labels])
+
+
+def test_all_is_drawn_from_the_generator_by_the_call_and_in_this_order(image_set):
+    drawn, generator = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    order = torch.randperm(101, generator=drawn)[:40]
+    maps = random_maps(101, drawn, 9.0)[:40]
+    centres = torch.randint(0, 32, (101, 2), generator=drawn)[:40]
+    fill = (0.3, 0.2, 0.1)
+    batches = training_batches(image_set, 40, generator, rotation=9.0, cutout=6, fill=fill)
+    assert torch.equal(generator.get_state(), drawn.get_state())
+    images, labels = next(batches)
+    assert torch.equal(labels, order)
+    moved = resample(image_set.images[order].float() / 255, maps)
+    assert torch.equal(images, cut_out(moved, centres, 6, fill))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    _, next_epoch = next(training_batches(image_set, 40, generator))
+    assert not torch.equal(next_epoch, labels)
+
+
+def test_evaluation_is_in_order_and_unchanged(image_set):
+    batches = list(evaluation_batches(image_set, 50))
+    assert [len(labels) for _, labels in batches] == [50, 50, 1]
+    assert torch.equal(torch.cat([labels for _, labels in batches]), image_set.labels)
+    images = torch.cat([images for images, _ in batches])
+    assert torch.equal(images, image_set.images / 255)
+    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_impossible_batch_sizes_and_rows_are_named(image_set):
+    with pytest.raises(ValueError, match="batch_size is 1;"):
+        training_batches(image_set, 1, torch.Generator())
+    with pytest.raises(ValueError, match="batch_size is 0;"):
+        next(evaluation_batches(image_set, 0))
+    with pytest.raises(ValueError, match="rows 0 to 102 asked for, of an image set of 101"):
+        image_set.first(102)
+
+
+def test_cutout_hides_a_square_in_the_given_colour_and_nothing_else():
+    images = torch.rand(3, 3, 32, 32)
+    centres = torch.tensor([[16, 10], [0, 31], [31, 3]])
+    fill = (0.1, 0.2, 0.3)
+    hidden = cut_out(images, centres, 8, fill)
+    for image, before, (row, column) in zip(hidden, images, centres.tolist(), strict=True):
+        expected = before.clone()  # against the loop of the published description
+        for y in range(max(row - 4, 0), min(row + 4, 32)):
+            for x in range(max(column - 4, 0), min(column + 4, 32)):
+                expected[:, y, x] = torch.tensor(fill)
+        assert torch.equal(image, expected)

@@ -1,0 +1,208 @@
+"""A folder of images: its layouts, what becomes of its pixels, and every way it can be wrong."""
+
+import hashlib
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from immunity_lib.data import find_source, load_dataset
+from immunity_lib.data.images import FORMATS, pixels
+
+
+def _save(path, seed, size=(40, 60)):
+    """An image of some colours with soft borders; size: height, width."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colours = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    Image.fromarray(colours).resize(size[::-1], Image.Resampling.BICUBIC).save(path)
+
+
+def _fill(folder, splits=("train", "test"), classes=("cat", "dog"), count=4):
+    for split in splits:
+        for label, name in enumerate(classes):
+            for number in range(count):
+                _save(folder / split / name / f"{name}-{number}.png", seed=100 * label + number)
+    return folder
+
+
+def _load(folder, **options):
+    return load_dataset("images", folder, **{"validation_images": 1} | options)
+
+
+def _as_set(images, labels):
+    """Images with their labels, whatever their order."""
+    return sorted((int(y), x.tobytes()) for x, y in zip(images, labels, strict=True))
+
+
+def test_images_are_those_of_torchvision_s_image_folder(tmp_path):
+    shapes = {"wide": (40, 90), "high": (75, 33), "small": (20, 31), "exact": (32, 32)}
+    for split in ("train", "test"):
+        for number, (name, size) in enumerate(shapes.items()):
+            for ending in ("png", "jpg", "JPEG", "webp"):
+                _save(tmp_path / split / name / "deeper" / f"{number}.{ending}", number, size)
+        Image.new("L", (50, 40), 77).save(tmp_path / split / "wide" / "grey.png")
+        Image.new("RGBA", (50, 40), (9, 8, 7, 100)).save(tmp_path / split / "wide" / "clear.png")
+        (tmp_path / split / "wide" / "notes.txt").write_text("no image")
+    crop = Compose([Resize(32), CenterCrop(32), np.asarray])
+    oracle = ImageFolder(tmp_path / "train", crop)
+    images, labels = zip(*oracle, strict=True)
+    for hidden in (".hidden/a.png", "wide/.cache/a.png", "wide/._a.png"):
+        _save(tmp_path / "train" / hidden, 0)
+
+    dataset = _load(tmp_path, validation_images=3)
+    rows = [dataset.splits[split] for split in ("train", "validation")]
+    found = torch.cat([r.images for r in rows]).numpy(), torch.cat([r.labels for r in rows])
+    assert _as_set(*found) == _as_set([image.transpose(2, 0, 1) for image in images], labels)
+    assert dataset.class_names == tuple(oracle.classes) == ("exact", "high", "small", "wide")
+    assert dataset.source == "image folder with train/ and test/"
+
+
+def test_statistics_are_those_of_the_training_images(tmp_path):
+    _fill(tmp_path, count=6)
+    for path in tmp_path.rglob("*.png"):
+        picture = np.array(Image.open(path))
+        picture[..., 2] = 51
+        Image.fromarray(picture).save(path)
+    dataset = _load(tmp_path, train_images=8, validation_images=4)
+    values = dataset.splits["train"].images.double() / 255
+    assert len(values) == 8
+    assert dataset.mean == pytest.approx(values.mean((0, 2, 3)).tolist())
+    deviations = values.std((0, 2, 3), correction=0).tolist()
+    assert dataset.std == pytest.approx([*deviations[:2], 1.0])  # blue never varies: unscaled
+
+
+def test_the_split_and_its_order_rest_on_names_alone(tmp_path):
+    """Digests up to 0.333..., hexadecimal, test; and rows follow the digests."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(16):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    digests = {k: hashlib.sha256(f"{k}.png".encode()).hexdigest() for k in range(16)}
+    source = find_source("images", tmp_path)
+    assert source.description == "image folder split by file names"
+    for split in ("test", "train"):
+        expected = [k for k in range(16) if (digests[k] < "3" * 64) == (split == "test")]
+        expected.sort(key=digests.get)
+        rows = source.read(split, source.available[split])
+        assert rows.images[:, 0, 0, 0].tolist() == [k for k in expected for _ in range(2)]
+        assert rows.labels.tolist() == [0, 1] * len(expected)
+
+
+def test_a_photograph_is_upright_and_shrunk_as_if_from_its_full_size(tmp_path):
+    """Large JPEGs are decoded at a fraction of their size; phones note how they were held."""
+    held = Image.Exif()
+    held[0x0112] = 6  # turned by 90 degrees clockwise to be upright
+    _save(tmp_path / "large.png", seed=3, size=(700, 1100))
+    with Image.open(tmp_path / "large.png") as large:
+        large.save(tmp_path / "held.jpg", quality=95, exif=held)
+        upright = np.asarray(large.rotate(-90, expand=True).resize((32, 50)))[9:41]
+    image = pixels(str(tmp_path / "held.jpg")).transpose(1, 2, 0)
+    assert abs(image.astype(int) - upright).mean() < 3
+    assert abs(np.rot90(image).astype(int) - upright).mean() > 20
+
+
+BOTH = ["train/cat/1.png", "train/dog/1.png", "test/cat/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ([], "has 0 class folders; valid are"),
+        (["cat/1.png"], "has 1 class folders; valid are"),
+        (["1.png", "2.png"], "has 0 class folders; valid are"),
+        (["train/cat/1.png", "train/dog/2.png"], "no images for test/cat, test/dog; valid are"),
+        (["train/1.png", "test/1.png"], "has 0 class folders"),
+        ([*BOTH, "test/cow/1.png"], "no images for train/cow, test/dog; valid are"),
+        ([*BOTH, "test/dog/1.txt"], "no images for test/dog; valid are"),
+        (["cat/1.png", "dog/1.png"], "no images for test/cat, test/dog; valid are .*many images"),
+        ([f"{k}/1.txt" for k in range(10, 14)], "train/13, test/10, and 3 more; valid"),
+    ],
+)
+def test_a_folder_in_no_valid_layout_is_told_what_is_wrong(tmp_path, layout, message):
+    for name in layout:
+        _save(tmp_path / "image.png", seed=0)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "image.png").rename(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        _load(tmp_path)
+    with pytest.raises(ValueError, match="nowhere' is no folder; valid are .*<class>"):
+        _load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="which folder.*valid are"):
+        _load(None)
+
+
+def test_broken_files_are_named_with_the_remedy(tmp_path):
+    cat, dog = (_fill(tmp_path, count=4) / "train" / name for name in ("cat", "dog"))
+    content = (cat / "cat-1.png").read_bytes()
+    (cat / "cat-1.png").write_bytes(content[: len(content) // 2])
+    (dog / "dog-0.png").write_bytes(b"")
+    (dog / "dog-2.png").write_text("no image")
+    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(dog / "dog-3.png")
+    with pytest.raises(ValueError, match="4 images cannot be used: .*replace these files") as told:
+        _load(tmp_path)
+    for part in ("cat-1.png", "dog-0.png", "dog-2.png", "dog-3.png (pixels of mode I;16"):
+        assert part in str(told.value)
+    for number in range(6):
+        (dog / f"dog-{number}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="7 images.*, and 2 more; replace"):
+        _load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "PCX", "TGA", "JPEG2000"])
+def test_C3_no_other_format_is_decoded_whatever_the_ending(tmp_path, kind, monkeypatch):
+    content, ghostscript = io.BytesIO(), tmp_path / "bin" / "gs"
+    Image.new("RGB", (40, 40)).save(content, kind)
+    _fill(tmp_path / "images")
+    (tmp_path / "images" / "train" / "cat" / "9.png").write_bytes(content.getvalue())
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=os.pathsep)
+    with pytest.raises(ValueError, match="9.png .no intact image of the formats BMP"):
+        _load(tmp_path / "images")
+    with pytest.raises(ValueError, match="no intact image of the formats BMP"):
+        pixels(content)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_C3_the_formats_named_are_decoded_whatever_the_ending(tmp_path, kind):
+    """MPO, two JPEGs in one, is what some phones write."""
+    picture = Image.new("RGB", (40, 40), (200, 100, 50))
+    more = {"save_all": True, "append_images": [picture]} if kind == "MPO" else {}
+    picture.save(tmp_path / "9.png", kind, **more)
+    assert Image.open(tmp_path / "9.png").format == kind
+    assert abs(pixels(str(tmp_path / "9.png"))[:, 5, 5].astype(int) - (200, 100, 50)).max() < 5
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(13300, 13300), (8000, 6300), (10**6, 1), (1, 10**6)])
+def test_C4_too_many_pixels_are_refused_before_they_are_decoded(size):
+    """As they are, or as they would be: a strip becomes 32 times as long."""
+    header = b"P6 %d %d 255 " % size  # of a PPM file, whose pixels do not even follow
+    with pytest.raises(
+        ValueError, match="x".join(map(str, size)) + " pixels, over 50,000,000 or too long"
+    ):
+        pixels(io.BytesIO(header))
+
+
+def test_C7_class_names_survive_whatever_their_bytes(tmp_path):
+    _fill(tmp_path / "images", classes=("0", "1"))
+    for split in ("train", "test"):
+        for number, name in enumerate([b"US$ and A$", b"caf\xe9"]):
+            folder = tmp_path / "images" / split
+            os.rename(folder / str(number), os.fsencode(folder) + b"/" + name)
+    dataset = _load(tmp_path / "images")
+    assert dataset.class_names == ("US$ and A$", "caf\\xe9")
+    json.dumps(dataset.class_names, ensure_ascii=False).encode()
+    with open(os.fsencode(tmp_path) + b"/images/train/caf\xe9/broken.png", "wb"):
+        pass
+    with pytest.raises(ValueError, match=r"caf\\xe9/broken.png") as told:
+        _load(tmp_path / "images")
+    str(told.value).encode()  # it can be printed

@@ -1,0 +1,358 @@
+"""Every expert is the published network and keeps the contract; other networks become experts."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from immunity_lib.experts import (
+    BASELINES,
+    EXPERT_NAMES,
+    HEATMAP_LAYERS,
+    Expert,
+    as_expert,
+    build_expert,
+)
+from immunity_lib.moe import ImmunityMoE
+
+NO_NORMALISATION = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def small(name: str, width: float = 0.125, **options) -> Expert:
+    layers = {"layers": 4} if name in BASELINES else {}
+    return build_expert(name, 10, width, **layers, **options)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def small_torchvision_resnet() -> nn.Module:
+    blocks = torchvision.models.resnet.BasicBlock
+    return torchvision.models.ResNet(blocks, [1, 1, 1, 1], num_classes=10)
+
+
+@pytest.fixture(scope="module", params=[*EXPERT_NAMES, "torchvision"])
+def expert(request):
+    torch.manual_seed(0)
+    if request.param == "torchvision":
+        return as_expert(small_torchvision_resnet(), "layer2", 10)
+    return small(request.param)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def use_batch_statistics_in_evaluation(expert, images):
+    """Give batch norm the statistics of these images, as training would in time."""
+    for module in expert.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        expert.train()(images)
+    return expert.eval()
+
+
+def test_activations_and_logits_come_from_one_pass(expert, images):
+    expert = use_batch_statistics_in_evaluation(expert, images)
+    activations, logits = expert.forward_with_features(images)
+    assert torch.equal(logits, expert(images))
+    if isinstance(expert, Expert):
+        state = expert.head(images)
+        assert torch.equal(activations, expert.activations_of(state))
+        assert torch.equal(logits, expert.tail(state))
+        assert torch.equal(activations, expert.activations_of(state))  # no tail edits them
+
+
+def test_heat_map_gradient_can_be_differentiated(expert, images):
+    """In double precision, against a finite difference along a random direction."""
+    expert = use_batch_statistics_in_evaluation(copy.deepcopy(expert), images).double()
+    images = images[:2].double()
+    parameter = next(expert.parameters())
+    direction = torch.randn_like(parameter)
+    start = parameter.detach().clone()
+
+    def heat(step=0.0, create_graph=False):
+        with torch.no_grad():
+            parameter.copy_(start + step * direction)
+        activations, logits = expert.forward_with_features(images)
+        (gradient,) = torch.autograd.grad(
+            logits[:, 3].sum(), activations, create_graph=create_graph
+        )
+        return (gradient.mean((2, 3), keepdim=True) * activations).sum(1).square().sum()
+
+    (slope,) = torch.autograd.grad(heat(create_graph=True), parameter)
+    step = 1e-9  # short enough to cross no kink of a ReLU, where the slope jumps
+    difference = (heat(step) - heat(-step)) / (2 * step)
+    torch.testing.assert_close((slope * direction).sum(), difference, rtol=1e-3, atol=1e-12)
+
+
+def test_gradient_reaches_every_parameter(expert, images):
+    # In training a bias before batch norm has no effect, so look in evaluation.
+    expert = use_batch_statistics_in_evaluation(expert, images)
+    expert.zero_grad()
+    nn.functional.cross_entropy(expert(images), torch.arange(8)).backward()
+    without = [name for name, parameter in expert.named_parameters() if not parameter.grad.any()]
+    assert not without
+
+
+def test_channels_last_is_kept_and_changes_nothing(expert, images):
+    expert = use_batch_statistics_in_evaluation(copy.deepcopy(expert), images)
+    with torch.no_grad():
+        logits = expert(images)
+        activations, channels_last_logits = expert.to(
+            memory_format=torch.channels_last
+        ).forward_with_features(images.contiguous(memory_format=torch.channels_last))
+    assert activations.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(channels_last_logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_normalisation_is_the_first_layer(expert, images):
+    """Moving the mean by a constant equals moving the images the other way."""
+    expert = use_batch_statistics_in_evaluation(copy.deepcopy(expert), images)
+    with torch.no_grad():
+        shifted_images = expert(images - 0.1)
+        expert.normalise.mean += 0.1
+        torch.testing.assert_close(expert(images), shifted_images, rtol=1e-3, atol=1e-4)
+
+
+def test_normalisation_is_saved_but_not_trained():
+    expert = build_expert("resnet18", 10, 0.0625, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    other = build_expert("resnet18", 10, 0.0625)
+    other.load_state_dict(expert.state_dict())
+    assert not other.normalise(torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)).any()
+    assert not [name for name, _ in expert.named_parameters() if "normalise" in name]
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_weights_do_not_depend_on_the_heat_map_layer(name, images):
+    expert, other = small(name), small(name, heatmap_layer="at-least-8x8")
+    other.load_state_dict(expert.state_dict())
+    activations, logits = other.eval().forward_with_features(images)
+    torch.testing.assert_close(logits, expert.eval()(images))
+    assert activations.shape[2:] == (8, 8)
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_width_scales_the_network(name):
+    sizes = []
+    for width in (0.125, 0.25, 0.5):
+        expert = small(name, width)
+        sizes.append(parameters(expert))
+        assert min(p.shape[0] for p in expert.parameters() if p.ndim == 4) >= 4
+    assert sizes == sorted(set(sizes))
+    assert 3 < sizes[-1] / sizes[-2] < 4.5  # weights grow with the square of the width
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "vgg"}, "'vgg'.*resnet18.*googlenet-kuangliu.*robnet-large-v2"),
+        ({"num_classes": 1}, "num_classes is 1.*at least 2"),
+        ({"width": 0}, "width is 0.*above 0"),
+        ({"width": float("nan")}, "width is nan.*above 0"),
+        ({"mean": (0.5,)}, r"mean is \(0.5,\).*three"),
+        ({"std": (0.2, 0.2, 0.0)}, r"std is \(0.2, 0.2, 0.0\).*above 0"),
+        ({"std": (0.2, float("nan"), 0.2)}, "std is .*nan.*above 0"),
+        ({"heatmap_layer": "last"}, "'last'.*" + ".*".join(HEATMAP_LAYERS)),
+        ({"layers": 5}, "layers is 5 .* for resnet18; leave them out.*pdarts"),
+        ({"auxiliary": True}, "auxiliary is True for resnet18; .*pdarts"),
+        ({"name": "pdarts", "layers": 2}, "layers is 2; .* at least 3"),
+        ({"name": "robnet-free", "layers": 21}, "layers is 21; RobNet-free has designs for 20"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_expert(**{"name": "resnet18", "num_classes": 10, **arguments})
+
+
+# Parameters for 10 and 100 classes, billions of multiply-accumulates, K of the Grad-CAM layer in
+# both readings, and the SHA-256 of the names of the weights, of which some are saved already
+PUBLISHED = {
+    "resnet18": (11_173_962, 11_220_132, 0.555, 128, 256, "6dbf5e02"),
+    "densenet121": (6_956_298, 7_048_548, 0.888, 512, 1024, "eba50abd"),
+    "googlenet": (6_310_314, 6_402_564, 0.532, 480, 832, "72c554b1"),
+    "googlenet-kuangliu": (6_166_250, 6_258_500, 1.522, 832, 1024, "d12be60b"),
+    "pdarts": (3_433_798, 3_485_728, 0.532, 288, 576, "07721913"),
+    "advrush": (4_158_046, 4_209_976, 0.645, 288, 576, "cf636f60"),
+    "robnet-free": (5_439_790, 5_491_720, 0.780, 288, 576, "60023cd8"),
+    "robnet-large-v1": (6_842_710, 6_894_640, 1.030, 288, 576, "408a862e"),
+    "robnet-large-v2": (33_326_666, 33_418_916, 5.095, 512, 1024, "cf7ecda1"),
+}
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_published_sizes(name):
+    ten_classes, hundred_classes, giga, larger, at_least, names = PUBLISHED[name]
+    images = torch.zeros(2, 3, 32, 32)
+    grids = ((larger, 16, 16), (at_least, 8, 8))
+    for heatmap_layer, classes, grid in zip(HEATMAP_LAYERS, (10, 100), grids, strict=True):
+        expert = build_expert(name, classes, heatmap_layer=heatmap_layer)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            activations, logits = expert.forward_with_features(images)
+        assert activations.shape == (2, *grid) and logits.shape == (2, classes)
+        assert parameters(expert) == {10: ten_classes, 100: hundred_classes}[classes]
+    per_image = counter.get_total_flops() / 2 / len(images)  # two operations make one of these
+    assert per_image == pytest.approx(giga * 1e9, rel=0.01)
+    keys = " ".join(expert.state_dict())
+    assert hashlib.sha256(keys.encode()).hexdigest().startswith(names)
+
+
+def test_densenet_equals_that_of_torchvision_with_a_cifar_stem(images):
+    peer = torchvision.models.densenet121(num_classes=10)
+    peer.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    peer.features.norm0 = peer.features.relu0 = peer.features.pool0 = nn.Identity()
+    expert = build_expert("densenet121", 10, **NO_NORMALISATION)
+    # Both register their layers in the order of execution, so weights pair up without names.
+    weights = peer.state_dict().values()
+    own_keys = [key for key in expert.state_dict() if not key.startswith("normalise")]
+    expert.load_state_dict(dict(zip(own_keys, weights, strict=True)), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(expert(images), peer(images), rtol=1e-4, atol=1e-4)
+
+
+def pseudo_random(count: int, frequency: float) -> Tensor:
+    """Portable numbers in [0, 1): the fraction of 43758.5453 sin(frequency k), k = 1 .. count."""
+    steps = torch.arange(1, count + 1, dtype=torch.float64)
+    return (43758.5453 * torch.sin(frequency * steps)) % 1
+
+
+# Logits in train mode: all ten of image 0, four of image 1, mean and deviation of all 8
+FINGERPRINTS = {
+    "resnet18": (
+        (3.11056, -2.05963, 0.89906, -0.17855, 0.39533, 0.14869, 0.24957, -1.90746, 2.89047)
+        + (-1.98865, 3.03818, -0.60329, 0.49000, -0.06840),
+        (0.256686, 1.668710),
+    ),
+    "googlenet-kuangliu": (
+        (0.52866, 0.21276, 0.00649, -0.37523, 0.41609, 1.82898, -0.35177, 0.02973, -1.98200)
+        + (1.48821, 0.42522, 0.02664, 0.04285, -0.33906),
+        (0.240427, 0.998693),
+    ),
+    "pdarts": (
+        (0.73629, 0.13315, -0.38334, -0.16843, -0.25372, 0.23732, 0.17500, 0.71400, -0.10032)
+        + (1.24557, 0.24216, -0.14384, -0.07383, 0.11801),
+        (0.183832, 0.450891),
+    ),
+    "robnet-free": (
+        (-0.86243, -0.28088, -0.41010, -0.66622, -0.31167, -1.24598, 1.29337, 0.24709, 0.34142)
+        + (2.76166, -0.95563, -0.00514, -0.46147, -0.66280),
+        (0.100000, 1.846841),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_logits_of_the_original_code(name):
+    """Logits that the published code gives for the same weights: counts miss wrong wiring."""
+    expert = build_expert(name, 10, **NO_NORMALISATION).double().train()
+    with torch.no_grad():
+        for parameter_name, parameter in expert.named_parameters():
+            if parameter.ndim >= 2:
+                fan_in = parameter.numel() / parameter.shape[0]
+                values = (2 * pseudo_random(parameter.numel(), 12.9898) - 1) * (6 / fan_in) ** 0.5
+                parameter.copy_(values.view_as(parameter))
+            else:
+                parameter.fill_(0.1 if parameter_name.endswith("bias") else 1.0)
+        logits = expert(pseudo_random(8 * 3 * 32 * 32, 78.233).view(8, 3, 32, 32))
+    expected, mean_and_deviation = FINGERPRINTS[name]
+    assert logits.flatten()[:14].tolist() == pytest.approx(expected, rel=0, abs=1e-4)
+    found = (logits.mean().item(), logits.std().item())
+    assert found == pytest.approx(mean_and_deviation, abs=1e-4)
+
+
+def test_light_googlenet_shares_its_inception_blocks_with_the_heavy_one():
+    """Its wiring beyond the stem is thereby covered by the values of the original code."""
+    light, heavy = build_expert("googlenet", 10), build_expert("googlenet-kuangliu", 10)
+    inceptions = [name for name, _ in heavy.stages.named_children() if "inception" in name]
+    assert len(inceptions) == 9
+    for name in inceptions:
+        assert str(light.stages.get_submodule(name)) == str(heavy.stages.get_submodule(name))
+
+
+def network_of(**changes: nn.Module) -> nn.Module:
+    """Convolution, nonlinearity, pooling and a linear layer; some of them exchanged."""
+    layers = {"stem": nn.Conv2d(3, 4, 3, padding=1), "bend": nn.Tanh()}
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "linear": nn.Linear(4, 10)}
+    network = nn.Sequential()
+    for name, layer in (layers | changes).items():
+        network.add_module(name, layer)
+    return network
+
+
+def test_as_expert_shows_what_a_hook_sees_in_the_network(images):
+    torch.manual_seed(0)
+    network = small_torchvision_resnet().eval()
+    stream = torch.get_rng_state()
+    expert = as_expert(network, "layer2", 10)
+    assert torch.equal(torch.get_rng_state(), stream)
+    seen = []
+    network.layer2.register_forward_hook(lambda *passed: seen.append(passed[-1]))
+    expected = network(expert.normalise(images))
+    activations, logits = expert.forward_with_features(images)
+    assert torch.equal(logits, expected) and torch.equal(activations, seen[0])
+    found, gradient = (
+        torch.autograd.grad(scores[:, 1].sum(), layer)[0]
+        for scores, layer in ((logits, activations), (expected, seen[0]))
+    )
+    assert torch.equal(found, gradient)
+
+
+def test_as_expert_copies_the_network():
+    network = network_of(dropout=nn.Dropout())
+    before = copy.deepcopy(network.state_dict())
+    expert = as_expert(network, "bend", 10)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(network.state_dict(), before)
+    assert type(network.bend) is nn.Tanh and network.training
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer", "message"),
+    [
+        ({}, "layer9", "unknown layer 'layer9'; the network has stem, bend, pool, flat, linear"),
+        ({}, "linear", r"gives .*2, 10.*activations \(2, K, u, v\)"),
+        ({}, "pool", r"gives .*2, 4, 1, 1.*more than one pixel; choose an earlier layer"),
+        ({"linear": nn.Linear(4, 7)}, "stem", r"gives .*2, 7.*logits \(2, 10\); mend num_cl"),
+        ({"end": Call(lambda x: {"logits": x})}, "stem", "gives .*dict.*logits"),
+        (
+            {"flat": Call(lambda x: x.detach().flatten(1))},
+            "bend",
+            "logits not be differentiated.*layer's output; choose another",
+        ),
+        ({"bend": nn.ReLU(inplace=True)}, "stem", "overwrites .*in place; .*inplace=False"),
+        ({"bend": nn.Hardsigmoid()}, "stem", "differentiated twice.*hardsigmoid"),
+        (
+            {"pool": nn.MaxPool2d(64)},
+            "stem",
+            r"eval mode: images \(2, 3, 32, 32\) cannot be passed",
+        ),
+        ({"bend": nn.Dropout(inplace=True)}, "stem", "train mode: .*overwrites"),
+    ],
+)
+def test_D18_what_cannot_be_an_expert_is_refused_with_what_one_needs(changes, layer, message):
+    with pytest.raises(ValueError, match=message):
+        as_expert(network_of(**changes), layer, 10)
+
+
+def test_D18_a_network_that_is_no_expert_is_refused_by_the_mixture():
+    network = torchvision.models.resnet18(num_classes=10)
+    with pytest.raises(TypeError, match="ResNet is no expert.*forward_with_features.*as_expert"):
+        ImmunityMoE([network])
+    with pytest.raises(TypeError, match="network is a str"):
+        as_expert("resnet18", "layer2", 10)
+    assert len(ImmunityMoE([as_expert(network, "layer2", 10)]).experts) == 1

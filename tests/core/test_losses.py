@@ -1,0 +1,154 @@
+"""The losses of eqs (2), (9), (11) and (12), against plain loops and their identities."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from immunity_lib import losses, scores
+from immunity_lib.moe import ExpertOutputs
+from immunity_lib.train import Recipe
+
+
+def cross_entropy_by_loops(outputs, labels, alpha):
+    """Eq (2), mean over the batch."""
+    total = 0.0
+    for q, label in enumerate(labels):
+        probabilities = [np.exp(f) / np.exp(f).sum() for f in outputs.logits[q].numpy()]
+        mixture = sum(g * p[label] for g, p in zip(outputs.gate[q], probabilities, strict=True))
+        total -= math.log(mixture) + alpha * sum(math.log(p[label]) for p in probabilities)
+    return total / len(labels)
+
+
+def mutual_information_by_loops(maps):
+    """Eq (9), mean over the batch."""
+    total = 0.0
+    for q, i, a, b in np.ndindex(maps.shape):
+        if (h := maps[q, i, a, b]) > 0:
+            total -= h * math.log(h / maps[q, :, a, b].sum())
+    return total / len(maps)
+
+
+def position_stability_by_loops(maps, scale=1.0):
+    """Eq (11), its sum over the batch."""
+    images, experts, height, width = maps.shape
+    centres = np.zeros((images, experts, 2))
+    for q, i, a, b in np.ndindex(maps.shape):
+        centres[q, i] += scale * maps[q, i, a, b] * np.array([a, b])
+    total = 0.0
+    for i, j in np.ndindex(experts, experts):
+        distances = np.array([((centres[q, i] - centres[q, j]) ** 2).sum() for q in range(images)])
+        total += ((distances - distances.mean()) ** 2).sum()
+    return total
+
+
+LABELS = torch.tensor([0, 4, 2, 2])
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
+    log_gate = torch.randn(4, 3, generator=generator, dtype=torch.float64).log_softmax(1)
+    return ExpertOutputs(logits, log_gate, ())
+
+
+@pytest.fixture(scope="module")
+def maps():
+    maps = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return maps / maps.sum((2, 3), keepdim=True)
+
+
+@given(data=st.data())
+def test_heat_map_losses_are_what_plain_loops_give(heat_maps, data):
+    maps = data.draw(heat_maps)
+    for loss, expected in (
+        (losses.mutual_information_loss(maps), mutual_information_by_loops(maps.numpy())),
+        (losses.position_stability_loss(maps), position_stability_by_loops(maps.numpy(), 1 / 4)),
+        (losses.position_stability_loss(maps, "pixels"), position_stability_by_loops(maps.numpy())),
+    ):
+        assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-11)
+
+
+@given(data=st.data())
+def test_mutual_information_loss_is_n_log_n_less_n_times_the_information(heat_maps, data):
+    """N log N where all maps are equal, 0 where they are disjoint."""
+    maps = data.draw(heat_maps)
+    experts, most = maps.shape[1], maps.shape[1] * math.log(maps.shape[1])
+    loss, information = losses.mutual_information_loss(maps), scores.mutual_information(maps)
+    assert loss.item() == pytest.approx(most - experts * information.item(), abs=1e-10)
+    assert -1e-10 <= loss.item() <= most + 1e-10
+    equal = maps[:, :1].expand_as(maps)
+    assert losses.mutual_information_loss(equal).item() == pytest.approx(most)
+    apart = torch.diag_embed(maps.flatten(2).movedim(1, -1)).movedim(-1, 1)  # a lane per expert
+    assert losses.mutual_information_loss(apart).item() == pytest.approx(0, abs=1e-12)
+
+
+@given(data=st.data())
+def test_position_stability_does_not_see_where_an_image_s_maps_lie(heat_maps, data):
+    """Shift all maps of an image by one offset, another for every image. Images that differ in
+    nothing else have distances that are the same on all of them, and cost nothing."""
+    maps = data.draw(heat_maps)
+    offset = st.tuples(st.integers(0, 4), st.integers(0, 4))
+    for images in (maps, maps[:1].expand_as(maps)):
+        room = functional.pad(images, (0, 4, 0, 4))
+        shifted = torch.stack([image.roll(data.draw(offset), (-2, -1)) for image in room])
+        loss = losses.position_stability_loss(shifted).item()
+        expected = 0 if images is not maps else losses.position_stability_loss(room).item()
+        assert loss == pytest.approx(expected, rel=1e-9, abs=1e-11)
+
+
+@given(
+    alpha=st.sampled_from([0.0, 0.3, 1.0]), beta=st.sampled_from([0.0, 0.5]),
+    gamma=st.sampled_from([0.0, 7.0]), coordinates=st.sampled_from(scores.COORDINATES),
+)  # fmt: skip
+def test_total_is_eq_12(outputs, maps, alpha, beta, gamma, coordinates):
+    """(1/B) { sum_q CE + (beta/N) sum_q MI + gamma/(N (N - 1)) PS }, for B = 4 and N = 3."""
+    weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "coordinates": coordinates}
+    loss = losses.immunity_loss(outputs, LABELS, maps, **weights)
+    scale = 1 / 5 if coordinates == "unit" else 1.0
+    cross_entropy = cross_entropy_by_loops(outputs, LABELS, alpha)
+    information = mutual_information_by_loops(maps.numpy())
+    stability = position_stability_by_loops(maps.numpy(), scale)
+    total = cross_entropy + beta / 3 * information + gamma / (3 * 2) * stability / 4
+    assert loss.total.item() == pytest.approx(total, rel=1e-12)
+    assert loss.cross_entropy.item() == pytest.approx(cross_entropy)
+    assert loss.mutual_information.item() == pytest.approx(information if beta else 0)
+    assert loss.position_stability.item() == pytest.approx(stability if gamma else 0)
+
+
+def test_eq_11_can_take_its_positions_from_other_maps(outputs, maps):
+    positions = maps.flip(0, 2)
+    loss = losses.immunity_loss(outputs, LABELS, maps, positions, alpha=1, beta=1, gamma=1)
+    assert loss.mutual_information == losses.mutual_information_loss(maps)
+    assert loss.position_stability == losses.position_stability_loss(positions)
+
+
+def test_A2_there_is_one_default_of_the_coordinates_and_of_gamma(outputs, maps, make_settings):
+    """Squared distances in pixels are 31^2 times larger, and eq (11) squares them again."""
+    for function in (
+        scores.centre_of_mass, scores.squared_distances, losses.position_stability_loss,
+        losses.immunity_loss,
+    ):  # fmt: skip
+        assert inspect.signature(function).parameters["coordinates"].default == "unit"
+    for recipe in (Recipe(), make_settings().recipe):
+        assert (recipe.coordinates, recipe.gamma) == ("unit", 100.0)
+    as_called, in_pixels = (
+        losses.immunity_loss(outputs, LABELS, maps, alpha=1, beta=1, gamma=100, **options)
+        for options in ({}, {"coordinates": "pixels"})
+    )
+    expected = pytest.approx(5**4 * as_called.position_stability.item())  # these maps are 6x6
+    assert in_pixels.position_stability.item() == expected
+
+
+def test_only_heat_map_terms_need_maps(outputs):
+    loss = losses.immunity_loss(outputs, LABELS, None, alpha=1, beta=0, gamma=0)
+    assert loss.total == loss.cross_entropy
+    for beta, gamma in ((0.5, 0.0), (0.0, 2.0)):
+        with pytest.raises(ValueError, match=f"beta = {beta} and gamma = {gamma} need"):
+            losses.immunity_loss(outputs, LABELS, None, alpha=1, beta=beta, gamma=gamma)

@@ -1,0 +1,152 @@
+"""The mixture of eq (1), its gates, and what follows from switching them."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.models import resnet18
+
+from immunity_lib import ImmunityMoE
+from immunity_lib.moe import (
+    GATES,
+    ExpertOutputs,
+    GateVerdicts,
+    permutations,
+    switched_probabilities,
+    verdicts,
+)
+
+
+def draw_outputs(seed, experts=3, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(4, experts, 5, generator=generator, dtype=torch.float64)
+    gate = torch.randn(4, experts, generator=generator, dtype=torch.float64)
+    return ExpertOutputs(logits, gate.log_softmax(1), ())
+
+
+def by_permutation(outputs):
+    """The mixture under every permutation of the gate, by its tuple."""
+    experts = range(outputs.gate.shape[1])
+    return {order: outputs.mixture(order) for order in itertools.permutations(experts)}
+
+
+@given(seed=st.integers(0, 1000), experts=st.integers(1, 4))
+def test_under_a_permutation_of_eq_1_expert_i_gets_the_weight_of_its_image(seed, experts):
+    outputs = draw_outputs(seed, experts)
+    together, labels = switched_probabilities(outputs), torch.tensor([0, 1, 2, 3])
+    found = verdicts(outputs, labels)
+    for state, (order, mixture) in enumerate(by_permutation(outputs).items()):
+        weights = torch.stack([outputs.gate[:, j] for j in order], dim=1)
+        expected = (weights[..., None] * outputs.logits.softmax(-1)).sum(1)
+        torch.testing.assert_close(mixture.exp(), expected)
+        torch.testing.assert_close(together[:, state], expected)
+        assert torch.equal(found.switched[:, state], expected.argmax(1) == labels)
+        if state == 0:  # the identity, which is the trained gate
+            torch.testing.assert_close(outputs.mixture("trained").exp(), expected)
+            assert torch.equal(found.trained, found.switched[:, 0])
+    assert torch.equal(found.uniform, outputs.logits.softmax(-1).sum(1).argmax(1) == labels)
+
+
+@given(seed=st.integers(0, 1000), experts=st.integers(1, 5))
+def test_expectation_over_all_permutations_is_the_plain_ensemble(seed, experts):
+    outputs = draw_outputs(seed, experts)
+    ensemble = outputs.logits.softmax(-1).mean(1)
+    torch.testing.assert_close(switched_probabilities(outputs).mean(1), ensemble)
+    torch.testing.assert_close(outputs.mixture("uniform").exp(), ensemble)
+
+
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 3.0, 1e3]))
+def test_log_probabilities_are_logits_of_themselves(seed, scale):
+    """softmax(log y_hat) = y_hat, which sums to 1, also where experts are all but certain."""
+    log_mixture = draw_outputs(seed, scale=scale).mixture()
+    torch.testing.assert_close(log_mixture.softmax(-1), log_mixture.exp())
+    torch.testing.assert_close(log_mixture.exp().sum(-1), torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gate", ["switch", "switch-per-image"])
+def test_switching_draws_each_permutation_equally_often(gate):
+    """One for all images of a pass, or one for each."""
+    outputs = draw_outputs(0)
+    known, drawn, differ = by_permutation(outputs), Counter(), 0
+    for _ in range(600):
+        mixture = outputs.mixture(gate)
+        orders = [
+            next(order for order, one in known.items() if torch.equal(one[q], mixture[q]))
+            for q in range(4)
+        ]
+        drawn[orders[0]] += 1
+        differ += len(set(orders)) > 1
+    assert len(drawn) == 6
+    assert all(50 < count < 150 for count in drawn.values())  # five deviations from 100
+    assert differ == 0 if gate == "switch" else differ > 570  # all four agree once in 216 times
+
+
+@pytest.mark.parametrize("gate", [*GATES, (2, 0, 1)])
+def test_gate_is_independent_of_train_and_eval(model, images, gate):
+    def mixture():
+        torch.manual_seed(3)
+        return model(images, gate=gate)
+
+    expected = mixture()
+    model.training = True  # the mixture's own mode; batch norm stays in eval mode
+    torch.testing.assert_close(mixture(), expected)
+
+
+def test_permuting_the_rows_of_the_gate_s_linear_layer_permutes_its_weights(model, images):
+    """Section 4.1 switches parameters; permuting outputs is the same."""
+    order = [2, 0, 1]
+    before = model.expert_outputs(images)
+    torch.testing.assert_close(before.gate.sum(1), torch.ones(len(images)))
+    assert (before.gate.diff(dim=1).abs() > 0.01).all()
+    with torch.no_grad():
+        model.gate.linear.weight.copy_(model.gate.linear.weight[order])
+        model.gate.linear.bias.copy_(model.gate.linear.bias[order])
+    after = model.expert_outputs(images)
+    torch.testing.assert_close(after.gate, before.gate[:, order])
+    torch.testing.assert_close(after.mixture("trained"), before.mixture(order))
+
+
+def test_bare_call_uses_the_evaluation_gate_which_is_restored(model, images):
+    assert model.evaluation_gate == "switch"
+    with pytest.raises(KeyboardInterrupt), model.evaluated_with((1, 2, 0)):
+        torch.testing.assert_close(model(images), model(images, gate=(1, 2, 0)))
+        raise KeyboardInterrupt
+    assert model.evaluation_gate == "switch"
+
+
+@pytest.mark.parametrize("gate", ["random", "Switch", "", (0, 1), (0, 1, 1), (1, 2, 3), 3])
+def test_unknown_gates_name_the_valid_ones(model, images, gate):
+    with pytest.raises(ValueError, match="trained, uniform, switch, switch-per-image or a perm"):
+        model(images, gate=gate)
+
+
+@pytest.mark.parametrize("network", [resnet18, lambda: nn.Linear(3, 2)])
+def test_D18_a_network_that_is_no_expert_is_refused_with_what_one_needs(model, network):
+    needs = "lacks forward_with_features, num_classes, normalise.*as_expert makes one of any"
+    with pytest.raises(TypeError, match=needs):
+        ImmunityMoE([model.experts[0], network()])
+    with pytest.raises(ValueError, match="at least one expert"):
+        ImmunityMoE([])
+
+
+def test_gates_of_many_experts_are_drawn_always_the_same_ones_and_it_is_said():
+    drawn = []
+    for _ in range(2):
+        permutations.cache_clear()
+        with pytest.warns(UserWarning, match="7 experts have 5,040 gates.* from 720 drawn"):
+            drawn.append(permutations(7))
+    assert torch.equal(*drawn) and drawn[0].shape == (720, 7)
+    assert (drawn[0].sort(1).values == torch.arange(7)).all()
+
+
+def test_failure_is_the_share_of_gates_that_are_wrong_and_batches_join():
+    right = torch.tensor([[True, True], [True, False], [False, False]])
+    found = GateVerdicts(right[:, 0], right[:, 1], right)
+    assert found.failure.tolist() == [0, 0.5, 1]
+    joined = GateVerdicts.join([found, found])
+    assert joined.failure.tolist() == [0, 0.5, 1] * 2
+    assert joined.uniform.tolist() == [True, False, False] * 2

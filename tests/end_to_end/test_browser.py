@@ -1,0 +1,374 @@
+"""Notebooks, the explorer, its page and the site, as a reader meets them: in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from io import BytesIO
+
+import psutil
+import pytest
+from PIL import Image
+
+from study.explorer.exploration import PRESET_BUDGET, Exploration
+from study.explorer.page import explorer_page
+from study.settings import ROOT, load_preset
+from study.site import build_site
+from study.store import load_data, provenance, write_json
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="needs a browser on the PATH: install chromium (Debian: apt-get install chromium)",
+    ),
+]
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+TOKEN = "for-this-test-alone"
+PATIENCE = 600  # seconds: the machine may have much else to do
+FRAME = 'iframe[title="heat maps under attack"]'
+
+
+@contextmanager
+def server(command, port, state):
+    """A server of notebooks, with nothing of the user's own configuration; yields its process."""
+    environment = os.environ | {
+        "JUPYTERLAB_SETTINGS_DIR": str(state / "lab-settings"),
+        "JUPYTER_CONFIG_DIR": str(state / "config"),
+        "JUPYTER_DATA_DIR": str(state / "data"),
+        "JUPYTER_RUNTIME_DIR": str(state / "runtime"),
+    }
+    with open(state / "server.log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=state)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while time.monotonic() < deadline:
+                try:  # no page is asked for: that would cost Voila one of its kernels
+                    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def jupyterlab(folder, state, theme="JupyterLab Light"):
+    """JupyterLab on a folder; yields its address."""
+    settings = state / "lab-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
+    port = free_port()
+    command = [sys.executable, "-m", "jupyterlab", str(folder), "--no-browser", "--allow-root"]
+    command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={TOKEN}"]
+    with server(command, port, state):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def browser_page(width=1300, **options):
+    """A page of a fresh browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": width, "height": 1000}, **options)
+        page.set_default_timeout(1000 * PATIENCE)
+        yield page
+        browser.close()
+
+
+def run_all(page, address, notebook):
+    """Open a notebook and have all of its cells run. It lies in the folder that is served."""
+    page.goto(f"{address}/lab/tree/{notebook.name}?token={TOKEN}")
+    page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
+    # The notebook's own indicator says idle before the kernel is connected
+    page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
+    page.click("text=Run")
+    page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
+
+
+def wait_for_the_end(page, notebook):
+    """Save the notebook until every cell has been run, or one has failed."""
+    # The kernel is idle between two cells as well, so the saved notebook is asked
+    deadline = time.monotonic() + 2 * PATIENCE
+    while not came_to_its_end(notebook) and time.monotonic() < deadline:
+        page.wait_for_timeout(2000)
+        page.keyboard.press("Control+s")
+    page.wait_for_selector("text=Python 3 (ipykernel) | Idle")
+    page.keyboard.press("Control+s")  # with what the last cell put out
+    page.wait_for_timeout(2000)
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if "outputs" in cell]
+
+
+def came_to_its_end(notebook):
+    """Whether every cell has been run, or one of them has failed."""
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    return all(c["execution_count"] for c in cells) or any(errors(c) for c in cells)
+
+
+def errors(cell):
+    return [output for output in cell["outputs"] if output["output_type"] == "error"]
+
+
+def written(folder, name, **parameters):
+    """A notebook of the project in a folder, with some of its parameters changed."""
+    folder.mkdir(exist_ok=True)
+    content = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    cell = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
+    cell["source"] = "".join(cell["source"]) + "".join(
+        f"\n{parameter} = {value!r}" for parameter, value in parameters.items()
+    )
+    notebook = folder / f"{name}.ipynb"
+    notebook.write_text(json.dumps(content))
+    return notebook
+
+
+@pytest.fixture
+def state(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["00_start_here", "02_training"])
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, state):
+    """With its defaults, but for the preset, which is the smallest, and where the results go."""
+    folder = tmp_path / "notebooks"
+    notebook = written(folder, name, preset="smoke", output_folder=str(tmp_path))
+    with jupyterlab(folder, state) as address, browser_page() as page:
+        run_all(page, address, notebook)
+        cells = wait_for_the_end(page, notebook)
+    for cell in cells:
+        assert not errors(cell)
+        assert cell["execution_count"], "a cell was not run"
+    pictures = [out for cell in cells for out in cell["outputs"]
+                if "image/png" in out.get("data", {})]  # fmt: skip
+    assert pictures, "no figure is shown"
+
+
+def shown(page, view=FRAME):
+    """What a page of the explorer says, and its pictures."""
+    from playwright.sync_api import Error
+
+    frame = page.frame_locator(view) if view else page
+    while True:
+        frame.locator("text=under this gate").first.wait_for()
+        try:
+            pictures = frame.locator("canvas").evaluate_all(
+                "all => all.map(one => one.toDataURL())"
+            )
+            return frame.locator("#view").inner_text(), pictures
+        except Error as error:
+            if "detached" not in str(error):
+                raise
+            page.wait_for_timeout(200)  # a new page takes its place
+
+
+def changed_by(page, act, *what, view=FRAME):
+    """Do something and wait until its words, its pictures, or both, are others."""
+    before = shown(page, view)
+    act()
+    deadline = time.monotonic() + PATIENCE
+    after = before
+    while any(after[part] == before[part] for part in what):
+        assert time.monotonic() < deadline, "nothing has changed"
+        page.wait_for_timeout(200)
+        after = shown(page, view)
+    return before, after
+
+
+WORDS, PICTURES = 0, 1
+
+
+def move(frame, control, key):
+    """Press a key on one of the page's own controls."""
+    frame.locator(f"#{control}").press(key)
+
+
+def choose(page, name, option):
+    """In the drop-down of that name."""
+    chooser = page.locator(".widget-dropdown", has=page.locator(f"label:text-is('{name}')"))
+    chooser.locator("select").select_option(option)
+
+
+def give(page, name, content):
+    """Upload a file."""
+    with page.expect_file_chooser() as chooser:
+        page.click("text=own image")
+    chooser.value.set_files({"name": name, "mimeType": "", "buffer": content})
+
+
+def picture_of(size):
+    """A PNG of so many bytes; what is behind its end is passed over."""
+    content = BytesIO()
+    Image.effect_noise((300, 200), 60).save(content, "PNG")
+    return content.getvalue() + bytes(size - len(content.getvalue()))
+
+
+def use_the_explorer(page):
+    """Everything that moves, and what it has to move."""
+    frame = page.frame_locator(FRAME)
+    frame.locator("text=under this gate").first.wait_for()
+    page.wait_for_selector("text=/^ready/")
+    page.locator(".explorer-gallery").scroll_into_view_if_needed()
+    changed_by(page, lambda: page.click(".explorer-image-25"), WORDS, PICTURES)
+    changed_by(page, lambda: move(frame, "step", "End"), WORDS, PICTURES)
+    changed_by(page, lambda: move(frame, "state", "End"), WORDS)
+    changed_by(page, lambda: move(frame, "expert", "ArrowRight"), WORDS)
+    changed_by(page, lambda: frame.locator("#overlay").check(), PICTURES)
+    changed_by(page, lambda: frame.locator("#parts").check(), PICTURES)
+    slider = page.locator(".widget-hslider .noUi-handle")
+    changed_by(page, lambda: slider.press("ArrowRight"), WORDS, PICTURES)
+    for control, value in (("step", "20"), ("state", "120"), ("expert", "2")):
+        assert frame.locator(f"#{control}").input_value() == value, "the new page stands there too"
+    changed_by(page, lambda: choose(page, "CAM method", "Layer-CAM"), PICTURES)
+    changed_by(page, lambda: choose(page, "compared with", "none"), WORDS)
+    frame.locator("#play").click()
+    frame.locator("text=moved by 4.0/255").wait_for()
+    give(page, "letter.txt", b"no image")
+    page.wait_for_selector("text=letter.txt cannot be read as an image")
+    # B7: the largest file that is promised to fit through the connection
+    give(page, "largest.png", picture_of(10_000_000))
+    frame.locator("h2", has_text="largest.png: 300x200 pixels, L, made").wait_for()
+    page.click("text=take the session home")
+    page.wait_for_selector("text=/saved .*session.html/")
+
+
+def take_picture(page, path):
+    """Of the whole explorer, at the width that the page has; with a record beside it."""
+    width = page.viewport_size["width"]
+    page.keyboard.press("Control+b")  # fold the side bar
+    page.set_viewport_size({"width": width, "height": 2400})
+    changed_by(page, lambda: page.click(".explorer-image-8"), WORDS, PICTURES)
+    choose(page, "CAM method", "Grad-CAM, eq (3)")
+    changed_by(page, lambda: choose(page, "compared with", "MoE, standard training"), WORDS)
+    frame = page.frame_locator(FRAME)
+    frame.locator("#overlay").uncheck()
+    page.locator(".widget-hslider .noUi-handle").press("ArrowLeft")
+    page.wait_for_timeout(5000)
+    page.locator(".widget-vbox", has=page.locator(".explorer-gallery")).first.screenshot(path=path)
+    taken = {"kind": "screenshot", "notebook": "05_heatmaps", "width": width}
+    write_json(path.with_suffix(".json"), taken | {"provenance": provenance()})
+
+
+@pytest.mark.parametrize(("theme", "width"), [("Light", 1300), ("Dark", 800)])
+def test_the_explorer_moves_in_jupyterlab(theme, width, tmp_path, state, pytestconfig):
+    """From opening the notebook to moved maps, nothing trained: the weights come with it."""
+    pictures = pytestconfig.getoption("screenshots") or tmp_path
+    folder = tmp_path / "notebooks"
+    notebook = written(folder, "05_heatmaps", output_folder=str(tmp_path))
+    lab = jupyterlab(folder, state, f"JupyterLab {theme}")
+    with lab as address, browser_page(width) as page:
+        started = time.monotonic()
+        run_all(page, address, notebook)
+        page.wait_for_selector(".jp-OutputArea img")
+        print(f"first picture after {time.monotonic() - started:.1f} s")
+        page.wait_for_selector(FRAME, state="attached")
+        print(f"explorer after {time.monotonic() - started:.1f} s")
+        use_the_explorer(page)
+        colour = "element => getComputedStyle(element).color"
+        assert page.frame_locator(FRAME).locator("body").evaluate(colour) == page.locator(
+            FRAME
+        ).evaluate(colour), "words are in the theme's colour"
+        take_picture(page, pictures / f"explorer-{theme.lower()}.png")
+        print(f"explorer used after {time.monotonic() - started:.1f} s")
+        assert not [cell for cell in wait_for_the_end(page, notebook) if errors(cell)]
+
+
+def kernels(process):
+    """Those that a server has started and not ended."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "ipykernel" in " ".join(child.cmdline())]
+
+
+def test_B8_the_explorer_moves_on_voila_s_page_and_its_kernels_end(tmp_path, state):
+    """As `make explorer` serves it, but that kernels end sooner after their page is closed."""
+    notebook = written(tmp_path / "notebooks", "05_heatmaps", output_folder=str(tmp_path))
+    port = free_port()
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    recipe = re.search(r"voila notebooks/05_heatmaps.ipynb (.*)", makefile)
+    idle = r"--MappingKernelManager.cull_(idle_timeout|interval)=\d+"
+    assert len(re.findall(idle, recipe[1])) == 2
+    options = re.sub(idle, r"--MappingKernelManager.cull_\1=5", recipe[1]).split()
+    command = [sys.executable, "-m", "voila", str(notebook), *options, "--no-browser"]
+    with server([*command, f"--port={port}"], port, state) as process:
+        with browser_page() as page:
+            page.goto(f"http://127.0.0.1:{port}")
+            use_the_explorer(page)
+            page.wait_for_timeout(15_000)
+            assert len(kernels(process)) == 1, "that of an open page stays"
+        deadline = time.monotonic() + PATIENCE
+        while kernels(process) and time.monotonic() < deadline:
+            time.sleep(1)
+        assert not kernels(process)
+
+
+def test_the_page_says_what_was_computed(tmp_path):
+    """Its script and Python agree on every answer, in several states of the gate."""
+    settings = load_preset("demo")
+    exploration = Exploration(settings, load_data(settings))
+    names, subject = exploration.models[:2], exploration.gallery[8]
+    path = tmp_path / "page.html"
+    path.write_text(explorer_page(exploration, names, [subject], "uniform", PRESET_BUDGET))
+    with browser_page() as page:
+        page.goto(path.as_uri())
+        for step, state in ((0, 0), (7, 30), (20, 119)):
+            for control, value in (("step", step), ("state", state + 1)):
+                page.locator(f"#{control}").fill(str(value))
+            page.wait_for_timeout(1000)
+            words, _ = shown(page, None)
+            for name in names:
+                answers = exploration.answers(name, subject, "uniform")
+                mixtures = answers.mixtures[PRESET_BUDGET, step]
+                answer = int(mixtures[state].argmax())
+                sign = "\u2713" if answer == subject.label else "\u2717"
+                title = exploration.dataset.class_names[answer]
+                share = float(mixtures[state, answer])
+                assert re.search(rf": {title} (\d+)% {sign} under this gate", words)
+                said = re.findall(rf": {title} (\d+)% {sign} under this gate", words)
+                assert min(abs(int(one) - 100 * share) for one in said) < 0.6
+                right = int((mixtures.argmax(-1) == subject.label).sum())
+                assert f"{right} of 120 gates answer" in words
+
+
+def test_the_site_works_from_a_file_without_a_network(tmp_path):
+    """With what the demo made, and a notebook full of equations."""
+    settings = load_preset("demo", output_folder=str(tmp_path))
+    shutil.copytree(ROOT / "figures" / "demo", settings.figures)
+    (settings.runs / "notebooks").mkdir(parents=True)
+    shutil.copy(ROOT / "notebooks" / "00_start_here.ipynb", settings.runs / "notebooks")
+    problems = []
+    with browser_page(width=800) as page:
+        page.context.set_offline(True)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(request.url))
+        page.goto(build_site(settings).as_uri())
+        page.click("text=00_start_here")
+        equation = page.locator(".equation math").first
+        assert equation.bounding_box()["height"] > 10, "an equation is drawn"
+        page.click("text=All notebooks and figures")
+        page.click("text=Step through")
+        changed_by(page, lambda: move(page, "step", "End"), WORDS, PICTURES, view=None)
+        before, after = changed_by(page, lambda: move(page, "state", "End"), WORDS, view=None)
+        assert before[PICTURES] == after[PICTURES], "maps are of experts, whatever their weights"
+        changed_by(page, lambda: move(page, "subject", "ArrowDown"), WORDS, PICTURES, view=None)
+    assert not problems

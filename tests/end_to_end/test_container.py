@@ -1,0 +1,232 @@
+"""The Dockerfile and its entry script: what can be said without building them, and (test-node) the
+image as a user of a GPU node meets it, less the GPU: run without a network and with all but the
+mounted folder read-only."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from study.settings import ROOT, load_preset
+from study.store import read_json
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+ENTRY = ROOT / "container" / "entry.sh"
+WORDS = {"reproduce", "lab", "papermill", "plan", "status", "site", "test"}
+
+
+def entry(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The script as a container would run it, with nothing of this machine's environment."""
+    return subprocess.run(
+        ["sh", str(ENTRY), *arguments], env={"PATH": "/usr/bin:/bin"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+
+
+def test_hadolint_finds_nothing():
+    hadolint = Path(sys.executable).with_name("hadolint")
+    found = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+def test_the_base_can_be_replaced_and_is_pinned():
+    (base,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert re.findall(r"^FROM (.*)$", DOCKERFILE, re.MULTILINE) == ["${BASE_IMAGE}"]
+    assert re.fullmatch(r"debian:\d+\.\d+-slim", base)
+
+
+def test_the_user_is_a_number_and_not_root():
+    *_, user = re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+
+
+def test_nothing_in_it_is_secret_or_bound_to_one_builder():
+    assert not re.search(r"secret|password|token|://|<<|--link|--mount|--network", DOCKERFILE, re.I)
+
+
+def test_history_data_and_results_stay_out():
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "data", "runs"} <= set(left_out)
+
+
+def test_the_entry_starts_modules_that_exist():
+    assert ENTRY.read_text().startswith("#!/bin/sh\n") and ENTRY.stat().st_mode & 0o111 == 0o111
+    modules = re.findall(r"python -m (study[.\w]+)", ENTRY.read_text())
+    assert len(modules) == 4
+    for module in modules:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
+
+
+def test_help_lists_every_word():
+    outcome = entry("--help")
+    assert outcome.returncode == 0
+    assert set(re.findall(r"^  ([a-z]+) ", outcome.stdout, re.MULTILINE)) == WORDS
+
+
+def test_an_unknown_word_is_named_beside_the_known_ones():
+    outcome = entry("reproduze", "--preset", "smoke")
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("error: unknown word 'reproduze'")
+    assert entry("--help").stdout in outcome.stderr
+
+
+@pytest.mark.skipif(Path("/results").exists(), reason="this machine has a folder /results")
+@pytest.mark.parametrize("word", sorted(WORDS - {"plan", "test"}))
+def test_without_a_mounted_folder_it_says_how_to_mount_one(word):
+    outcome = entry(word)
+    assert outcome.returncode == 2
+    assert '-v "$PWD/results:/results"' in outcome.stderr
+    assert re.search(r"user \d+ may write to", outcome.stderr)
+
+
+# --- the image
+
+TOOLS = ("buildah", "podman", "runc", "mmdebstrap")
+# Asks the server a page, from within its container, and prints the status
+ASK = """
+import sys, urllib.error, urllib.request
+try:
+    print(urllib.request.urlopen("http://127.0.0.1:8888" + sys.argv[1]).status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+
+
+class Image:
+    """The built image, and one folder that all of its containers mount."""
+
+    def __init__(self, storage: Path, results: Path):
+        self.results = results
+        self.environment = os.environ | {
+            "CONTAINERS_STORAGE_CONF": str(storage / "storage.conf"),
+            "CONTAINERS_CONF": str(storage / "containers.conf"),
+        }
+
+    def podman(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["podman", *arguments], env=self.environment, capture_output=True, text=True
+        )
+
+    def run(self, *arguments: str, options=()) -> subprocess.CompletedProcess[str]:
+        done = self.podman(
+            "run", "--network=none", "--read-only", f"--volume={self.results}:/results",
+            *(options or ["--rm"]), "localhost/immunity", *arguments,
+        )  # fmt: skip
+        print(done.stdout[-3000:], done.stderr[-3000:], sep="\n")
+        return done
+
+    def start(self, name: str, *arguments: str) -> None:
+        """Run in the background, until `podman rm`."""
+        assert self.run(*arguments, options=["--detach", f"--name={name}"]).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory, request):
+    missing = [tool for tool in TOOLS if not shutil.which(tool)]
+    if missing or os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        pytest.skip(f"needs Linux, root and {', '.join(TOOLS)}; missing: {missing}")
+    kept = request.config.getoption("--image-storage")
+    storage = kept or tmp_path_factory.mktemp("storage")
+    results = tmp_path_factory.mktemp("results")
+    os.chown(results, 1000, 1000)  # the image's user
+    image = Image(Path(storage), results)
+    try:
+        subprocess.run([ROOT / "tests" / "container" / "build.sh", storage], check=True)
+        yield image
+    finally:
+        image.podman("rm", "--all", "--force")
+        if not kept:
+            image.podman("rmi", "--all", "--force")
+            shutil.rmtree(storage)
+
+
+def until(happened, seconds: float) -> bool:
+    """Whether it happened within that time."""
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.5)
+    return bool(happened())
+
+
+@pytest.fixture(scope="module")
+def stopped(image):
+    """A run that is asked to stop once a model is trained: its status, and how long that took."""
+    image.start("stopped", "reproduce", "--preset", "smoke")
+    assert until(lambda: [*image.results.glob("runs/smoke/models/*/record.json")], 600)
+    began = time.monotonic()
+    image.podman("stop", "--time=60", "stopped")
+    seconds = time.monotonic() - began
+    status = image.podman("inspect", "--format={{.State.ExitCode}}", "stopped").stdout
+    return int(status), seconds
+
+
+@pytest.fixture(scope="module")
+def finished(image, stopped):
+    """The same command, run to its end, and the times at which models were made before it."""
+    records = image.results.glob("runs/smoke/models/*/record.json")
+    before = {record: record.stat().st_mtime_ns for record in records}
+    return image.run("reproduce", "--preset", "smoke"), before
+
+
+@pytest.mark.node
+def test_asked_to_stop_it_ends_by_itself_and_soon(stopped):
+    status, seconds = stopped
+    assert status == 143, "neither killed (137) nor done (0)"
+    assert seconds < 30
+
+
+@pytest.mark.node
+def test_the_same_command_goes_on_to_every_table_and_figure(image, finished):
+    done, before = finished
+    assert done.returncode == 0
+    settings = load_preset("smoke", output_folder=str(image.results))
+    for table in ("table1", "table2", "table3", "claims"):
+        assert (settings.figures / f"{table}.csv").stat().st_size > 0
+        assert read_json(settings.figures / f"{table}.json")["caption"] in done.stdout
+    assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.node
+def test_papermill_runs_one_notebook(image, finished):
+    model = "parts10-immunity-googlenet-standard-seed0"
+    done = image.run(
+        "papermill", "notebooks/02_training.ipynb", "/results/out.ipynb", "-p", "preset", "smoke",
+        "-p", "model", model, "-p", "interactive", "False",
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert model in (image.results / "out.ipynb").read_text()
+
+
+@pytest.mark.node
+def test_the_fast_tests_pass(image):
+    done = image.run("test")
+    assert done.returncode == 0
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+@pytest.mark.node
+def test_lab_wants_its_token_and_serves_copies_that_run(image, finished):
+    image.start("lab", "lab")
+    try:
+        printed = r"http://127\.0\.0\.1:8888/lab/tree/notebooks/05_heatmaps\.ipynb\?token=(\w{48})"
+        log = lambda: image.podman("logs", "lab")  # noqa: E731
+        assert until(lambda: re.search(printed, log().stdout + log().stderr), 120)
+        (token,) = set(re.findall(printed, log().stdout + log().stderr))
+
+        def status(page: str) -> str:
+            return image.podman("exec", "lab", "python", "-c", ASK, page).stdout.strip()
+
+        assert status("/api/contents") == "403"
+        assert status(f"/api/contents?token={token}") == "200"
+        assert status(f"/lab/tree/notebooks/05_heatmaps.ipynb?token={token}") == "200"
+    finally:
+        image.podman("stop", "--time=20", "lab")
+    copy = "notebooks/01_expert_selection.ipynb"
+    assert 'output_folder = \\"/results\\"' in (image.results / copy).read_text()
+    run = ["papermill", f"/results/{copy}", "/results/copy.ipynb", "-p", "preset", "smoke"]
+    assert image.run(*run, "-p", "interactive", "False").returncode == 0

@@ -1,0 +1,90 @@
+"""Synthetic measurements, of which tests know every verdict: no training, no attack."""
+
+import numpy as np
+import pandas as pd
+
+from study import catalogue
+from study.store import record_path, write_frame, write_json
+
+PROVENANCE = {"commit": "abc", "finished": "2024-01-01T00:00:00+00:00"}
+ADAPTIVE = [
+    ("fgsm", "paper", "switch"), ("pgd", "paper", "switch"), ("pgd-trained", "frozen", "trained"),
+    ("eotpgd-1", "sampled", "switch"), ("eotpgd-5", "sampled", "switch"),
+    ("exact-expected", "exact", "all gates"), ("autoattack-uniform", "judges", "uniform"),
+    ("noise", "black box", "all gates"), ("pgd-expert-1", "transfer", "expert 1 alone"),
+]  # fmt: skip
+SCORES = ("independence_score", "causality_score", "mutual_information", "empty_maps")
+
+
+class World:
+    """Verdicts by (model, kind, attack, sees), each an array (B, G) under all gates and two (B,)
+    under the plain ensemble and the trained gate; written as `measure` would have measured them.
+
+    share(name, attack): how many verdicts are right, 0 .. 1."""
+
+    def __init__(self, settings, share=lambda name, attack: 0.5, seed=0):
+        self.settings, self.share = settings, share
+        self.generator = np.random.default_rng(seed)
+        self.verdicts, self.scores, self.summaries = {}, {}, {}
+        attacked, adaptive = settings.attacked_images, settings.adaptive_count
+        for name in catalogue.attacked_models(settings):
+            gates = settings.attack_gates[: 1 if name.method == "standalone" else None]
+            rows = [self.rows(name, "attacks", settings.test_images)]
+            rows.append(self.rows(name, "attacks", 7, split="test-shifted"))
+            for gate in gates:
+                for attack in settings.attacks:
+                    rows.append(self.rows(name, "attacks", attacked, attack, "paper", gate))
+            self.write(name, "attacks", rows, {"seconds": {}})
+        of_tables = catalogue.table1_models(settings) + catalogue.table3_models(settings)
+        for name in dict.fromkeys(of_tables + catalogue.swept_models(settings)):
+            rows = self.rows(name, "scores", settings.test_images)
+            found = self.generator.random((len(rows), len(SCORES)))
+            self.scores[name] = pd.DataFrame(found, columns=SCORES)
+            alone = self.generator.random(settings.experts).tolist()
+            coverage = self.generator.random((settings.experts, 4)).tolist()
+            test = {"expert_accuracy": alone, "part_coverage": coverage, "background_heat": alone}
+            self.write(name, "scores", [rows.assign(**self.scores[name])], {"test": test})
+        for name in catalogue.adaptive_models(settings):
+            rows = [self.rows(name, "adaptive", adaptive)]
+            rows += [self.rows(name, "adaptive", adaptive, *attack) for attack in ADAPTIVE]
+            told = [{"attack": a, "family": f, "sees": s, "seconds": 2.0} for a, f, s in ADAPTIVE]
+            check = {"check": "a check", "passed": name.method == "moe", "evidence": "so much"}
+            self.write(name, "adaptive", rows, {
+                "agreement": {"unanimous": 0.75, "pairs": 0.8}, "attacks": told,
+                "by_budget": [[0.0, 0.9], [0.5, 0.1 * name.seed]],
+                "checks": [check | {"why": "why", "source": "who"}],
+            })  # fmt: skip
+
+    def rows(self, name, kind, images, attack="clean", family="clean", sees="", split="test"):
+        gates = 1 if name.method == "standalone" else np.prod(range(1, self.settings.experts + 1))
+        right = self.generator.random((images, gates + 2)) < self.share(name, attack)
+        right[0] = True  # an image that every gate gets right
+        right = right[:, :-2], right[:, -2], right[:, -1]
+        if split == "test":
+            self.verdicts[name, kind, attack, sees] = right
+        return pd.DataFrame({
+            "split": split, "image": np.arange(images), "label": 0, "attack": attack,
+            "family": family, "sees": sees,
+            "gates": [row.tobytes() for row in np.packbits(right[0], axis=1)],
+            "switched": right[0].mean(1), "uniform": right[1], "trained": right[2],
+            "experts": self.generator.random(images),
+        })  # fmt: skip
+
+    def write(self, name, kind, rows, summary):
+        path = record_path(self.settings, name, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_frame(path.with_suffix(".parquet"), pd.concat(rows, ignore_index=True))
+        write_json(path, {"model": str(name), "summary": summary, "provenance": PROVENANCE})
+        self.summaries[name, kind] = summary
+
+    def accuracy(self, name, attack="clean", sees="", kind="attacks", defence="switched"):
+        """In %, counted from the verdicts one by one."""
+        gates, uniform, trained = self.verdicts[name, kind, attack, sees]
+        by_gate = [sum(map(bool, column)) / len(gates) for column in gates.T]
+        shares = {
+            "switched": sum(by_gate) / len(by_gate), "best": max(by_gate), "worst": min(by_gate),
+            "every": sum(all(row) for row in gates) / len(gates),
+            "uniform": sum(map(bool, uniform)) / len(gates),
+            "trained": sum(map(bool, trained)) / len(gates),
+        }  # fmt: skip
+        return 100 * shares[defence]

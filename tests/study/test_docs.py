@@ -1,0 +1,120 @@
+"""README and docs say what is there: files, commands, modules, functions, fields, numbers."""
+
+import ast
+import pkgutil
+import re
+import runpy
+import sys
+from typing import get_args
+
+import pytest
+import yaml
+
+from immunity_lib.attacks import ATTACKS
+from study import catalogue, measure, store, tables
+from study.settings import ROOT, TRAINING, AttackName, Settings, preset_names
+
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+drawing = runpy.run_path(str(ROOT / "docs/draw_imports.py"))
+GRAPH, longest_chain = drawing["import_graph"](), drawing["longest_chain"]
+
+
+def test_A8_the_readme_is_short_and_names_all_authors():
+    assert len(README.splitlines()) <= 150 and len(README.encode()) <= 10_000
+    for author in yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"][0]["authors"]:
+        assert f"{author['given-names']} {author['family-names']}" in README
+        assert f"{author['family-names']}, {author['given-names']}" in README  # for BibTeX
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_commands_lead_somewhere(page):
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]+)\b", text, re.MULTILINE):
+        assert re.search(rf"^([a-z -]* )?{target}( [a-z -]*)?:", makefile, re.MULTILINE), target
+    assert set(re.findall(r"-m ((?:study|immunity_lib)[\w.]*)", text)) <= GRAPH.keys()
+    for name in re.findall(r"`(test_\w+.py)`", text):
+        assert list((ROOT / "tests").rglob(name)), name
+
+
+def test_A4_the_readmes_snippet_runs_twice_and_changes_no_model():
+    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    names = {}
+    for _ in range(2):
+        exec(snippet, names)
+    model, maps = names["model"], names["maps"]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    looks = re.findall(r"^(?:log_probs|maps|attacked) = .*", snippet, re.MULTILINE)
+    exec("\n".join(looks), names)
+    assert len(looks) == 3 and names["maps"].equal(maps)
+    assert all(value.equal(state[key]) for key, value in model.state_dict().items())
+
+
+def table_rows(markdown):
+    lines = [re.split(r" *\| *", one.strip("| ")) for one in re.findall(r"^\|.*", markdown, re.M)]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_the_readmes_numbers_are_those_of_the_tables_that_it_names():
+    made = table_rows((ROOT / "figures/demo/table2.md").read_text())
+    ours = [row for row in made if row.pop("source", "ours") == "ours"]
+    shown = table_rows(README)
+    assert len(shown) == 6 and all(row in ours for row in shown)
+    assert "not in our source" not in README
+    found = README.partition("## What was found")[2].partition("\n|")[0]
+    for sentence in re.split(r"^\d\. ", found, flags=re.MULTILINE)[1:]:
+        links = re.findall(r"\]\((figures/[^)]+)\)", sentence)
+        named = "".join((ROOT / link).read_text() for link in links)
+        assert links and all(one in named for one in re.findall(r"\d+\.\d+|\d{3,}", sentence))
+
+
+def test_what_the_docs_name_exists_and_the_other_way_round():
+    page, fields = (ROOT / "docs/presets.md").read_text(), {*TRAINING, *Settings.model_fields}
+    for name in {*preset_names(), *fields} - {"recipe"}:
+        assert f"`{name}`" in page, name
+    names = {re.sub(r"^(immunity_lib|study)\.", "", one): one for one in GRAPH if one != "study"}
+    assert sorted(re.findall(r"^\| `([\w.]+)` \|", ARCHITECTURE, re.M)) == sorted(names)
+    for module, member in re.findall(r"`([a-z][a-z_.]+)\.(\w+)`", ARCHITECTURE):
+        assert f"{module}.{member}" in names or pkgutil.resolve_name(f"{names[module]}.{member}")
+    attacks = set(get_args(AttackName))  # an attack of the tables has these four places
+    assert attacks == set(catalogue.ATTACK_TITLES) == set(tables.STRONGEST_FIRST) <= ATTACKS.keys()
+
+
+def test_imports_go_one_way_are_shallow_and_drawn(tmp_path):
+    for path in (ROOT / "immunity_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "study" not in re.split(r"\W", ast.unparse(node)), path
+    said = re.search(r"chain has (\d) modules in `immunity_lib` and (\d) in `study`", ARCHITECTURE)
+    for package, longest in zip(("immunity_lib", "study"), said.groups(), strict=True):
+        own = [one for one in GRAPH if one.startswith(package)]
+        assert max(longest_chain(one, GRAPH, package) for one in own) == int(longest) <= 7
+    drawing["draw"](GRAPH, tmp_path / "imports.svg")
+    assert (tmp_path / "imports.svg").read_text() == (ROOT / "docs/imports.svg").read_text()
+
+
+@pytest.mark.slow
+def test_an_image_passes_the_modules_that_the_architecture_lists(make_settings, tmp_path):
+    passed = set()
+
+    def see(frame, event, _):
+        if event == "call" and frame.f_code.co_name != "<module>":
+            passed.add(frame.f_globals.get("__name__"))
+
+    settings = make_settings(output_folder=str(tmp_path), epochs=1, attacks=["pgd"])
+    name = catalogue.table3_models(settings)[-1]
+    sys.setprofile(see)
+    try:
+        data = store.load_data(settings)
+        measure.measure_attacks(settings, name, data)
+        measure.measure_scores(settings, name, data)
+        tables.summarise(tables.attack_cells(settings, [name]), ["model"])
+    finally:
+        sys.setprofile(None)
+    listed = re.findall(r"^\d+\. `([\w.]+)`", ARCHITECTURE, re.MULTILINE)
+    called = {re.sub(r"^(immunity_lib|study)\.", "", one) for one in passed & GRAPH.keys()}
+    assert called == set(listed) - {"data.cifar", "data.images"} | {"data.parts10"}
+    assert len(listed) <= 18

@@ -1,0 +1,476 @@
+"""The explorer: computed once and truly, shown as it was computed, with what readers bring."""
+
+import base64
+import html
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from io import BytesIO
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from immunity_lib import expert_heatmaps
+from immunity_lib.data import ImageSet
+from immunity_lib.moe import switched_probabilities
+from study.catalogue import ModelName, explored_models
+from study.explorer import exploration as module
+from study.explorer import panel
+from study.explorer.cam_methods import CAM_METHODS, OURS, explanation_maps
+from study.explorer.exploration import (
+    ANSWER,
+    PRESET_BUDGET,
+    TRUE_CLASS,
+    Exploration,
+    Subject,
+    own_subject,
+)
+from study.explorer.page import (
+    attack_figure,
+    explorer_page,
+    gallery_figure,
+    gates_figure,
+    methods_figure,
+)
+from study.explorer.panel import Explorer
+from study.settings import PRESETS, load_preset
+from study.store import model_folder, trained_model
+
+IMMUNITY, MOE = NAMES = [
+    ModelName.parse(f"parts10-{method}-resnet18-standard-seed0") for method in ("immunity", "moe")
+]
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def exploration(make_settings, dataset, tmp_path_factory):
+    """Two tiny mixtures, trained for an epoch, which is too little to know anything."""
+    settings = make_settings(output_folder=str(tmp_path_factory.mktemp("explored")), epochs=1)
+    for name in NAMES:
+        trained_model(settings, name, dataset)
+    return Exploration(settings, dataset)
+
+
+@pytest.fixture
+def subject(exploration):
+    return exploration.gallery[0]
+
+
+@pytest.fixture
+def stubborn(exploration, dataset, monkeypatch):
+    """An exploration of models that answer one class whatever they see: 3 and 7."""
+
+    def model_of(settings, name, dataset):
+        model = trained_model(settings, name, dataset)
+        for expert in model.experts:
+            *_, last = (one for one in expert.modules() if isinstance(one, nn.Linear))
+            nn.init.zeros_(last.weight)
+            last.bias.data = 9.0 * nn.functional.one_hot(torch.tensor(3 + 4 * (name == MOE)), 10)
+        return model
+
+    monkeypatch.setattr(module, "trained_model", model_of)
+    return Exploration(exploration.settings, dataset)
+
+
+@pytest.fixture
+def closing_figures():
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+
+
+def content_of(page):
+    """The data in a page."""
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', page)[1])
+
+
+def pixels_of(address):
+    return np.asarray(Image.open(BytesIO(base64.b64decode(address.partition(",")[2]))))
+
+
+# What is computed
+
+
+def test_answers_are_the_model_s_own_at_every_point(exploration, subject):
+    answers = exploration.answers(IMMUNITY, subject, "uniform")
+    budgets, points = len(exploration.budgets), exploration.settings.steps + 1
+    assert answers.frames.shape == (budgets, points, 3, 32, 32)
+    assert torch.equal(answers.frames[:, 0], subject.image.expand(budgets, -1, -1, -1))
+    with torch.no_grad():
+        outputs = exploration.model(IMMUNITY).expert_outputs(answers.frames[2])
+    kept = {"rtol": 1e-3, "atol": 1e-4}  # the copy for attacks is folded
+    torch.testing.assert_close(answers.experts[2], outputs.log_probs.exp(), **kept)
+    torch.testing.assert_close(answers.mixtures[2], switched_probabilities(outputs), **kept)
+    assert answers.asked == subject.label
+
+
+def test_budgets_bound_the_way_and_the_preset_s_eps_is_among_them(exploration, subject):
+    assert exploration.budgets[0] == 0
+    assert exploration.budgets[PRESET_BUDGET] == exploration.settings.eps
+    frames = exploration.answers(IMMUNITY, subject, "uniform").frames
+    for budget, way in zip(exploration.budgets, frames, strict=True):
+        assert (way - subject.image).abs().max() <= float(budget) + 1e-6
+
+
+def test_maps_are_those_of_eq_3_for_the_class_that_is_asked(exploration, subject):
+    answers = exploration.answers(IMMUNITY, subject, "uniform")
+    answered = answers.experts[3].mean(1).argmax(-1)
+    for explained, labels in (
+        (TRUE_CLASS, torch.full_like(answered, subject.label)),
+        (7, torch.full_like(answered, 7)),
+        (ANSWER, answered),
+    ):
+        maps = exploration.maps(IMMUNITY, subject, "uniform", 3, OURS, explained)
+        expected = expert_heatmaps(exploration.model(IMMUNITY), answers.frames[3], labels)
+        torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", CAM_METHODS)
+def test_every_method_gives_distributions(model, images, labels, method):
+    maps = explanation_maps(model, images[:2], labels[:2], method)
+    assert maps.shape == (2, 3, 32, 32) and (maps >= 0).all()
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 3), rtol=0, atol=1e-4)
+
+
+def test_an_unknown_method_is_named_with_those_that_exist(model, images, labels):
+    with pytest.raises(ValueError, match="'Smooth-CAM'.*Score-CAM"):
+        explanation_maps(model, images, labels, "Smooth-CAM")
+
+
+def test_nothing_is_computed_twice(exploration, monkeypatch):
+    first = exploration.maps(IMMUNITY, exploration.gallery[1], "uniform")
+    for function in ("explanation_maps", "attack_path", "trained_model"):
+        monkeypatch.setattr(module, function, None)
+    assert exploration.maps(IMMUNITY, exploration.gallery[1], "uniform") is first
+
+
+def test_broken_images_are_right_before_and_wrong_after(exploration):
+    before, after = exploration.verdicts(IMMUNITY, "uniform")
+    assert exploration.broken(IMMUNITY, "uniform") == [
+        right and not still for right, still in zip(before.uniform, after.uniform, strict=True)
+    ]
+    last = exploration.answers(IMMUNITY, exploration.gallery[4], "uniform").mixtures
+    asked = exploration.gallery[4].label
+    assert (after.switched[4] == (last[PRESET_BUDGET, -1].argmax(-1) == asked)).all()
+
+
+def test_the_gallery_stays_small_whatever_the_number_of_classes(exploration):
+    """As on CIFAR-100: the first thirty classes, an image of each."""
+    images = ImageSet(torch.zeros(300, 3, 32, 32, dtype=torch.uint8), torch.arange(300) % 100)
+    names = tuple(f"class {k}" for k in range(100))
+    many = replace(exploration.dataset, class_names=names, part_names=(), splits={"test": images})
+    gallery = Exploration(exploration.settings, many).gallery
+    assert [subject.label for subject in gallery] == list(range(30))
+
+
+def test_models_that_are_missing_are_listed(exploration):
+    assert set(exploration.models) == set(NAMES)
+    every = explored_models(exploration.settings)
+    assert set(exploration.missing) == set(every) - set(NAMES)
+
+
+def test_without_any_model_it_says_how_to_train_one(make_settings, dataset, tmp_path):
+    with pytest.raises(ValueError, match="graph.job 02_training .*--model=parts10-moe-"):
+        Exploration(make_settings(output_folder=str(tmp_path)), dataset)
+
+
+@pytest.fixture
+def own_preset(tmp_path):
+    """A preset of the user's own, where a shell would stumble."""
+    folder = tmp_path / "it's $HOME; mine"
+    folder.mkdir()
+    content = yaml.safe_load((PRESETS / "smoke.yaml").read_text())
+    small = {"preset": "mine", "epochs": 1, "train_images": 32, "output_folder": str(folder)}
+    (folder / "my preset.yaml").write_text(yaml.safe_dump(content | small))
+    return folder / "my preset.yaml"
+
+
+def test_B9_the_command_holds_for_a_preset_of_one_s_own(own_preset, dataset, monkeypatch):
+    monkeypatch.chdir(own_preset.parent)
+    with pytest.raises(ValueError) as refused:
+        Exploration(load_preset("my preset.yaml"), dataset, "my preset.yaml")
+    program, *words = shlex.split(str(refused.value).partition("this trains one: ")[2])
+    assert [program, *words[:3]] == [sys.executable, "-m", "study.graph.job", "02_training"]
+    assert f"--preset={own_preset}" in words and f"--output={own_preset.parent}" in words
+
+
+@pytest.mark.slow
+def test_B9_the_command_works_as_pasted(own_preset, dataset, tmp_path):
+    settings = load_preset(str(own_preset))
+    with pytest.raises(ValueError) as refused:
+        Exploration(settings, dataset, str(own_preset))
+    command = str(refused.value).partition("this trains one: ")[2]
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path, timeout=600)
+    assert (model_folder(settings, explored_models(settings)[0]) / "record.json").exists()
+
+
+# What is shown
+
+
+def test_the_page_holds_what_was_computed_on_one_scale(exploration, subject):
+    page = content_of(explorer_page(exploration, NAMES, [subject], "uniform", 2))
+    (shown,) = page["subjects"]
+    for name, of_model in zip(NAMES, shown["models"], strict=True):
+        maps = exploration.maps(name, subject, "uniform", 2).permute(0, 2, 1, 3)
+        answers = exploration.answers(name, subject, "uniform")
+        heat = (pixels_of(of_model["heat"]) / 255.0) ** 2 * shown["top"]
+        expected = (maps.reshape(heat.shape) * 1024).clamp(max=shown["top"]).numpy()
+        assert np.abs(np.sqrt(heat) - np.sqrt(expected)).max() < 0.01 * shown["top"]
+        frames = answers.frames[2].permute(0, 2, 3, 1).reshape(-1, 32, 3) * 255
+        assert np.array_equal(pixels_of(of_model["images"]), frames.round().byte().numpy())
+        moved = (answers.frames[2] - subject.image).abs().amax((1, 2, 3)) * 255
+        assert of_model["moved"] == pytest.approx(moved.tolist(), abs=1e-3)
+    parts = [torch.tensor(part) for part in shown["parts"]]
+    for part, mask in zip(parts, subject.part_masks, strict=True):
+        assert part.tolist() == mask.flatten().nonzero().flatten().tolist()
+
+
+def test_the_page_s_numbers_give_every_mixture_by_eq_1(exploration, subject):
+    """As its script puts them together: expert i gets the weight gates[state][i]."""
+    page = content_of(explorer_page(exploration, NAMES, [subject], "uniform", 2))
+    for name, of_model in zip(NAMES, page["subjects"][0]["models"], strict=True):
+        weights = np.array(of_model["weights"])[:, np.array(page["gates"])]  # (S + 1, G, N)
+        mixtures = np.einsum("sgn,snc->sgc", weights, np.array(of_model["experts"]))
+        expected = exploration.answers(name, subject, "uniform").mixtures[2]
+        assert np.abs(mixtures - expected.numpy()).max() < 1e-3
+        assert of_model["answers"] == expected.argmax(-1).tolist()
+
+
+def test_own_images_are_led_away_from_what_each_model_answers(stubborn, subject):
+    """Formerly the first model's answer was asked of all."""
+    own = Subject("mine", subject.image, None)
+    (shown,) = content_of(explorer_page(stubborn, NAMES, [own], "uniform", 2))["subjects"]
+    assert [of_model["asked"] for of_model in shown["models"]] == [3, 7]
+    assert all(np.all(of_model["empty"]) for of_model in shown["models"]), "no gradient, no map"
+
+
+@pytest.fixture
+def hostile(exploration):
+    """An exploration whose classes have names of the kind that folders can have."""
+    names = (HOSTILE, "US$ and A$", "</script>", *exploration.dataset.class_names[3:])
+    return Exploration(exploration.settings, replace(exploration.dataset, class_names=names))
+
+
+def test_C7_class_names_stay_text_on_the_page(hostile):
+    page = explorer_page(hostile, NAMES, hostile.gallery[:8], "uniform", 2, OURS, 0)
+    assert HOSTILE not in page and "</script>" not in content_of(page)["classes"]
+    assert html.unescape(content_of(page)["classes"][0]) == HOSTILE
+    assert f"for {html.escape(HOSTILE)}" in page
+
+
+def test_C7_class_names_are_drawn_as_text(hostile, closing_figures):
+    one = next(one for one in hostile.gallery if one.label == 1)
+    figure = attack_figure(hostile, NAMES, replace(one, label=1), "uniform", 0, [0])
+    figure.canvas.draw()
+    said = [label.get_text() for panel in figure.axes for label in [panel.xaxis.label]]
+    names = [re.escape(name.replace("$", r"\$")) for name in hostile.dataset.class_names]
+    assert all(re.fullmatch(f"({'|'.join(names)}) \\d+%( x)?", text) for text in said if text)
+
+
+def test_stills_say_what_they_show(exploration, subject, closing_figures):
+    figure = attack_figure(exploration, NAMES, subject, "uniform", PRESET_BUDGET, [0, 3])
+    titles = [panel.get_title() for panel in figure.axes]
+    assert [title for title in titles if "step" in title] == [
+        "Immunity, step 0", "Immunity, step 3", "MoE, step 0", "MoE, step 3",
+    ]  # fmt: skip
+    weights = exploration.answers(MOE, subject, "uniform").gate[PRESET_BUDGET, 3]
+    assert titles[10:12] == [f"expert {k}, weight {weights[k - 1]:.2f}" for k in (1, 2)]
+    assert len(gallery_figure(exploration).axes) == 30
+    figure = gates_figure(exploration, NAMES, subject, "uniform")
+    for panel_, name in zip(figure.axes, NAMES, strict=True):
+        answers = exploration.answers(name, subject, "uniform")
+        right = (answers.mixtures[:, -1].argmax(-1) == subject.label).double().mean(1)
+        shares = [f"{255 * float(eps):g}/255  ({share:.0%})" for eps, share in
+                  zip(exploration.budgets, right, strict=True)]  # fmt: skip
+        assert [label.get_text() for label in panel_.get_yticklabels()] == shares
+    maps = {"one": torch.rand(2, 32, 32) / 512, "other": torch.rand(2, 32, 32) / 512}
+    figure = methods_figure(subject.image, maps)
+    assert [panel.get_ylabel() for panel in figure.axes if panel.get_ylabel()][:2] == list(maps)
+
+
+# The widgets
+
+
+@pytest.fixture
+def explorer(exploration):
+    return Explorer(exploration)
+
+
+def shown_by(explorer):
+    page = html.unescape(re.search('srcdoc="(.*?)"', explorer.view.value, re.DOTALL)[1])
+    return page, content_of(page)
+
+
+def upload(explorer, content, name):
+    explorer.upload.value = (
+        {"name": name, "type": "", "size": len(content), "content": memoryview(content),
+         "last_modified": datetime.now(UTC)},
+    )  # fmt: skip
+
+
+def encoded(picture, kind="PNG", **options):
+    content = BytesIO()
+    picture.save(content, kind, **options)
+    return content.getvalue()
+
+
+def test_it_shows_both_models_with_all_experts_and_gates(explorer):
+    _, content = shown_by(explorer)
+    (shown,) = content["subjects"]
+    titles = [of_model["title"] for of_model in shown["models"]]
+    assert titles == ["Immunity, standard training", "MoE, standard training"]
+    assert sorted(content["gates"]) == [[0, 1], [1, 0]]
+    assert pixels_of(shown["models"][0]["heat"]).shape == (4 * 32, 2 * 32)
+    assert explorer.status.value.startswith("ready")
+
+
+@pytest.mark.parametrize(
+    ("control", "value"),
+    [("model", MOE), ("other", None), ("attacked_gate", "trained"), ("budget", 1),
+     ("method", "Layer-CAM"), ("explained", 4)],
+)  # fmt: skip
+def test_every_control_changes_what_is_shown(explorer, control, value):
+    before = shown_by(explorer)
+    getattr(explorer, control).value = value
+    assert explorer.status.value.startswith("ready")
+    after = shown_by(explorer)
+    assert after != before
+    assert (after[1] != before[1]) or control == "attacked_gate"
+
+
+def test_a_smaller_eps_moves_the_image_less(explorer):
+    for label, budget in explorer.budget.options.items():
+        explorer.budget.value = budget
+        page, content = shown_by(explorer)
+        assert f"eps = {label}" in page
+        moved = max(content["subjects"][0]["models"][0]["moved"])
+        assert moved <= float(label.split("/")[0]) + 0.01
+        assert (moved > 0) == (label != "0/255")
+
+
+def test_a_thumbnail_shows_its_image(explorer):
+    explorer.thumbnails[3].click()
+    title = explorer.exploration.gallery[3].title
+    assert shown_by(explorer)[1]["subjects"][0]["title"] == title
+    assert "shown" in explorer.thumbnails[3]._dom_classes
+    assert "shown" not in explorer.thumbnails[0]._dom_classes
+
+
+def test_an_own_image_is_fitted_with_a_note_and_attacked(explorer):
+    upload(explorer, encoded(Image.new("RGB", (50, 40), "teal")), f"{HOSTILE}.png")
+    assert explorer.status.value.startswith("ready")
+    (shown,) = shown_by(explorer)[1]["subjects"]
+    note = "50x40 pixels, RGB, made to fit"
+    assert shown["title"].startswith(f"{html.escape(HOSTILE)}.png: {note}")
+    asked = shown["models"][0]["asked"]
+    assert asked == np.mean(shown["models"][0]["experts"][0], axis=0).argmax()
+
+
+def test_a_file_that_is_no_image_is_refused_and_the_view_stays(explorer):
+    before = explorer.view.value
+    upload(explorer, b"no image", "letter.txt")
+    assert "letter.txt cannot be read as an image" in explorer.status.value
+    assert explorer.view.value == before
+
+
+def test_B7_the_limit_of_an_upload_is_said_beside_its_button(explorer):
+    """tornado's own, and what a message has beside the file; the browser tests meet it."""
+    from tornado.websocket import _default_max_message_size
+
+    (line,) = [box for box in explorer.children if explorer.upload in getattr(box, "children", ())]
+    words = " ".join(one.value for one in line.children if hasattr(one, "value") and one.value)
+    limit = int(re.search(r"at most (\d+) MB", words)[1]) * 1_000_000
+    assert 0.9 * _default_max_message_size < limit < _default_max_message_size - 100_000
+
+
+def test_missing_weights_are_named_with_the_command_that_makes_them(explorer):
+    missing = explorer.exploration.missing
+    assert f"--model={missing[0]}" in html.unescape(explorer.status.value)
+    assert len(explorer.model.options) == 2, "those that are there are offered"
+
+
+def test_what_goes_wrong_is_said(explorer, monkeypatch):
+    monkeypatch.setattr(panel, "explorer_page", lambda *_: 1 / 0)
+    explorer.thumbnails[2].click()
+    assert "ZeroDivisionError" in explorer.status.value
+
+
+def test_the_session_is_taken_home_as_one_page(explorer):
+    explorer.thumbnails[1].click()
+    upload(explorer, encoded(Image.new("RGB", (32, 32), "teal")), f"{HOSTILE}.png")
+    explorer.save.click()
+    path = explorer.exploration.settings.runs / "explorer" / "session.html"
+    assert str(path) in explorer.status.value
+    page = path.read_text()
+    titles = [html.unescape(one["title"]) for one in content_of(page)["subjects"]]
+    assert titles == [*(one.title for one in explorer.exploration.gallery[:2]), f"{HOSTILE}.png"]
+    assert HOSTILE not in page and not re.search(r"(src|href)=[\"']?http", page)
+
+
+# Images that readers bring
+
+NOISE = np.random.RandomState(0).randint(0, 256, (48, 64, 4), np.uint8)
+
+
+def test_a_fitting_image_is_taken_as_it_is():
+    pixels = NOISE[:32, :32, :3]
+    own = own_subject(encoded(Image.fromarray(pixels)), "mine.png")
+    assert (own.title, own.label) == ("mine.png", None)
+    assert torch.equal(own.image, torch.from_numpy(pixels.transpose(2, 0, 1) / 255).float())
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind", "note"),
+    [
+        (Image.fromarray(NOISE[..., :3]), "JPEG", "64x48 pixels, RGB"),
+        (Image.fromarray(NOISE[:32, :32, 0]), "PNG", "32x32 pixels, L"),
+        (Image.fromarray(NOISE[:32, :32]), "PNG", "32x32 pixels, RGBA"),
+        (Image.fromarray(NOISE[:32, :32, :3]).convert("P"), "GIF", "32x32 pixels, P"),
+        (Image.fromarray(NOISE[:32, :32]).convert("CMYK"), "JPEG", "32x32 pixels, CMYK"),
+        (Image.fromarray(NOISE[:5, :5, :3]), "BMP", "5x5 pixels, RGB"),
+    ],
+    ids=["large", "grey", "transparent", "palette", "print colours", "tiny"],
+)
+def test_another_size_or_mode_is_converted_with_a_note(picture, kind, note):
+    own = own_subject(encoded(picture, kind), "mine")
+    assert own.image.shape == (3, 32, 32) and own.image.dtype == torch.float32
+    assert 0 <= own.image.min() and own.image.max() <= 1
+    assert own.title.startswith(f"mine: {note}, made to fit")
+
+
+def test_photographs_are_turned_upright():
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image = own_subject(encoded(Image.fromarray(pixels), exif=exif.tobytes()), "photo.png").image
+    assert image[:, 16:].min() == 1 and image[:, :16].max() == 0
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no intact image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no intact image"),
+        (POSTSCRIPT, "no intact image"),
+        (encoded(Image.fromarray(NOISE))[:200], ""),
+        (encoded(Image.fromarray(NOISE[..., 0].astype(np.uint16))), "8 bits a channel"),
+        (encoded(Image.new("1", (13300, 13300))), "make it smaller"),
+    ],
+    ids=["empty", "not pixels", "C3 EPS", "cut off", "16 bits", "C4 pixels"],
+)
+def test_what_cannot_be_used_is_refused_with_a_reason(content, reason):
+    with pytest.raises(ValueError, match=f"9.png cannot be read as an image.*{reason}"):
+        own_subject(content, "9.png")

@@ -1,0 +1,524 @@
+"""The graph's commands: how a job runs, ends, is asked to stop and takes a GPU of its own, what the
+front door refuses, and what the status says."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta
+
+import psutil
+import pytest
+import yaml
+from filelock import FileLock
+from graph import job_command, reproduce_command, wait_for
+from jupyter_client.kernelspec import get_kernel_spec
+from snakemake.scheduling.job_scheduler import JobScheduler
+
+from study.catalogue import adaptive_models, attacked_models, trained_models
+from study.graph import job, run, status
+from study.settings import ROOT, load_preset
+from study.store import own_folder, read_json, write_json
+
+MODEL = "parts10-moe-resnet18-standard-seed0"
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+def smoke_preset(folder, **changes):
+    """A preset file of one small network, and its settings with that folder for its results."""
+    fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
+    fields |= {"expert": "resnet18", "compared_experts": ["resnet18"], "baselines": []} | changes
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path, load_preset(str(path), output_folder=str(folder))
+
+
+@pytest.fixture
+def long(tmp_path):
+    """A preset whose models train for ever, in small epochs, and its settings."""
+    return smoke_preset(tmp_path, preset="long", epochs=10_000, train_images=128, batch_size=32)
+
+
+def state_of(settings, name):
+    return read_json(settings.runs / "jobs" / f"{name}.json")
+
+
+def still_running(processes):
+    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+# --- a job
+
+
+@pytest.mark.slow
+def test_B2_B3_B4_a_job_runs_its_own_interpreter_wherever_it_is_started(tmp_path):
+    """Beside another kernel of the same name, a start-up file and a long TMPDIR."""
+    kernel = tmp_path / "jupyter" / "kernels" / "python3"
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    temporary = tmp_path / ("t" * (82 - len(str(tmp_path))))
+    for folder in (kernel, startup, temporary):
+        folder.mkdir(parents=True)
+    write_json(kernel / "kernel.json", {"argv": ["false"], "display_name": "x", "language": "x"})
+    (startup / "00.py").write_text(f"from math import pi; open('{tmp_path}/ran', 'w').close()")
+    environment = os.environ | {"JUPYTER_PATH": str(tmp_path / "jupyter")}
+    environment |= {"IPYTHONDIR": str(tmp_path / "ipython"), "TMPDIR": str(temporary)}
+    done = subprocess.run(
+        job_command("00_start_here", "smoke", tmp_path), cwd=tmp_path, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "runs/smoke/jobs/00_start_here.json")["state"] == "done"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def kernel_environment(monkeypatch, tmp_path):
+    """What a job sets for its kernel is as it was, behind the test."""
+    for name in ("JUPYTER_PATH", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+def test_B3_the_kernel_python3_is_this_interpreter(kernel_environment, tmp_path):
+    kernel = tmp_path / "kernels" / "python3" / "kernel.json"
+    write_json(kernel, {"argv": ["other"], "display_name": "other", "language": "python"})
+    assert get_kernel_spec("python3").argv == ["other"]
+    with job.own_kernel():
+        assert get_kernel_spec("python3").argv[0] == sys.executable
+
+
+def test_B4_a_long_temporary_folder_is_no_place_for_sockets(monkeypatch, kernel_environment):
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "t" * 81)
+    with job.own_kernel() as folder:
+        assert len(f"{folder}/kernel-5") < 100
+
+
+@pytest.mark.slow
+def test_B10_a_job_that_fails_says_the_error_and_its_first_line(tmp_path):
+    wrong = MODEL.replace("moe", "immunity-beta3-gamma5")
+    done = subprocess.run(
+        job_command("02_training", "smoke", tmp_path, f"--model={wrong}"), cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    state = read_json(tmp_path / f"runs/smoke/jobs/02_training-{wrong}.json")
+    assert state["state"] == "failed"
+    assert state["error"].startswith("ValueError: ") and wrong in state["error"]
+    log = tmp_path / f"runs/smoke/notebooks/02_training-{wrong}.log"
+    assert f"02_training-{wrong} failed: {state['error']} (see {log})" in done.stderr
+    assert "Traceback" in log.read_text()
+
+
+@pytest.mark.slow
+@SIGNALS
+def test_a_job_that_is_asked_to_stop_keeps_the_last_epoch_and_ends_at_once(long, number):
+    preset, settings = long
+    run = subprocess.Popen(
+        job_command("02_training", preset, settings.output_folder, f"--model={MODEL}"), cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    checkpoint = settings.runs / "models" / MODEL / "checkpoint.safetensors"
+    wait_for(checkpoint.exists)
+    below = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(number)
+    assert run.wait(30) == 128 + number
+    assert state_of(settings, f"02_training-{MODEL}")["state"] == "stopped"
+    assert below and not still_running(below)
+    assert checkpoint.exists()
+
+
+@pytest.mark.slow
+def test_a_job_ends_with_the_graph_that_started_it(long):
+    """Killed without a word, the graph leaves nothing behind that trains on."""
+    preset, settings = long
+    command = job_command("02_training", preset, settings.output_folder, f"--model={MODEL}")
+    start = "import subprocess, sys; subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL)"
+    graph = subprocess.Popen([sys.executable, "-c", start, *command], cwd=ROOT)
+    wait_for((settings.runs / "models" / MODEL / "log.jsonl").exists)
+    below = psutil.Process(graph.pid).children(recursive=True)
+    assert len(below) >= 2, "the job and its kernel"
+    graph.kill()
+    graph.wait()
+    wait_for(lambda: not still_running(below), 30)
+    assert state_of(settings, f"02_training-{MODEL}")["state"] == "stopped"
+
+
+@pytest.mark.slow
+@SIGNALS
+def test_a_signal_to_the_graph_stops_its_jobs(long, number):
+    preset, settings = long
+    command = reproduce_command(settings.output_folder, "--jobs", "2", preset=str(preset))
+    graph = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,  # a shell in the background has Ctrl-C ignored
+    )  # fmt: skip
+    wait_for(lambda: len(list(settings.runs.glob("models/*/checkpoint.safetensors"))) == 2, 300)
+    below = psutil.Process(graph.pid).children(recursive=True)
+    graph.send_signal(number)
+    _, printed = graph.communicate(timeout=60)
+    assert graph.returncode == 128 + number and "the same command goes on" in printed
+    assert "2 stopped" in printed
+    assert not still_running(below)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["02_trainings", "--preset=smoke"], "choose from '?00_start_here"),
+        (["02_training", "--preset=smoke", "--model=../../x"], "--model: invalid .*'../../x'"),
+        (["02_training", "--preset=smokes"], "valid names: .*demo, paper, smoke"),
+    ],
+)
+def test_a_job_that_is_none_is_refused(options, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        job.main(options)
+    assert_told(told, capsys)
+
+
+def assert_told(told, capsys):
+    said = capsys.readouterr().err
+    assert re.search(told, said), said
+
+
+# --- GPUs
+
+
+@pytest.mark.parametrize(
+    ("inherited", "count", "expected"),
+    [
+        ("2,3", 2, ["2", "3"]),
+        ("GPU-8932f937, GPU-d5b7a1cc", 2, ["GPU-8932f937", "GPU-d5b7a1cc"]),
+        ("7,5,3", 2, ["7", "5"]),
+        (None, 2, ["0", "1"]),
+        ("-1", 0, []),
+        ("", 0, []),
+    ],
+)
+def test_D2_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if inherited is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    assert run.visible_gpus() == expected
+
+
+HOLD = """
+import sys, time
+from study.graph import job
+with job.free_gpu(sys.argv[1]) as gpu:
+    print(gpu, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_jobs_beside_each_other_take_different_gpus(tmp_path):
+    """As many at once as there are GPUs; one more waits until another has ended, however."""
+
+    def hold():
+        return subprocess.Popen(
+            [sys.executable, "-c", HOLD, "2,GPU-d5b7,5"], stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )  # fmt: skip
+
+    holders = [hold() for _ in range(3)]
+    try:
+        taken = [one.stdout.readline().strip() for one in holders]
+        assert sorted(taken) == ["2", "5", "GPU-d5b7"]
+        holders.append(hold())
+        time.sleep(1.5)
+        assert holders[3].poll() is None
+        holders[1].kill()
+        assert holders[3].stdout.readline().strip() == taken[1]
+    finally:
+        for one in holders:
+            one.kill()
+            one.communicate()
+
+
+def snakemake(config, *options):
+    """Snakemake itself, on a graph that this configuration describes."""
+    folder = config["output_folder"]
+    described = f"{folder}/graph.json"
+    with open(described, "w") as file:
+        json.dump(config, file)
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", *options, "--snakefile", str(ROOT / "Snakefile"),
+         "--directory", folder, "--configfile", described, "--cores", "8"],
+        capture_output=True, text=True, timeout=900, cwd=folder,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+
+
+@pytest.mark.node
+def test_a_node_with_two_gpus_trains_two_models_at_once(tmp_path):
+    """However many cores it has; each job sees a GPU of its own (here, of none)."""
+    preset, settings = smoke_preset(tmp_path)
+    config = {"preset": str(preset), "output_folder": str(tmp_path), "gpus": "2,GPU-d5b7a1cc"}
+    models = [str(name) for name in trained_models(settings)[:4]]
+    wanted = [str(settings.runs / "models" / name / "record.json") for name in models]
+    profile = ["--profile", str(ROOT / "profiles/gpu-node"), "--resources", "gpu=2"]
+    done = snakemake(config, *wanted, *profile)
+    assert done.returncode == 0, done.stderr[-3000:]
+    jobs = [state_of(settings, f"02_training-{name}") for name in models]
+    for one in jobs:
+        # Two at a time, on different GPUs; those of a job that follows another are free again
+        beside = [other for other in jobs if other["started"] <= one["started"] < other["seen"]]
+        assert len(beside) <= 2
+        assert len({other["gpu"] for other in beside}) == len(beside)
+    assert {one["gpu"] for one in jobs} == {"2", "GPU-d5b7a1cc"}
+
+
+# --- the front door
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--jobs", "0"], "--jobs is 0; it must be above 0"),
+        (["--tflops", "-1"], "--tflops is -1.0; it must be above 0"),
+        (["--profile", "slrum"], "unknown profile 'slrum'; valid names: gpu-node, slurm"),
+        (["--output", "a{b}"], "has a brace in its name"),
+        (["--output", "s3://bucket/out"], "'s3://bucket/out' is an address"),
+        (["--data", "https://host/data"], "'https://host/data' is an address"),
+    ],
+)
+def test_C6_a_wrong_option_is_told_before_anything_runs(options, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--preset", "smoke", *options])
+    assert_told(told, capsys)
+
+
+@pytest.fixture
+def own_signals(monkeypatch):
+    """What a run sets of signals is as it was, behind the test."""
+    monkeypatch.setattr(JobScheduler, "exit_gracefully", JobScheduler.exit_gracefully)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path, own_signals):
+    """A run of the smoke preset whose Snakemake only notes what it was given."""
+    given = {}
+
+    def note(arguments):
+        given.update(arguments=arguments, profile=os.environ.get("SNAKEMAKE_PROFILE"))
+
+    monkeypatch.setattr("snakemake.cli.main", note)
+
+    def start(*options):
+        assert run.main(["--preset", "smoke", "--output", str(tmp_path), *options]) == 0
+        given["config"] = yaml.safe_load((tmp_path / "runs/smoke/graph.yaml").read_text())
+        return given
+
+    return start
+
+
+def test_D3_the_profile_is_the_commands_own(pretended, monkeypatch):
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "submits-everything")
+    given = pretended()
+    assert given["profile"] is None and "--profile" not in given["arguments"]
+    assert given["arguments"][given["arguments"].index("--workflow-profile") + 1] == "none"
+
+
+def test_a_profile_that_submits_hands_on_what_the_plan_says(pretended, monkeypatch):
+    monkeypatch.setattr(run, "requests", lambda *_: {"01_expert_selection": {"runtime": 7}})
+    given = pretended("--profile", "slurm")
+    assert given["config"]["requests"]["01_expert_selection"]["runtime"] == 7
+    assert "--cores" not in given["arguments"]
+    assert given["arguments"][-2:] == ["--profile", str(ROOT / "profiles/slurm")]
+    assert "--cores" in pretended("--profile", str(ROOT / "profiles/gpu-node"))["arguments"]
+
+
+def test_D4_a_lock_of_another_run_is_named_with_its_host(pretended, tmp_path, capsys):
+    lock = tmp_path / "runs/smoke/.lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock), pytest.raises(SystemExit, match="2"):
+        pretended()
+    assert_told(f"holds {lock}, seen from {run.platform.node()}: .*remove that file", capsys)
+
+
+def test_D5_files_of_the_future_are_dated_now_or_named(pretended, tmp_path, monkeypatch, capsys):
+    record = tmp_path / "runs/smoke/records/one.json"
+    record.parent.mkdir(parents=True)
+    record.touch()
+    os.utime(record, (2**33, 2**33))
+
+    def refuse(*_, **__):
+        raise OSError("read-only file system")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(os, "utime", refuse)
+        pretended()
+    assert_told(f"{record} is dated in the future; touch it", capsys)
+    pretended()
+    assert record.stat().st_mtime <= time.time()
+    assert_told(f"{record} was dated in the future", capsys)
+
+
+@SIGNALS
+def test_a_signal_ends_the_jobs_and_interrupts_snakemake(number, own_signals):
+    """Once: a second one does not disturb it while it waits for its jobs."""
+    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    signals = run.hand_on_signals()
+    signal.signal(signal.SIGTERM, JobScheduler.exit_gracefully)  # as Snakemake does
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert job.wait(10) == -signal.SIGTERM
+    os.kill(os.getpid(), number)
+    assert signals == [number, number]
+
+
+@pytest.mark.slow
+def test_D11_what_draws_depends_on_all_code_that_may_draw(tmp_path):
+    """And training and measuring, which take long, on none."""
+    config = {"preset": "smoke", "output_folder": str(tmp_path)}
+    printed = snakemake(config, "all", "--dry-run").stdout
+    rules = dict(block.split(":\n", 1) for block in printed.split("\nrule ")[1:])
+    code = [
+        path for name in ("immunity_lib", "study") for path in (ROOT / name).rglob("*.*")
+        if "__pycache__" not in path.parts and path.parent != ROOT / "study/graph"
+    ]  # fmt: skip
+    assert len(code) > 20
+    for path in code:
+        for rule in ("start_here", "attacks", "ablation", "heatmaps", "adaptive_attacks", "claims"):
+            assert f"{path}" in rules[rule], (rule, path)
+    assert str(ROOT) not in rules["train"].partition("output:")[0]
+    assert str(ROOT) not in rules["measure_attacks"].partition("output:")[0]
+
+
+@pytest.mark.slow
+def test_the_graph_runs_from_and_into_folders_named_like_shell_commands(tmp_path):
+    ran = tmp_path / "ran"
+    hostile = tmp_path / f"'; touch '{ran.name}'; $(touch {ran.name}) `touch {ran.name}` & \"x\""
+    hostile.mkdir()
+    preset = hostile / "it's {mine}; touch ran.yaml"
+    preset.write_bytes((ROOT / "presets/smoke.yaml").read_bytes())
+    config = {"preset": str(preset), "output_folder": str(hostile)}
+    done = snakemake(config, "start_here")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (hostile / "figures/smoke/figure1.png").exists()
+    assert not list(tmp_path.rglob("ran")) and not (ROOT / "ran").exists()
+    assert read_json(hostile / "runs/smoke/jobs/00_start_here.json")["state"] == "done"
+
+
+# --- the status
+
+NOW = datetime(2026, 1, 2, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    settings = load_preset("smoke", output_folder=str(tmp_path), epochs=10)
+    settings.runs.mkdir(parents=True)
+    return settings
+
+
+def put_job(settings, name, state, seconds=30.0, seen=NOW, **more):
+    content = {"state": state, "error": "", "machine": "node7", "seconds": seconds}
+    content |= {"seen": seen.isoformat()} | more
+    write_json(settings.runs / "jobs" / f"{name}.json", content)
+
+
+def put_log(settings, model, epochs, seconds):
+    log = own_folder(settings, model) / "log.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(json.dumps({"seconds": seconds}) + "\n" for _ in range(epochs)))
+
+
+def test_before_anything_ran_every_job_waits(settings):
+    models = (trained_models, attacked_models, adaptive_models)
+    count = sum(len(names(settings)) for names in models) + 7
+    waits, to_go = status.format_status(settings, NOW).splitlines()
+    assert waits == f"preset smoke: 0 of {count} jobs done, {count} waiting"
+    assert to_go.endswith(
+        "none has ended yet: 00_start_here, 01_expert_selection, 02_training, 03_attacks, "
+        "04_ablation, 05_heatmaps, 06_adaptive_attacks, 07_claims"
+    )
+
+
+def test_time_to_go_comes_from_measured_epochs(settings):
+    """Of a model's own, else of those of the same network, else of any."""
+    models = trained_models(settings)
+    googlenets = [name for name in models if name.expert == "googlenet"]
+    first, second, *_ = googlenets
+    (other,) = (name for name in models if name.expert == "advrush" and name.regime == "standard")
+    for model in set(models) - {first, second, other}:
+        put_job(settings, f"02_training-{model}", "done")
+    put_log(settings, first, 4, seconds=60.0)
+    put_job(settings, f"02_training-{first}", "running", seen=NOW - timedelta(seconds=5))
+    trainings = status.list_jobs(settings, NOW).query("notebook == '02_training'")
+    seconds, unknown = status.seconds_to_go(trainings)
+    assert seconds == pytest.approx(6 * 60 + 10 * 60 + 10 * 60) and not unknown
+    put_log(settings, other, 9, seconds=1000.0)
+    trainings = status.list_jobs(settings, NOW).query("notebook == '02_training'")
+    assert status.seconds_to_go(trainings)[0] == pytest.approx(6 * 60 + 10 * 60 + 1000)
+    printed = status.format_status(settings, NOW)
+    assert f"{first} on node7, seen 0:00:05 ago: 4 of 10 epochs, 60 s each" in printed
+
+
+def test_jobs_beside_each_other_share_the_time(settings):
+    one, two, *others = attacked_models(settings)
+    for name in status.list_jobs(settings, NOW).index:
+        put_job(settings, name, "done", seconds=600.0)
+    for model in (one, two):
+        put_job(settings, f"03_attacks-{model}", "running")
+    assert "to go: about 0:10:00 with 2 at a time" in status.format_status(settings, NOW)
+
+
+def test_failed_stopped_and_killed_jobs_are_told_apart(settings):
+    one, two, three, *_ = trained_models(settings)
+    put_job(settings, f"02_training-{one}", "failed", error="TrainingDiverged: loss is nan")
+    put_job(settings, f"02_training-{two}", "stopped", seen=NOW - timedelta(minutes=5))
+    put_job(settings, f"02_training-{three}", "running", seen=NOW - timedelta(hours=3))
+    printed = status.format_status(settings, NOW)
+    assert "1 failed, 1 stopped, 1 lost" in printed
+    assert f"failed   02_training-{one} on node7, seen 0:00:00 ago: TrainingDiverged" in printed
+    assert f"stopped  02_training-{two} on node7, seen 0:05:00 ago" in printed
+    assert f"lost     02_training-{three} on node7, seen 3:00:00 ago" in printed
+    # Of a graph that has ended, no job runs
+    put_job(settings, "07_claims", "running", seen=NOW - timedelta(seconds=3))
+    assert "1 running" in status.format_status(settings, NOW)
+    assert "2 lost" in status.format_status(settings, NOW, lost_after=0)
+
+
+def test_what_cannot_be_read_is_as_good_as_not_there(settings, tmp_path):
+    """A job's record, and a training's log; neither executes anything."""
+
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch '{tmp_path}/ran'",)
+
+    content = pickle.dumps(Malicious())
+    model = trained_models(settings)[0]
+    put_job(settings, "07_claims", "done")
+    put_log(settings, model, 3, 1.0)
+    for path in (settings.runs / "jobs/07_claims.json", own_folder(settings, model) / "log.jsonl"):
+        path.write_bytes(content)
+    assert "0 of" in status.format_status(settings, NOW)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_profile_makes_no_objects(tmp_path):
+    code = f"!!python/object/apply:os.system [\"touch '{tmp_path}/ran'\"]"
+    (tmp_path / "config.yaml").write_text(f"executor: {code}\n")
+    with pytest.raises(ValueError, match="config.yaml"):
+        run.submits(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_status_from_another_folder(settings, capsys, tmp_path):
+    assert status.main(["--preset", "smoke", "--output", str(tmp_path)]) == 0
+    assert "jobs done" in capsys.readouterr().out
+    assert status.main(["--preset", "smoke", "--output", str(tmp_path / "elsewhere")]) == 0
+    assert "nothing was started" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        status.main(["--preset", "nosuch"])
+    assert "valid names" in capsys.readouterr().err

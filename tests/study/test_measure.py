@@ -1,0 +1,224 @@
+"""What is measured of a model: true to the library, made once, and remade when the question is."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from immunity_lib import evaluate
+from immunity_lib.data import Dataset
+from immunity_lib.evaluate import verdicts_over_gates, verdicts_under_attack
+from study import measure
+from study.catalogue import ModelName
+from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
+from study.store import read_frame, read_json, read_summary, record_path, trained_model, write_json
+
+NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
+SMALL = {
+    "epochs": 1, "attacks": ["fgsm", "pgd"], "attack_gates": ["trained", "uniform"],
+    "adaptive_images": 6, "gate_samples": [1], "auto_attack_steps": 1, "steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_folder(make_settings, dataset, tmp_path_factory):
+    """An output folder with a trained model and two of its frames."""
+    folder = tmp_path_factory.mktemp("measured")
+    settings = make_settings(output_folder=str(folder), **SMALL)
+    measure_attacks(settings, NAME, dataset)
+    measure_scores(settings, NAME, dataset)
+    return folder
+
+
+@pytest.fixture
+def settings(make_settings, finished_folder, tmp_path):
+    shutil.copytree(finished_folder, tmp_path, dirs_exist_ok=True)
+    return make_settings(output_folder=str(tmp_path), **SMALL)
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """A spy: every model whose accuracy is measured from now on."""
+    seen, verdicts = [], measure.verdicts_over_gates
+
+    def spy(model, batches):
+        seen.append(model)
+        return verdicts(model, batches)
+
+    monkeypatch.setattr(measure, "verdicts_over_gates", spy)
+    return seen
+
+
+KINDS = pytest.mark.parametrize(
+    ("make", "kind"), [(measure_attacks, "attacks"), (measure_scores, "scores")]
+)
+
+
+@KINDS
+def test_what_was_measured_is_used_again(settings, dataset, measurements, make, kind):
+    path = record_path(settings, NAME, kind)
+    before = path.read_bytes()
+    make(settings, NAME, dataset)
+    assert not measurements and path.read_bytes() == before
+
+
+@KINDS
+@pytest.mark.parametrize("ending", [".json", ".parquet"])
+def test_truncated_files_are_set_aside_and_remade(
+    settings, dataset, measurements, capsys, make, kind, ending
+):
+    path = record_path(settings, NAME, kind)
+    before = read_frame(settings, [NAME], kind)
+    spoilt = path.with_suffix(ending)
+    spoilt.write_bytes(spoilt.read_bytes()[:100])
+    make(settings, NAME, dataset)
+    pd.testing.assert_frame_equal(read_frame(settings, [NAME], kind), before)
+    (aside,) = path.parent.glob(f"{path.name}.aside-*")
+    assert measurements and f"set aside as {aside}" in (said := capsys.readouterr().err)
+    assert spoilt.name in said and "it is made anew" in said
+
+
+@KINDS
+def test_a_record_about_other_weights_is_remade(
+    settings, make_settings, dataset, measurements, capsys, make, kind
+):
+    path = record_path(settings, NAME, kind)
+    before = read_json(path)
+    changed = SMALL | {"learning_rate": 0.01, "output_folder": settings.output_folder}
+    make(make_settings(**changed), NAME, dataset)
+    assert measurements and read_json(path)["weights"] != before["weights"]
+    assert "it is about other weights, data or settings" in capsys.readouterr().err
+
+
+@KINDS
+def test_a_record_about_other_data_is_remade(settings, dataset, measurements, make, kind):
+    splits = dataset.splits | {"test": dataset.splits["test"].first(20)}
+    before = read_json(record_path(settings, NAME, kind))
+    make(settings, NAME, Dataset(**vars(dataset) | {"splits": splits}))
+    assert read_json(record_path(settings, NAME, kind))["data"] != before["data"]
+    assert measurements
+
+
+@pytest.mark.parametrize("change", [{"steps": 2}, {"attacks": ["fgsm"]}, {"attacked_images": 8}])
+def test_attacks_of_another_question_are_made_anew(settings, dataset, measurements, change):
+    measure_attacks(settings.model_copy(update=change), NAME, dataset)
+    frame = read_frame(settings, [NAME], "attacks").query("attack == 'fgsm' and sees == 'trained'")
+    assert measurements and len(frame) == change.get("attacked_images", 16)
+
+
+def bits(frame, gates):
+    """Right or wrong under each permutation, (images, gates)."""
+    packed = np.stack([np.frombuffer(row, np.uint8) for row in frame["gates"]])
+    return np.unpackbits(packed, axis=1, count=gates).astype(bool)
+
+
+def test_the_frame_of_attacks_holds_what_evaluation_measures(settings, dataset):
+    frame, model = read_frame(settings, [NAME], "attacks"), trained_model(settings, NAME, dataset)
+    for split in ("test", "test-shifted"):
+        images = dataset.splits[split].images.float() / 255
+        batch = images, dataset.splits[split].labels
+        expected = verdicts_over_gates(model, [batch]).accuracy
+        own = frame.query("attack == 'clean' and split == @split")
+        assert own["switched"].mean() == pytest.approx(expected.switched)
+        assert own["uniform"].mean() == expected.uniform and len(own) == 32
+        assert bits(own, 2).mean(0).max() == expected.best
+        assert own["label"].tolist() == dataset.splits[split].labels.tolist()
+    attacked = frame.query("family == 'paper'")
+    found = list(attacked.groupby(["sees", "attack"], sort=False).groups)
+    assert found == [("trained", "fgsm"), ("trained", "pgd"), ("uniform", "fgsm"),
+                     ("uniform", "pgd")]  # fmt: skip
+    expected = verdicts_under_attack(
+        model, dataset.splits["test"].first(16), "pgd", "uniform",
+        eps=8 / 255, step_size=2 / 255, steps=1,
+    )  # fmt: skip
+    last = attacked.query("attack == 'pgd' and sees == 'uniform'")
+    assert (bits(last, 2) == expected.switched.numpy()).all()
+    assert last["uniform"].tolist() == expected.uniform.tolist()
+    assert last["image"].tolist() == list(range(16))
+    parts = last[["model", "data", "method", "expert", "regime", "seed"]].iloc[0].tolist()
+    assert parts == [str(NAME), "parts10", "moe", "resnet18", "standard", 0]
+
+
+def test_a_stand_alone_network_is_attacked_under_one_gate(settings, dataset):
+    name = NAME.model_copy(update={"method": "standalone"})
+    measure_attacks(settings, name, dataset)
+    frame = read_frame(settings, [name], "attacks").query("family == 'paper'")
+    assert set(frame["sees"]) == {"trained"} and set(frame["attack"]) == {"fgsm", "pgd"}
+    assert (frame["uniform"] == frame["trained"]).all()
+
+
+def test_a_record_says_what_it_depends_on(settings):
+    weights = read_json(settings.runs / "models" / str(NAME) / "record.json")["weights"]
+    for kind in ("attacks", "scores"):
+        record = read_json(record_path(settings, NAME, kind))
+        assert record["kind"] == kind and record["model"] == str(NAME)
+        assert record["weights"] == [weights]
+        assert record["provenance"]["packages"] and record["provenance"]["library"]
+
+
+def test_scores_are_within_their_ranges(settings):
+    frame, summary = (read(settings, names, "scores") for read, names in
+                      ((read_frame, [NAME]), (read_summary, NAME)))  # fmt: skip
+    assert frame["mutual_information"].between(-1e-6, np.log(2) + 1e-6).all()
+    assert (frame[["independence_score", "causality_score"]] >= 0).all(axis=None)
+    assert frame["empty_maps"].isin([0, 0.5, 1]).all()
+    for split, own in frame.groupby("split"):
+        assert len(own) == 32
+        accuracy = np.mean(summary[split]["expert_accuracy"])
+        assert own["experts"].mean() == pytest.approx(accuracy)
+        for shares in (*summary[split]["part_coverage"], summary[split]["background_heat"]):
+            assert all(0 <= share <= 1 for share in shares)
+
+
+def test_part_coverage_is_what_plain_loops_give():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(5, 2, 6, 6, generator=generator, dtype=torch.float64)
+    maps = maps / maps.sum((2, 3), keepdim=True)
+    masks = torch.rand(5, 3, 6, 6, generator=generator) < 0.3
+    masks[0, 1] = masks[3, 1] = False  # not visible there
+    masks[:, 2] = False  # visible nowhere
+    expected = np.zeros((2, 3))
+    for i, p in np.ndindex(2, 3):
+        shares = [maps[q, i][masks[q, p]].sum().item() for q in range(5) if masks[q, p].any()]
+        expected[i, p] = np.mean(shares) if shares else 0
+    torch.testing.assert_close(part_coverage(maps, masks), torch.as_tensor(expected))
+
+
+def test_adaptive_attacks_that_were_stopped_go_on(settings, dataset, monkeypatch):
+    name = ModelName.parse("parts10-immunity-resnet18-standard-seed0")
+    unfinished = record_path(settings, name, "adaptive").with_suffix(".unfinished")
+    made, cut, attack = [], [], evaluate._attack
+
+    def stop(target, images, labels, one, eps):
+        made.append(one.name)
+        if one.name == "pgd-trained" and not cut:
+            cut.append(True)
+            raise RuntimeError("a power cut")
+        return attack(target, images, labels, one, eps)
+
+    monkeypatch.setattr(evaluate, "_attack", stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        measure_adaptive(settings, name, dataset)
+    assert list(read_json(unfinished)["attacks"]) == ["fgsm", "bim", "mim", "pgd"]
+    measure_adaptive(settings, name, dataset)
+    assert made.count("fgsm") == 1 and made.count("pgd-trained") == 2
+    assert not unfinished.exists()
+    summary, frame = (
+        read_summary(settings, name, "adaptive"),
+        read_frame(settings, [name], "adaptive"),
+    )
+    assert summary["threat_model"]["may do"].startswith("change every pixel by at most 8/255")
+    assert {one["attack"] for one in summary["attacks"]} == set(frame["attack"]) - {"clean"}
+    assert (frame.groupby("attack").size() == 6).all()
+
+    resumed = frame  # what was kept and read again is what an undisturbed run finds
+    record_path(settings, name, "adaptive").unlink()
+    measure_adaptive(settings, name, dataset)
+    pd.testing.assert_frame_equal(read_frame(settings, [name], "adaptive"), resumed)
+
+    write_json(unfinished, {"question": "of another model", "attacks": {"fgsm": {}}})
+    made.clear()
+    measure_adaptive(settings.model_copy(update={"steps": 2}), name, dataset)
+    assert made.count("fgsm") == 1

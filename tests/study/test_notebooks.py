@@ -1,0 +1,105 @@
+"""The notebooks as files: parameters, prose, no outputs. That they run, test_reproduce.py shows."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from study.settings import ROOT, TRAINING, Settings
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LITERALS = (ast.Constant, ast.List, ast.Dict, ast.Tuple)
+
+
+def cells(path, kind=None):
+    every = json.loads(path.read_text())["cells"]
+    return [cell for cell in every if kind in (None, cell["cell_type"])]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return request.param
+
+
+def test_there_are_eight():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(8)]
+
+
+def test_parameters_are_plain_literals_with_an_explanation(notebook):
+    tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1, "papermill injects after exactly one cell tagged 'parameters'"
+    text = source(tagged[0])
+    assert text.startswith("# Parameters"), "by which `notebook_settings` knows the cell"
+    for statement in ast.parse(text).body:
+        # papermill's values do not reach what is derived inside of this cell
+        assert isinstance(statement, ast.Assign) and isinstance(statement.value, LITERALS)
+        (target,) = statement.targets
+        assert target.id in Settings.model_fields.keys() | TRAINING
+        assert "#" in text.splitlines()[statement.lineno - 1]
+
+
+def test_parameters_are_validated_right_below(notebook):
+    code = cells(notebook, "code")
+    position = next(
+        k for k, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", [])
+    )
+    assert position == 0
+    assert "settings = notebook_settings(globals())" in source(code[1])
+
+
+def test_committed_without_outputs(notebook):
+    for cell in cells(notebook, "code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+def test_every_code_cell_follows_prose_or_the_step_it_belongs_to(notebook):
+    kinds = [cell["cell_type"] for cell in cells(notebook)]
+    assert kinds[0] == "markdown"
+    in_a_row = max(len(run) for run in "".join(k[0] for k in kinds).split("m"))
+    assert in_a_row <= 3, "more than three code cells in a row without a word between them"
+
+
+def test_closes_with_exercises_and_their_answers_folded_away(notebook):
+    last = source(cells(notebook)[-1])
+    assert last.startswith("## Exercises")
+    exercises = re.split(r"^### \d", last, flags=re.MULTILINE)[1:]
+    assert 3 <= len(exercises) <= 5
+    for exercise in exercises:
+        question, answer = exercise.split("<details><summary>Answer</summary>\n\n")
+        assert len(question) > 80 and answer.strip().endswith("</details>")
+        for snippet in re.findall(r"```python\n(.*?)```", answer, re.DOTALL):
+            ast.parse(snippet)
+
+
+def test_the_way_in_names_every_other_notebook():
+    way_in = "".join(source(cell) for cell in cells(NOTEBOOKS[0], "markdown"))
+    for path in NOTEBOOKS[1:]:
+        assert f"({path.name})" in way_in
+
+
+def test_every_equation_is_computed_by_hand_and_by_the_library():
+    """Each with a cell of its own; that both agree, the notebook itself asserts."""
+    code = [source(cell) for cell in cells(NOTEBOOKS[0], "code")]
+    by_hand = [cell for cell in code if "side_by_side" in cell or "by hand" in cell]
+    functions = (
+        "mixture(", "switched_probabilities(", "classification_loss(", "grad_cam(",
+        "mutual_information(", "mutual_information_loss(", "centre_of_mass(",
+        "position_stability_loss(", "immunity_loss(", "independence_score(", "causality_score(",
+    )  # fmt: skip
+    for function in functions:
+        assert any(function in cell for cell in by_hand), function
+
+
+def test_every_equation_stands_in_the_library_and_in_a_notebook():
+    library = "".join(path.read_text() for path in (ROOT / "immunity_lib").rglob("*.py"))
+    prose = "".join(source(cell) for path in NOTEBOOKS for cell in cells(path, "markdown"))
+    for number in (1, 2, 3, 9, 10, 11, 12):
+        assert f"Eq. ({number})" in library, f"no line of the library is marked Eq. ({number})"
+        assert f"\\tag{{{number}}}" in prose, f"no notebook states eq ({number})"
+    for score in ("IScore", "CScore"):
+        assert score in library and score in prose

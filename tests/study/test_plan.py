@@ -1,0 +1,161 @@
+"""The bill is the arithmetic that a model really does, and what a preset really trains."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from immunity_lib.attacks import attack_images
+from study.catalogue import (
+    ModelName,
+    adaptive_models,
+    attacked_models,
+    recipe_of,
+    trained_models,
+)
+from study.graph import plan
+from study.settings import load_preset
+
+
+def macs_by_hand(model) -> tuple[int, int]:
+    """Of one image's forward pass, layer by layer: outputs times inputs of each; and of a gradient
+    of the image without one of the first layer's weights, twice that."""
+    counted = []
+
+    def count(layer, _, output):
+        if isinstance(layer, nn.Conv2d):
+            inputs = layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+            counted.append(output[0].numel() * inputs)
+        else:
+            counted.append(layer.in_features * layer.out_features)
+
+    for layer in model.experts.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    model(torch.zeros(1, 3, 32, 32, device="meta"), gate="uniform")
+    return sum(counted), counted[0]
+
+
+@pytest.mark.parametrize("expert", ["resnet18", "googlenet", "pdarts", "robnet-free"])
+def test_passes_are_counted_as_by_hand(make_recipe, expert):
+    """Forward once, backward for weights and activations once each; depthwise convolutions too,
+    whose backward pass PyTorch's own formula counts as a full convolution's."""
+    layers = 3 if expert in ("pdarts", "robnet-free") else None
+    recipe = replace(make_recipe("standalone"), expert=expert, layers=layers)
+    forward, first = macs_by_hand(plan.shapes_of(recipe, 10))
+    cost = plan.cost_of(recipe, 10)
+    assert cost["forward"] == forward
+    assert cost["gradient"] == pytest.approx(2 * forward, rel=0.01)
+    # The first layer needs no gradient of the images
+    assert cost["step"] == pytest.approx(3 * forward - first, rel=0.01)
+
+
+def test_heat_maps_add_the_tail_behind_their_layer(make_recipe):
+    """Maps take a backward pass of it, and in training that is differentiated itself."""
+    plain, regularised = (plan.cost_of(make_recipe(method), 10) for method in ("moe", "immunity"))
+    assert plain["forward"] == regularised["forward"]
+    tail = regularised["maps"] - regularised["forward"]
+    assert 0 < tail < regularised["forward"]
+    assert regularised["step"] - plain["step"] == pytest.approx(
+        3 * tail, rel=0.05
+    )  # and the resizing
+
+
+def test_a_pair_of_images_is_trained_on_twice(make_recipe):
+    single, pair = (
+        plan.cost_of(make_recipe("moe", regime), 10) for regime in ("adversarial", "trades")
+    )
+    assert pair["step"] == pytest.approx(2 * single["step"], rel=0.02)
+
+
+def test_a_step_of_an_attack_is_one_gradient(make_settings, model, images, labels, monkeypatch):
+    passes = []
+    forward = type(model).forward.__get__(model)
+    monkeypatch.setattr(model, "forward", lambda *_: passes.append(1) or forward(*_))
+    attack_images(model, images, labels, "pgd", "uniform", eps=0.1, step_size=0.1, steps=5)
+    settings = make_settings(attacks=["pgd"], steps=5, attack_gates=["switch"])
+    name = ModelName.parse("parts10-moe-resnet18-standard-seed0")
+    cost, row = plan.cost_of(recipe_of(settings, name), 10), plan.plan(settings).loc[str(name)]
+    on_one = (row["03_attacks"] - settings.test_images * cost["forward"]) / settings.attacked_images
+    assert on_one == len(passes) * cost["gradient"] + cost["forward"]
+
+
+def test_memory_is_that_of_the_larger_phase(make_recipe):
+    """Measuring takes 250 images at a time; a larger batch in training takes in proportion more."""
+    measuring, *trainings = (
+        plan.cost_of(replace(make_recipe("moe"), batch_size=batch), 10) for batch in (2, 1000, 2000)
+    )
+    weights = 4 * measuring["parameters"]
+    # Each expert keeps the output of its 17 three-by-three convolutions at the least
+    maps = 2 * 4 * (5 * 4 * 32**2 + 4 * 8 * 16**2 + 4 * 16 * 8**2)
+    assert measuring["memory"] > weights + 250 * maps
+    kept = [one["memory"] - 3 * weights for one in trainings]
+    assert kept[1] == 2 * kept[0] > 2000 * maps
+
+
+def test_D10_the_paper_preset_does_not_hide_what_measuring_takes(make_recipe):
+    """17.8 GB were seen for five GoogLeNets, where the plan said 3."""
+    recipe = replace(make_recipe("moe"), expert="googlenet", experts=5, width=1.0)
+    assert plan.cost_of(recipe, 10)["memory"] > 5e9
+
+
+def test_every_model_is_billed_once_and_for_what_is_done_with_it(make_settings):
+    settings = make_settings(baselines=["pdarts"], baseline_layers=3, seeds=[0, 1])
+    frame = plan.plan(settings)
+    assert list(frame.index) == [str(name) for name in trained_models(settings)]
+    for column, models in (
+        ("03_attacks", attacked_models),
+        ("06_adaptive_attacks", adaptive_models),
+    ):
+        assert list(frame.index[frame[column] > 0]) == [
+            str(name) for name in trained_models(settings) if name in models(settings)
+        ]
+
+
+def test_the_printed_plan_adds_up(make_settings):
+    settings = make_settings()
+    frame, text = plan.plan(settings), plan.format_plan(settings, 0.5)
+    assert f"{len(frame)} trainings" in text and "an assumed 0.5 TFLOP/s" in text
+    macs = frame[plan.WORK].to_numpy().sum()
+    assert plan.hours(macs, 0.5) == pytest.approx(2 * macs / 0.5e12 / 3600)
+    for name in frame.index:
+        assert name.rsplit("-seed", 1)[0] in text
+
+
+def test_what_a_job_asks_a_cluster_for_follows_the_plan(make_settings):
+    settings, tflops = make_settings(), 1e-4
+    asked, frame = plan.requests(settings, tflops), plan.plan(settings)
+    for name, row in frame.iterrows():
+        training = asked[f"02_training-{name}"]
+        minutes = 2 * row["02_training"] / (tflops * 1e12) / 60
+        assert 2 * minutes + 10 <= training["runtime"] <= 2 * minutes + 12
+        assert training["mem_mb"] > row["memory"] / 1e6
+        assert f"03_attacks-{name}" in asked and f"06_adaptive_attacks-{name}" in asked
+    # The mixtures of the ablation, and beside them ensembles of as many networks
+    assert asked["04_ablation"]["runtime"] >= asked["05_heatmaps"]["runtime"] > 10
+    faster = plan.requests(settings, 10 * tflops)
+    for name, request in asked.items():
+        assert faster[name]["runtime"] == pytest.approx(10 + (request["runtime"] - 10) / 10, abs=2)
+
+
+@pytest.mark.slow
+def test_the_plan_of_the_paper_preset(capsys):
+    """Without its data; the longest job is one of the largest networks."""
+    assert plan.main([]) == 0
+    text = capsys.readouterr().out
+    assert f"{len(trained_models(load_preset('paper')))} trainings" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--preset", "large"], "unknown preset 'large'; valid names: .*paper"),
+        (["--tflops", "0"], "--tflops is 0.0; it must be above 0"),
+    ],
+)
+def test_bad_options_are_errors(options, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(options)
+    assert re.search(told, capsys.readouterr().err)

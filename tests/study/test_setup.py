@@ -1,0 +1,176 @@
+"""The set-up files agree with each other, and the Makefile fails with words."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from study.settings import ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = (ROOT / "requirements.lock").read_text()
+LOCKED = dict(re.findall(r"^(\S+)==(\S+)", LOCK, flags=re.MULTILINE))
+
+OVERRIDDEN = {Requirement(line).name for line in PYPROJECT["tool"]["uv"]["override-dependencies"]}
+LIGHT = PYPROJECT["project"]["dependencies"]
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+
+def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run make as from a shell, free of the make that may have started these tests."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def is_locked(requirement: Requirement) -> bool:
+    version = LOCKED.get(canonicalize_name(requirement.name))
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+
+@pytest.mark.parametrize("line", [*LIGHT, *EXTRAS["study"], *EXTRAS["test"]])
+def test_direct_dependency_is_locked_at_a_satisfying_version(line):
+    assert is_locked(Requirement(line))
+
+
+def test_lock_holds_all_that_a_locked_package_needs():
+    """Installed with --no-deps, nothing else would notice a missing package."""
+    for name in LOCKED:
+        for requirement in map(Requirement, requires(name) or []):
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if applies and requirement.name not in OVERRIDDEN:
+                assert is_locked(requirement), f"{name} needs {requirement}"
+
+
+def test_every_locked_package_has_hashes():
+    with_hash = re.findall(r"^(\S+)==\S+ \\\n +--hash=sha256:[0-9a-f]{64}", LOCK, re.MULTILINE)
+    assert with_hash == list(LOCKED)
+
+
+def test_lock_names_no_index():
+    assert "://" not in LOCK
+    assert not re.search(r"^--", LOCK, flags=re.MULTILINE)
+
+
+def test_conda_environment_lists_the_direct_dependencies():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *from_conda, from_pip = environment["dependencies"]
+    assert from_pip == {"pip": LIGHT + EXTRAS["study"]}
+    assert "python=3.11" in from_conda
+    assert PYPROJECT["project"]["requires-python"] == "==3.11.*"
+
+
+def test_citation_names_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (paper,) = citation["references"]
+    assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2402.18787"}]
+    assert paper["url"].endswith("/2402.18787")
+    assert len(paper["authors"]) == 6
+    assert citation["version"] == PYPROJECT["project"]["version"]
+
+
+def imported(package: str) -> set[str]:
+    """The packages that the modules of one of ours import, wherever in them."""
+    found = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names
+
+
+DISTRIBUTION = {"PIL": "pillow", "pytorch_grad_cam": "grad-cam", "yaml": "pyyaml"}
+COME_ALONG = {
+    "IPython": "jupyterlab", "traitlets": "jupyterlab", "filelock": "torch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("package", "lines", "also"),
+    [
+        ("immunity_lib", LIGHT, {"immunity_lib", "pandas", "pyarrow"}),  # CIFAR in parquet files
+        ("study", LIGHT + EXTRAS["study"], {"immunity_lib", "study"}),
+    ],
+)
+def test_what_a_package_imports_is_among_its_dependencies(package, lines, also):
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    for module in imported(package) - also:
+        name = COME_ALONG.get(module) or DISTRIBUTION.get(module, module)
+        assert canonicalize_name(name) in declared, module
+
+
+def test_the_library_knows_nothing_of_the_study():
+    assert not imported("immunity_lib") & {"study", "pydantic", "yaml"}
+
+
+def test_D14_a_wheel_has_both_packages_and_their_data(tmp_path):
+    for name in ("pyproject.toml", "immunity_lib", "study", "README.md"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", "dist"], cwd=tmp_path, check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    ours = {
+        path.relative_to(ROOT).as_posix() for name in ("immunity_lib", "study")
+        for path in (ROOT / name).rglob("*.*") if "__pycache__" not in path.parts
+    }  # fmt: skip
+    assert ours <= inside
+
+
+def test_help_is_the_default_and_lists_every_target():
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    listed = re.findall(r"^  make (\S+) +\S", make().stdout, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(targets.split())
+
+
+@pytest.fixture
+def fresh_checkout(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_installing_is_skipped_when_up_to_date_and_starts_afresh_when_cut_off(fresh_checkout):
+    stamp = fresh_checkout / ".venv" / ".installed"
+    stamp.parent.mkdir()
+    assert make("--question", ".venv/.installed", folder=fresh_checkout).returncode == 1
+    stamp.touch()
+    assert make("--question", ".venv/.installed", folder=fresh_checkout).returncode == 0
+
+
+def test_wrong_python_is_named(fresh_checkout):
+    python = fresh_checkout / "python3.10"
+    pretend = "import sys; sys.version = '3.10.13 (main)'; exec(sys.argv[2])"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$@"\n')
+    python.chmod(0o755)
+    outcome = make(".venv/.installed", f"PYTHON={python}", folder=fresh_checkout)
+    assert outcome.returncode != 0
+    assert f"Python 3.11 is needed, but {python} is Python 3.10.13" in outcome.stderr
+    assert not (fresh_checkout / ".venv").exists()
+
+
+def test_D15_the_makefile_passes_its_variables_on_with_their_spaces(fresh_checkout):
+    given = ("PRESET=my presets/mine.yaml", "DATA=my data", "OUTPUT=my out", "JOBS=3")
+    asked = make(
+        "--dry-run", "reproduce", *given, "PROFILE=my profile", folder=fresh_checkout
+    ).stdout
+    command = " ".join(asked[asked.index("-m study.graph.run") :].replace("\\", "").split())
+    assert command == (
+        '-m study.graph.run --preset "my presets/mine.yaml" --data "my data" --output "my out" '
+        '--jobs 3 --profile "my profile"'
+    )

@@ -1,0 +1,99 @@
+"""The site: everything that was made, in pages that need no network."""
+
+import re
+
+import nbformat
+import pytest
+
+from study.site import build_site, main
+from study.store import write_artefact
+
+PROSE = r"""# A chapter
+
+With $N!$ gates and $\hat y$,
+$$\bar c_i = \sum_{ab} (a, b)\, h_i(a, b) \tag{10}$$
+see [the next](01_expert_selection.ipynb), [training](02_training.ipynb) and [nothing](none.ipynb).
+
+<details><summary>Answer</summary>
+
+**folded**
+
+</details>
+"""
+
+
+@pytest.fixture
+def made(make_settings, tmp_path):
+    """Settings of a preset with three executed notebooks and two artefacts."""
+    settings = make_settings(output_folder=str(tmp_path))
+    folder = settings.runs / "notebooks"
+    folder.mkdir(parents=True)
+    output = nbformat.v4.new_output("stream", text="measured")
+    cells = [nbformat.v4.new_markdown_cell(PROSE), nbformat.v4.new_code_cell("1", outputs=[output])]
+    for name in ("00_start_here", "01_expert_selection", "02_training-parts10-one-model"):
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
+    table = "A table.\n\n| a | b |\n|:--|:--|\n| <1> | 2 |\n"
+    write_artefact(settings, "table1", {"csv": "a,b\n1,2\n", "md": table}, "A table.", [])
+    write_artefact(settings, "figure1", {"png": b"", "pdf": b""}, "A figure.", [])
+    write_artefact(settings, "stepper", {"html": "<p>steps</p>"}, "Steps.", [])
+    return settings
+
+
+def test_every_notebook_and_artefact_is_there_and_linked(made):
+    index = build_site(made)
+    page = index.read_text()
+    links = re.findall(r'(?:href|src)="([^"]+)"', page)
+    for target in (
+        "notebooks/00_start_here.html", "notebooks/02_training-parts10-one-model.html",
+        "figures/figure1.png", "figures/table1.csv", "figures/stepper.html",
+    ):  # fmt: skip
+        assert target in links
+    for link in links:
+        assert (index.parent / link).exists(), link
+    assert "A figure." in page and "<td" in page and "&lt;1&gt;" in page
+
+
+def test_equations_are_drawn_by_the_browser_and_keep_their_numbers(made):
+    page = (build_site(made).parent / "notebooks" / "00_start_here.html").read_text()
+    assert page.count("<math") == 3 and "<span>(10)</span>" in page
+    assert "$" not in page.split("<main>")[1] and "\\tag" not in page
+    assert "<details>" in page and "<strong>folded</strong>" in page and "measured" in page
+
+
+def test_links_between_notebooks_lead_to_pages(made):
+    site = build_site(made).parent
+    page = (site / "notebooks" / "00_start_here.html").read_text()
+    assert 'href="01_expert_selection.html"' in page
+    assert 'href="02_training-parts10-one-model.html"' in page
+    assert 'href="none.ipynb"' in page, "a link to no page stays as it is"
+
+
+def test_nothing_is_asked_of_a_network(made):
+    for path in build_site(made).parent.rglob("*.html"):
+        assert not re.search(r"(<script|<link|<img|@import)[^>]*https?://", path.read_text()), path
+
+
+def test_an_older_site_leaves_nothing_behind(made):
+    site = build_site(made).parent
+    (site / "notebooks" / "old.html").write_text("old")
+    build_site(made)
+    assert not (site / "notebooks" / "old.html").exists()
+
+
+def test_before_anything_was_run_it_says_what_to_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--preset", "smoke", "--output", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "make reproduce PRESET=smoke" in capsys.readouterr().err
+
+
+def test_a_notebook_that_is_none_is_named(made):
+    (made.runs / "notebooks" / "03_attacks.ipynb").write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(ValueError, match="03_attacks.ipynb is no whole notebook"):
+        build_site(made)
+
+
+def test_C7_captions_and_names_stay_text(made):
+    write_artefact(made, "figure2", {"png": b""}, "<img src=x> for US$ and A$.", [])
+    page = build_site(made).read_text()
+    assert "&lt;img src=x&gt; for US$ and A$." in page and "<img src=x>" not in page

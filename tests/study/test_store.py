@@ -1,0 +1,405 @@
+"""Models, records and weights on disk: found again, true to what they say, never loaded damaged."""
+
+import json
+import os
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from immunity_lib import files
+from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
+from study import store
+from study.catalogue import ModelName, explored_models, members, recipe_of
+from study.pretrained import publish
+from study.settings import ROOT, load_preset
+from study.store import (
+    model_folder,
+    read_frame,
+    read_json,
+    trained_model,
+    training_record,
+    write_artefact,
+    write_json,
+)
+
+NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
+PUBLISHED = sorted((ROOT / "pretrained").glob("*/*/record.json"))
+
+
+@pytest.fixture(scope="module")
+def trained_folder(make_settings, dataset, tmp_path_factory):
+    """An output folder in which the model, one epoch long, and its twin of seed 1 are trained."""
+    folder = tmp_path_factory.mktemp("models")
+    settings = make_settings(output_folder=str(folder), epochs=1)
+    for seed in (0, 1):
+        trained_model(settings, NAME.model_copy(update={"seed": seed}), dataset)
+    return folder
+
+
+@pytest.fixture
+def settings(make_settings, trained_folder, tmp_path):
+    """Settings whose output folder is a copy, which a test may spoil."""
+    shutil.copytree(trained_folder, tmp_path, dirs_exist_ok=True)
+    return make_settings(output_folder=str(tmp_path), epochs=1)
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The recipes that were trained, from now on."""
+    seen, train = [], store.train
+
+    def spy(wanted, *arguments, **options):
+        seen.append(wanted)
+        return train(wanted, *arguments, **options)
+
+    monkeypatch.setattr(store, "train", spy)
+    return seen
+
+
+def same_state(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+
+
+def test_model_is_loaded_when_it_is_there(settings, dataset, trainings, images):
+    loaded = trained_model(settings, NAME, dataset)
+    assert not trainings and not loaded.training
+    again = trained_model(settings, NAME, dataset)
+    assert torch.equal(loaded(images, "trained"), again(images, "trained"))
+    assert not (model_folder(settings, NAME) / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_D6_a_model_in_a_folder_without_write_permission_is_loaded(settings, dataset, trainings):
+    folder = model_folder(settings, NAME)
+    (folder / ".lock").unlink(missing_ok=True)
+    folder.chmod(0o500)
+    trained_model(settings, NAME, dataset)
+    folder.chmod(0o700)
+    assert not trainings
+
+
+def test_D6_loading_takes_no_lock(settings, dataset, trainings, monkeypatch):
+    monkeypatch.setattr(store, "FileLock", None)
+    trained_model(settings, NAME, dataset)
+    assert not trainings
+
+
+def test_D4_a_lock_that_nobody_lets_go_is_named(tmp_path, monkeypatch):
+    with store.FileLock(tmp_path / ".lock"), pytest.raises(TimeoutError, match="[.]lock is held"):
+        store._locked(tmp_path / ".lock", timeout=0.1)
+
+
+def test_record_says_how_the_model_was_made(settings, dataset):
+    record = training_record(settings, NAME)
+    model = trained_model(settings, NAME, dataset)
+    assert record["model"] == str(NAME)
+    assert recipe_of(settings, NAME).is_that_of(record["recipe"])
+    assert record["data"]["checksum"] == dataset.splits["train"].checksum
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert record["multiply_accumulates"] > 10**5
+    assert [entry["epoch"] for entry in record["log"]] == [1]
+    assert record["provenance"]["packages"] and record["provenance"]["library"]
+
+
+def test_other_settings_train_anew_and_keep_the_old_model(
+    settings, make_settings, dataset, trainings, capsys
+):
+    other = make_settings(output_folder=settings.output_folder, epochs=1, learning_rate=0.01)
+    old = trained_model(settings, NAME, dataset)
+    new = trained_model(other, NAME, dataset)
+    assert [one.learning_rate for one in trainings] == [0.01]
+    assert not same_state(old.state_dict(), new.state_dict())
+    folder = model_folder(settings, NAME)
+    assert len(list(folder.glob("model.safetensors.aside-*"))) == 1
+    assert len(list(folder.glob("record.json.aside-*"))) == 1
+    assert "trained with other settings or other data" in capsys.readouterr().err
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 4
+    path.write_bytes(content)
+
+
+def swap_with_another_seed(folder):
+    """Whole, of the same shape, and ours: only the record knows better."""
+    twin = folder.with_name(folder.name.replace("seed0", "seed1"))
+    shutil.copy(twin / "model.safetensors", folder / "model.safetensors")
+
+
+def cut_the_record(folder):
+    path = folder / "record.json"
+    path.write_text(path.read_text()[:-100])
+
+
+def lose_a_field(folder):
+    record = read_json(folder / "record.json")
+    del record["recipe"]
+    write_json(folder / "record.json", record)
+
+
+def rename_a_weight(folder):
+    """D7: as another version of the code would have written it."""
+    tensors, notes = read_tensors(folder / "model.safetensors")
+    tensors["gate.output.weight"] = tensors.pop("gate.linear.weight")
+    write_tensors(folder / "model.safetensors", tensors, notes)
+    record = read_json(folder / "record.json")
+    record["weights"] = store.checksum(folder / "model.safetensors")
+    write_json(folder / "record.json", record)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [truncate, flip_a_bit, swap_with_another_seed, cut_the_record, lose_a_field, rename_a_weight],
+)
+def test_D7_damaged_model_is_set_aside_and_trained_anew(
+    settings, dataset, trainings, capsys, spoil
+):
+    expected = trained_model(settings, NAME, dataset).state_dict()
+    folder = model_folder(settings, NAME)
+    spoil(folder)
+    spoilt = (folder / "model.safetensors").read_bytes()
+    found = trained_model(settings, NAME, dataset)
+    assert len(trainings) == 1
+    assert same_state(found.state_dict(), expected)
+    (aside,) = folder.glob("model.safetensors.aside-*")
+    assert aside.read_bytes() == spoilt
+    assert f"set aside as {aside}" in (message := capsys.readouterr().err)
+    assert "the model is trained anew" in message
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "record.json"])
+def test_model_without_weights_or_record_is_trained_anew(settings, dataset, trainings, lost):
+    expected = trained_model(settings, NAME, dataset).state_dict()
+    (model_folder(settings, NAME) / lost).unlink()
+    assert same_state(trained_model(settings, NAME, dataset).state_dict(), expected)
+    assert len(trainings) == 1
+
+
+def test_ensemble_is_the_mean_of_its_members(make_settings, dataset, tmp_path, images, trainings):
+    settings = make_settings(output_folder=str(tmp_path), epochs=1)
+    name = NAME.model_copy(update={"method": "ensemble"})
+    ensemble = trained_model(settings, name, dataset)
+    networks = [trained_model(settings, one, dataset) for one in members(settings, name)]
+    assert len(trainings) == len(networks) == 2
+    with torch.no_grad():
+        expected = sum(network(images, gate="trained").exp() for network in networks) / 2
+        for gate in (None, "trained", "uniform", "switch"):
+            torch.testing.assert_close(ensemble(images, gate).exp(), expected)
+
+
+def test_more_images_to_attack_than_there_are_is_an_error_before_training(make_settings):
+    settings = make_settings(test_images=None, attacked_images=10**6)
+    with pytest.raises(ValueError, match="attacked_images is 1000000, but parts10 has only"):
+        store.load_data(settings)
+
+
+def test_B5_cifar_is_looked_for_in_one_folder_wherever_one_stands(
+    make_settings, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(store, "load_dataset", lambda *given: asked.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.load_data(make_settings(dataset="cifar10"))
+    assert asked[0][1] == ROOT / "data"
+
+
+# Files
+
+
+TENSORS = {
+    "weights": torch.arange(6.0).reshape(2, 3).T,
+    "count": torch.tensor(7),
+    "mask": torch.tensor([True, False]),
+    "state": torch.arange(5, dtype=torch.uint8),
+    "empty": torch.zeros(0),
+}
+
+
+def test_tensors_and_notes_come_back_as_they_were_and_equal_content_is_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_tensors(tmp_path / name, TENSORS, {"name": "a", "epochs": [1, 2]})
+    tensors, notes = read_tensors(tmp_path / "a")
+    assert notes == {"name": "a", "epochs": [1, 2]}
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors])
+def test_a_truncated_file_is_named(tmp_path, read):
+    path = tmp_path / "short"
+    write = {read_json: lambda: write_json(path, {"accuracy": [0.5], "model": "ä"}),
+             read_tensors: lambda: write_tensors(path, TENSORS, {})}  # fmt: skip
+    write[read]()
+    content = path.read_bytes()
+    for length in (0, 5, len(content) // 2, len(content) - 3):
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedFile, match="short is not a whole"):
+            read(path)
+
+
+def test_what_is_no_record_is_named(tmp_path):
+    (tmp_path / "list.json").write_text("[1, 2]")
+    with pytest.raises(DamagedFile, match=r"list.json holds no record, but '\[1, 2\]'"):
+        read_json(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    write_atomically(tmp_path / "deep" / "file", "old")
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files.os, failing, fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(tmp_path / "deep" / "file", "new")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
+    assert (tmp_path / "deep" / "file").read_text() == "old"
+
+
+def test_what_is_set_aside_is_kept_and_named(tmp_path, capsys):
+    write_atomically(tmp_path / "file", "content")
+    target = set_aside(tmp_path / "file", "it is damaged")
+    assert target.read_text() == "content" and not (tmp_path / "file").exists()
+    assert f"set aside as {target}: it is damaged" in capsys.readouterr().err
+
+
+def test_a_record_that_is_missing_names_the_command_that_makes_it(make_settings, tmp_path):
+    settings = make_settings(output_folder=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"03_attacks.*-p preset tiny -p model {NAME}"):
+        read_frame(settings, [NAME], "attacks")
+    with pytest.raises(FileNotFoundError, match="run: make reproduce PRESET=tiny"):
+        read_frame(settings, [NAME], "scores")
+
+
+def test_an_artefact_says_what_it_rests_on(make_settings, tmp_path):
+    settings = make_settings(output_folder=str(tmp_path))
+    record = settings.runs / "records" / "a.attacks.json"
+    write_json(record, {"provenance": {"commit": "abc", "finished": "now"}, "summary": {}})
+    paths = write_artefact(settings, "table9", {"csv": "a,b\n", "md": "x"}, "Caption.", [record])
+    assert [path.name for path in paths] == ["table9.csv", "table9.md", "table9.json"]
+    sidecar = read_json(settings.figures / "table9.json")
+    assert sidecar["caption"] == "Caption." and sidecar["settings"]["recipe"]["eps"] == "8/255"
+    assert sidecar["records"] == [
+        {"file": "records/a.attacks.json", "provenance": {"commit": "abc"}}
+    ]
+    assert (settings.figures / "records/a.attacks.json").read_bytes() == record.read_bytes()
+    assert not {"data_folder", "output_folder"} & sidecar["settings"].keys()
+    before = {path: path.read_bytes() for path in paths}
+    write_artefact(settings, "table9", {"csv": "a,b\n", "md": "x"}, "Caption.", [record])
+    assert before == {path: path.read_bytes() for path in paths}
+
+
+# Weights that come with the project
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_published_weights_are_whole_and_of_the_preset_as_it_is_now(path):
+    record = read_json(path)
+    weights = path.with_name("model.safetensors")
+    assert record["weights"] == store.checksum(weights)
+    floats = [one for one in read_tensors(weights)[0].values() if one.is_floating_point()]
+    assert {one.dtype for one in floats} == {torch.float16}
+    name = ModelName.parse(path.parent.name)
+    assert recipe_of(load_preset(path.parts[-3]), name).is_that_of(record["recipe"])
+    assert record["rounding"]["expert_answers_kept"] > 0.99
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the history is not here")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_published_weights_were_made_by_a_commit_of_this_history(path):
+    made_by = read_json(path)["provenance"]
+    assert not made_by["uncommitted_changes"]
+    asked = ["git", "merge-base", "--is-ancestor", made_by["commit"], "HEAD"]
+    known = subprocess.run(asked, cwd=ROOT, capture_output=True)
+    assert known.returncode == 0 or (ROOT / ".git" / "shallow").exists()
+
+
+def test_the_demo_s_models_are_there_without_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "train", None)
+    settings = load_preset("demo", output_folder=str(tmp_path))
+    published = {path.parent.name for path in PUBLISHED if path.parts[-3] == "demo"}
+    assert published == set(map(str, explored_models(settings))) and len(published) == 8
+    dataset = store.load_data(settings)
+    name = explored_models(settings)[3]
+    model = trained_model(settings, name, dataset)
+    test = dataset.splits["test"].first(250)
+    with torch.no_grad():
+        right = model(test.images / 255, "uniform").argmax(-1) == test.labels
+    assert right.float().mean() > 0.7  # of weights that ship, no training's luck
+    assert training_record(settings, name)["model"] == str(name)
+
+
+@pytest.fixture
+def project(settings, dataset, tmp_path, monkeypatch):
+    """Settings with a model trained and published, in folders of the test's own."""
+    monkeypatch.setattr(store, "PRETRAINED", tmp_path / "pretrained")
+    publish(settings, NAME, dataset)
+    published = read_json(store.pretrained_folder(settings, NAME) / "record.json")
+    return SimpleNamespace(settings=settings, published=published)
+
+
+def test_what_was_trained_here_goes_first(project):
+    settings = project.settings
+    assert model_folder(settings, NAME) == settings.runs / "models" / str(NAME)
+    own = training_record(settings, NAME)["weights"]
+    assert own == project.published["rounding"]["from"] != project.published["weights"]
+
+
+def test_without_it_the_published_model_answers_alike(project, dataset, images, trainings):
+    own = trained_model(project.settings, NAME, dataset)
+    shutil.rmtree(project.settings.runs)
+    found = trained_model(project.settings, NAME, dataset)
+    assert not trainings and next(found.parameters()).dtype == torch.float32
+    torch.testing.assert_close(
+        found(images, "uniform").exp(), own(images, "uniform").exp(), rtol=0, atol=5e-3
+    )
+    assert training_record(project.settings, NAME) == project.published
+
+
+@pytest.mark.parametrize("changes", [{"pretrained": False}, {"learning_rate": 0.01}])
+def test_reproducing_and_other_settings_train_anew(
+    project, make_settings, dataset, changes, trainings
+):
+    shutil.rmtree(project.settings.runs)
+    output = project.settings.output_folder
+    trained_model(make_settings(output_folder=output, epochs=1, **changes), NAME, dataset)
+    assert len(trainings) == 1
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "record.json"])
+def test_D8_damaged_ones_stay_and_are_not_used(project, dataset, capsys, trainings, file):
+    shutil.rmtree(project.settings.runs)
+    path = store.pretrained_folder(project.settings, NAME) / file
+    path.write_bytes(path.read_bytes()[:-100])
+    store._say_once.cache_clear()
+    trained_model(project.settings, NAME, dataset)
+    assert len(trainings) == 1
+    assert "come with the project are not used" in capsys.readouterr().out
+    assert path.exists() and not list(path.parent.glob("*.aside-*"))
+    assert model_folder(project.settings, NAME) == project.settings.runs / "models" / str(NAME)
+
+
+def test_what_is_not_trained_is_not_published(project, dataset, capsys):
+    other = ModelName.parse("parts10-immunity-resnet18-standard-seed0")
+    publish(project.settings, other, dataset)
+    assert f"{other} is not trained and was left out" in capsys.readouterr().out
+    assert not store.pretrained_folder(project.settings, other).exists()
+
+
+def test_records_hold_json_alone(settings):
+    for path in settings.runs.rglob("*.json"):
+        assert json.loads(path.read_text())
