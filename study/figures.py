@@ -280,8 +280,8 @@ def weight_curves(sweep: pd.DataFrame) -> Figure:
 
 
 def architecture(model: ImmunityMoE) -> Figure:
-    """Figure 1, from a model itself: every expert with its stages, as high as their grids, the
-    Grad-CAM layer, the gate and its random switch, the mixture, and the losses on the heat maps."""
+    """Figure 1, from a model itself: every expert (of `build_expert`) with its stages, as high as
+    their grids, the Grad-CAM layer, gate and switch, the mixture, and the losses on the maps."""
     plain, heat, switch, output = (COLOURS[k] for k in (8, 1, 4, 0))
     experts = len(model.experts)
     figure, axes = plt.subplots(figsize=(13, 2.8 + 0.9 * experts), dpi=SCREEN, layout="constrained")

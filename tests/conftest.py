@@ -1,6 +1,7 @@
 """Shared fixtures: the smallest data, settings and models on which meaning can be tested."""
 
 import copy
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from study.catalogue import ModelName, recipe_of
 from study.settings import read_settings
 
 torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 hypothesis_settings.register_profile(
     "reproducible", deadline=None, max_examples=40, derandomize=True, database=None
 )

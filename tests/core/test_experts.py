@@ -329,18 +329,10 @@ class Call(nn.Module):
         ({}, "pool", r"gives .*2, 4, 1, 1.*more than one pixel; choose an earlier layer"),
         ({"linear": nn.Linear(4, 7)}, "stem", r"gives .*2, 7.*logits \(2, 10\); mend num_cl"),
         ({"end": Call(lambda x: {"logits": x})}, "stem", "gives .*dict.*logits"),
-        (
-            {"flat": Call(lambda x: x.detach().flatten(1))},
-            "bend",
-            "logits not be differentiated.*layer's output; choose another",
-        ),
+        ({"flat": Call(lambda x: x.detach().flatten(1))}, "bend", "logits not .*choose another"),
         ({"bend": nn.ReLU(inplace=True)}, "stem", "overwrites .*in place; .*inplace=False"),
         ({"bend": nn.Hardsigmoid()}, "stem", "differentiated twice.*hardsigmoid"),
-        (
-            {"pool": nn.MaxPool2d(64)},
-            "stem",
-            r"eval mode: images \(2, 3, 32, 32\) cannot be passed",
-        ),
+        ({"pool": nn.MaxPool2d(64)}, "stem", r"eval mode: images \(2, 3, 32, 32\) cannot"),
         ({"bend": nn.Dropout(inplace=True)}, "stem", "train mode: .*overwrites"),
     ],
 )

@@ -146,7 +146,7 @@ def test_explained_score_can_be_the_log_probability_or_the_mixture_s(model, imag
 def test_A4_maps_for_looking_change_nothing_and_do_not_depend_on_the_batch(
     model, images, labels, train
 ):
-    model.train(train)
+    model, images = model.double().train(train), images.double()
     model.experts[1].eval()
     modes = [module.training for module in model.modules()]
     state = copy.deepcopy(model.state_dict())
@@ -176,8 +176,8 @@ def test_A9_labels_that_do_not_match_the_images_are_refused(model, images, label
     + [(expert, "logit") for expert in ("googlenet", "densenet121", "pdarts", "robnet-free")],
 )
 def test_training_gradient_is_the_slope_of_the_loss(images, labels, expert, explained):
-    """Along a random direction through all parameters, in float64, with a smooth function in place
-    of every ReLU, whose kinks a step may cross.
+    """Along a random direction through all parameters, in float64, with smooth functions in place
+    of ReLUs and max-pools: a step may cross their kinks, where a map jumps.
 
     With floor 0, since a floor is a constant to the gradient though not to the loss.
     """
@@ -186,6 +186,9 @@ def test_training_gradient_is_the_slope_of_the_loss(images, labels, expert, expl
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.ReLU):
             model.set_submodule(name, nn.Softplus())
+        if isinstance(module, nn.MaxPool2d):
+            pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding)
+            model.set_submodule(name, pool)
     model, images, step = model.double().train(), images[:4].double(), 1e-8
     parameters = list(model.parameters())
 

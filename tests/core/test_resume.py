@@ -167,7 +167,7 @@ train(Recipe(**fields), dataset, Path(sys.argv[2]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, *SIGNALS])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_run_ended_by_a_signal_goes_on(make_recipe, dataset, tmp_path, number):
     recipe = make_recipe(epochs=6)
     folder = tmp_path / "ended"
@@ -179,7 +179,7 @@ def test_run_ended_by_a_signal_goes_on(make_recipe, dataset, tmp_path, number):
         time.sleep(0.01)
     run.send_signal(number)
     status = run.wait(60)  # a batch takes a fraction of a second
-    assert status == (143 if number == signal.SIGTERM else -number)
+    assert status == (STOPPED if number == signal.SIGTERM else -number)
     assert len(read_tensors(checkpoint(folder))[1]["log"]) < 6
     train(recipe, dataset, folder)
     train(recipe, dataset, tmp_path / "uninterrupted")

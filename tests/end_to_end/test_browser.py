@@ -33,6 +33,7 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
 TOKEN = "for-this-test-alone"
 PATIENCE = 600  # seconds: the machine may have much else to do
+FEW = {"test_images": 60, "attacked_images": 30, "adaptive_images": 30}  # the weights serve all
 FRAME = 'iframe[title="heat maps under attack"]'
 
 
@@ -242,14 +243,15 @@ def use_the_explorer(page):
         assert frame.locator(f"#{control}").input_value() == value, "the new page stands there too"
     changed_by(page, lambda: choose(page, "CAM method", "Layer-CAM"), PICTURES)
     changed_by(page, lambda: choose(page, "compared with", "none"), WORDS)
+    move(frame, "step", "Home")
     frame.locator("#play").click()
-    frame.locator("text=moved by 4.0/255").wait_for()
+    frame.locator("#step-said", has_text="20").wait_for()
     give(page, "letter.txt", b"no image")
     page.wait_for_selector("text=letter.txt cannot be read as an image")
     # B7: the largest file that is promised to fit through the connection
     give(page, "largest.png", picture_of(10_000_000))
     frame.locator("h2", has_text="largest.png: 300x200 pixels, L, made").wait_for()
-    page.click("text=take the session home")
+    page.click("button:has-text('take the session home')")
     page.wait_for_selector("text=/saved .*session.html/")
 
 
@@ -275,7 +277,7 @@ def test_the_explorer_moves_in_jupyterlab(theme, width, tmp_path, state, pytestc
     """From opening the notebook to moved maps, nothing trained: the weights come with it."""
     pictures = pytestconfig.getoption("screenshots") or tmp_path
     folder = tmp_path / "notebooks"
-    notebook = written(folder, "05_heatmaps", output_folder=str(tmp_path))
+    notebook = written(folder, "05_heatmaps", output_folder=str(tmp_path), **FEW)
     lab = jupyterlab(folder, state, f"JupyterLab {theme}")
     with lab as address, browser_page(width) as page:
         started = time.monotonic()
@@ -302,7 +304,7 @@ def kernels(process):
 
 def test_B8_the_explorer_moves_on_voila_s_page_and_its_kernels_end(tmp_path, state):
     """As `make explorer` serves it, but that kernels end sooner after their page is closed."""
-    notebook = written(tmp_path / "notebooks", "05_heatmaps", output_folder=str(tmp_path))
+    notebook = written(tmp_path / "notebooks", "05_heatmaps", output_folder=str(tmp_path), **FEW)
     port = free_port()
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     recipe = re.search(r"voila notebooks/05_heatmaps.ipynb (.*)", makefile)

@@ -47,9 +47,10 @@ def test_A4_the_readmes_snippet_runs_twice_and_changes_no_model():
         exec(snippet, names)
     model, maps = names["model"], names["maps"]
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    looks = re.findall(r"^(?:log_probs|maps|attacked) = .*", snippet, re.MULTILINE)
-    exec("\n".join(looks), names)
-    assert len(looks) == 3 and names["maps"].equal(maps)
+    looks = ast.parse(snippet).body[-3:]
+    assert [one.targets[0].id for one in looks] == ["log_probs", "maps", "attacked"]
+    exec(compile(ast.Module(looks, []), "README.md", "exec"), names)
+    assert names["maps"].equal(maps)
     assert all(value.equal(state[key]) for key, value in model.state_dict().items())
 
 
