@@ -45,4 +45,4 @@ def explanation_maps(model: ImmunityMoE, images: Tensor, labels: Tensor, method:
                 for few, theirs in zip(images.split(BATCH), labels.split(BATCH), strict=True)
             ]
         by_expert.append(torch.cat([torch.from_numpy(one) for one in maps]))
-    return normalise_maps(torch.stack(by_expert, dim=1).float())
+    return normalise_maps(torch.stack(by_expert, dim=1).float()).to(images.device)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from io import BytesIO
+from itertools import product
 
 import jinja2
 import matplotlib.pyplot as plt
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from immunity_lib.heatmaps import GRID, is_empty
 from immunity_lib.moe import permutations
-from study.catalogue import ModelName
+from study.catalogue import DATA, ModelName
 from study.explorer.cam_methods import OURS
 from study.explorer.exploration import (
     TRUE_CLASS,
@@ -81,7 +82,7 @@ def explorer_page(
     )
     return environment.get_template("page.html").render(
         attacked=ATTACKED_GATES[attacked_gate], eps=budget_label(exploration.budgets[budget]),
-        dataset=dataset.name, steps=exploration.settings.steps, method=method,
+        dataset=DATA[dataset.name], steps=exploration.settings.steps, method=method,
         explained=dataset.class_names[explained] if isinstance(explained, int) else explained,
         # Inside of a script element, nothing may close it
         data=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
@@ -160,24 +161,32 @@ def attack_figure(
 ) -> Figure:
     """A row for each model and step: the image with the answer of the mixture, and the map of every
     expert with its answer and weight, all maps on one scale, the true parts outlined."""
-    rows, captions, class_names = [], [], exploration.dataset.class_names
-    for name in names:
-        answers = exploration.answers(name, subject, attacked_gate)
-        maps = exploration.maps(name, subject, attacked_gate, budget)
-        for step in steps:
-            at = budget, step
-            rows.append((answers.frames[at], maps[step]))
-            weights = [f"expert {k + 1}, weight {w:.2f}" for k, w in enumerate(answers.gate[at])]
-            titles = [f"{label_of(name).split(',')[0]}, step {step}", *weights]
-            of_panels = [answers.mixtures[at][0], *answers.experts[at]]  # the gate as trained first
-            for title, said in zip(titles, of_panels, strict=True):
-                answer = int(said.argmax())
-                sign = "" if answer == answers.asked else " x"
-                captions.append((title, f"{literal(class_names[answer])} {said[answer]:.0%}{sign}"))
-    figure, axes = _heat_rows(rows, (1.5, 2.0), subject.part_masks)
-    for panel, (title, verdict) in zip(axes.flat, captions, strict=True):
-        panel.set_title(title, fontsize=8)
-        panel.set_xlabel(verdict, fontsize=8)
+    maps = [exploration.maps(name, subject, attacked_gate, budget) for name in names]
+    columns, rows, top = maps[0].shape[1] + 1, len(names) * len(steps), scale_top(maps)
+    figure, axes = _grid(rows, columns, (1.5 * columns + 1, 2 * rows))
+    for row, ((name, of_model), step) in zip(
+        axes, product(zip(names, maps, strict=True), steps), strict=True
+    ):
+        answers, at = exploration.answers(name, subject, attacked_gate), (budget, step)
+        row[0].imshow(colours(answers.frames[at]))
+        for panel, heat in zip(row[1:], of_model[step], strict=True):
+            drawn = panel.imshow(brightness(heat, top), cmap=COLOUR_MAP, vmin=0, vmax=1)
+        weights = [f"expert {k + 1}, weight {w:.2f}" for k, w in enumerate(answers.gate[at])]
+        titles = [f"{label_of(name).split(',')[0]}, step {step}", *weights]
+        of_panels = [answers.mixtures[at][0], *answers.experts[at]]  # the gate as trained first
+        for panel, title, said in zip(row, titles, of_panels, strict=True):
+            answer = int(said.argmax())
+            sign = "" if answer == answers.asked else " x"
+            class_name = literal(exploration.dataset.class_names[answer])
+            panel.set_title(title, fontsize=8)
+            panel.set_xlabel(f"{class_name} {said[answer]:.0%}{sign}", fontsize=8)
+            for mask, colour in zip(subject.part_masks, PART_COLOURS, strict=False):
+                if mask.any():
+                    panel.contour(mask.float().numpy(), levels=[0.5], colors=[colour], linewidths=1)
+    heats = np.array([0, 1, top / 4, top])  # brightness is the square root of heat
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, ticks=np.sqrt(heats / top))
+    bar.ax.set_yticklabels([f"{heat:.0f}" for heat in heats], fontsize=8)
+    bar.set_label("heat, in units of an even spread", fontsize=8)
     return figure
 
 
@@ -206,36 +215,6 @@ def gates_figure(
     axes[-1, 0].set_xlabel("states of the gate (square: right, cross: wrong)")
     figure.supylabel("eps (right gates)", fontsize=9)
     return figure
-
-
-def methods_figure(image: Tensor, maps: Mapping[str, Tensor]) -> Figure:
-    """A row for each CAM method: the maps (N, 32, 32) of every expert for one image and class."""
-    figure, axes = _heat_rows([(image, of_method) for of_method in maps.values()], (1.15, 1.2))
-    for panel, method in zip(axes[:, 0], maps, strict=True):
-        panel.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
-    for expert, panel in enumerate(axes[0, 1:]):
-        panel.set_title(f"expert {expert + 1}", fontsize=8)
-    return figure
-
-
-def _heat_rows(rows: Sequence[tuple[Tensor, Tensor]], size: tuple, masks: Sequence[Tensor] = ()):
-    """A figure and its panels: in each row an image and its maps (N, 32, 32), all on one scale, the
-    parts outlined. size: of a panel, in inches."""
-    columns, top = len(rows[0][1]) + 1, scale_top([maps for _, maps in rows])
-    figure, axes = _grid(len(rows), columns, (size[0] * columns + 1, size[1] * len(rows)))
-    for row, (image, maps) in zip(axes, rows, strict=True):
-        row[0].imshow(colours(image))
-        for panel, heat in zip(row[1:], maps, strict=True):
-            drawn = panel.imshow(brightness(heat, top), cmap=COLOUR_MAP, vmin=0, vmax=1)
-        for panel in row:
-            for mask, colour in zip(masks, PART_COLOURS, strict=False):
-                if mask.any():
-                    panel.contour(mask.float().numpy(), levels=[0.5], colors=[colour], linewidths=1)
-    heats = np.array([0, 1, top / 4, top])  # brightness is the square root of heat
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, ticks=np.sqrt(heats / top))
-    bar.ax.set_yticklabels([f"{heat:.0f}" for heat in heats], fontsize=8)
-    bar.set_label("heat, in units of an even spread", fontsize=8)
-    return figure, axes
 
 
 def _grid(rows: int, columns: int, size: tuple) -> tuple[Figure, np.ndarray]:
