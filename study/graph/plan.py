@@ -27,7 +27,6 @@ from immunity_lib.data import Dataset, find_source
 from immunity_lib.data.cifar import CLASS_NAMES
 from immunity_lib.evaluate import BATCH, BUDGETS
 from immunity_lib.heatmaps import heatmaps_from_outputs
-from immunity_lib.moe import ImmunityMoE
 from immunity_lib.train import Recipe, build_model, training_loss
 from study import catalogue
 from study.graph import parse_options, preset_parser
@@ -43,15 +42,13 @@ WORK = ["02_training", "03_attacks", "06_adaptive_attacks", "scores"]
 
 
 def plan(settings: Settings) -> pd.DataFrame:
-    """A row for each model that the preset trains, by its name: "epochs", "batch", "parameters",
-    "memory" in bytes, multiply-accumulates of one image's "forward" pass, and of all that is done
-    in each notebook of WORK; "scores" are heat maps and accuracy on all test images.
-
-    Nothing is computed and no data are read, but for the names of the files of your own images.
-    """
+    """A row for each model that the preset trains, by its name: its `cost_of`, and the
+    multiply-accumulates of all that is done with it in the notebooks of WORK; "scores" are heat
+    maps and accuracy on all test images. Nothing is computed and no data are read, but for the
+    names of the files of your own images."""
     attacked, adaptive = catalogue.attacked_models(settings), catalogue.adaptive_models(settings)
     gradients, queries = adaptive_passes(settings)
-    attack_steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
+    steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
     rows = {}
     for name in catalogue.trained_models(settings):
         recipe = catalogue.recipe_of(settings, name)
@@ -60,12 +57,11 @@ def plan(settings: Settings) -> pd.DataFrame:
         forward, gradient = cost["forward"], cost["gradient"]
         own_steps = {None: 0, "ffgsm": 1, "pgd": recipe.adversary_steps}[recipe.adversary]
         gates = 1 if recipe.experts == 1 else len(settings.attack_gates)
-        of_attacks = gates * sum(steps * gradient + forward for steps in attack_steps)
+        of_attacks = gates * (sum(steps) * gradient + len(steps) * forward)
         of_attacks = settings.attacked_images * of_attacks + test_images * forward
         of_adaptive = settings.adaptive_count * (gradients * gradient + queries * forward)
         rows[str(name)] = cost | {
             "epochs": recipe.epochs,
-            "batch": recipe.batch_size,
             "02_training": train_images * recipe.epochs * (cost["step"] + own_steps * gradient),
             "03_attacks": of_attacks * (name in attacked),
             "06_adaptive_attacks": of_adaptive * (name in adaptive),
@@ -77,9 +73,9 @@ def plan(settings: Settings) -> pd.DataFrame:
 def adaptive_passes(settings: Settings) -> tuple[int, int]:
     """Gradients and forward passes alone that the adaptive attacks take for an image, at most."""
     of_pgd = 3 + 2 + 2 + 1 + 3  # the paper's, frozen gates, exact, single experts, other mixtures
-    of_checks = len(BUDGETS) + 2
     arc = 1  # a gradient of every expert, and an answer after each
-    gradients = settings.steps * (of_pgd + of_checks + sum(settings.gate_samples) + arc)
+    checks = len(BUDGETS) + 2
+    gradients = settings.steps * (of_pgd + arc + checks + sum(settings.gate_samples))
     # AutoAttack on two fixed gates: APGD, on nine targets too, FAB on nine and Square; on the
     # switched one, two APGD with 20 draws; then Square alone and noise
     gradients += settings.auto_attack_steps * (2 * (1 + 9 + 9) + 2 * DRAWS)
@@ -101,9 +97,10 @@ def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
 
 @cache
 def _cost_of_expert(recipe: Recipe, classes: int) -> dict[str, int]:
-    model = shapes_of(recipe, classes)
-    pair = torch.zeros(2, 3, 32, 32, device="meta")
-    labels = torch.zeros(2, dtype=torch.long, device="meta")
+    data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {})
+    with torch.device("meta"):
+        model = build_model(recipe, data)
+        pair, labels = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
     other = None if recipe.pairing == "none" else pair
 
     def attack() -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,13 +122,6 @@ def _cost_of_expert(recipe: Recipe, classes: int) -> dict[str, int]:
     }
 
 
-def shapes_of(recipe: Recipe, classes: int) -> ImmunityMoE:
-    """A recipe's model without values: on the meta device, where nothing is computed."""
-    data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {})
-    with torch.device("meta"):
-        return build_model(recipe, data)
-
-
 def _macs(compute: Callable) -> int:
     """Multiply-accumulates for each image of a computation on two."""
 
@@ -145,20 +135,19 @@ def _macs(compute: Callable) -> int:
     return counter.get_total_flops() // 4
 
 
-def _kept_bytes(model: ImmunityMoE, compute: Callable) -> int:
+def _kept_bytes(model: torch.nn.Module, compute: Callable) -> int:
     """What a computation holds on to for its backward pass, weights aside, each tensor once."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}  # holds the storages, so that none is counted under another's address
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
+        kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         compute()
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(kept[address].nbytes() for address in kept.keys() - weights)
 
 
 def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
@@ -168,8 +157,7 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
     else:
         source = find_source(data, settings.data_folder)
         classes, available = len(source.class_names), source.available
-    recipe = settings.recipe
-    train = recipe.train_images or available["train"] - recipe.validation_images
+    train = settings.recipe.train_images or available["train"] - settings.recipe.validation_images
     return classes, train, settings.test_images or available["test"]
 
 
@@ -204,7 +192,7 @@ def format_plan(settings: Settings, tflops: float) -> str:
     frame = plan(settings)
     measuring = frame[WORK[1:]].sum(axis=1)
     each = hours(frame["02_training"] + measuring, tflops)
-    shown = frame[["epochs", "batch"]].assign(**{
+    shown = frame[["epochs"]].assign(**{
         "parameters (M)": frame["parameters"] / 1e6,
         "forward (GMAC)": frame["forward"] / 1e9,
         "training (PMAC)": frame["02_training"] / 1e15,
@@ -213,8 +201,7 @@ def format_plan(settings: Settings, tflops: float) -> str:
         "memory (GB)": frame["memory"] / 1e9,
     })  # fmt: skip
     by_model = shown.groupby(shown.index.str.replace("-seed[0-9]+$", "", regex=True), sort=False)
-    table = by_model.mean()
-    table.insert(0, "jobs", by_model.size())
+    table = by_model.mean().assign(jobs=by_model.size())
     disk = (4 * frame["parameters"] + 2e6).sum() / 1e9
     _, _, assumptions = (__doc__ or "").partition("\n\n")
     return f"""\

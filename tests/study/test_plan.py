@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from immunity_lib.attacks import attack_images
+from immunity_lib.data import load_dataset
+from immunity_lib.train import build_model
 from study.catalogue import (
     ModelName,
     adaptive_models,
@@ -19,9 +21,10 @@ from study.graph import plan
 from study.settings import load_preset
 
 
-def macs_by_hand(model) -> tuple[int, int]:
+def macs_by_hand(recipe) -> tuple[int, int]:
     """Of one image's forward pass, layer by layer: outputs times inputs of each; and of a gradient
     of the image without one of the first layer's weights, twice that."""
+    (network,) = build_model(recipe, load_dataset("parts10", None, 2, 1, 1)).experts
     counted = []
 
     def count(layer, _, output):
@@ -31,10 +34,10 @@ def macs_by_hand(model) -> tuple[int, int]:
         else:
             counted.append(layer.in_features * layer.out_features)
 
-    for layer in model.experts.modules():
+    for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_hook(count)
-    model(torch.zeros(1, 3, 32, 32, device="meta"), gate="uniform")
+    network(torch.zeros(1, 3, 32, 32))
     return sum(counted), counted[0]
 
 
@@ -44,7 +47,7 @@ def test_passes_are_counted_as_by_hand(make_recipe, expert):
     whose backward pass PyTorch's own formula counts as a full convolution's."""
     layers = 3 if expert in ("pdarts", "robnet-free") else None
     recipe = replace(make_recipe("standalone"), expert=expert, layers=layers)
-    forward, first = macs_by_hand(plan.shapes_of(recipe, 10))
+    forward, first = macs_by_hand(recipe)
     cost = plan.cost_of(recipe, 10)
     assert cost["forward"] == forward
     assert cost["gradient"] == pytest.approx(2 * forward, rel=0.01)
