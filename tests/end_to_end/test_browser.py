@@ -35,7 +35,6 @@ TOKEN = "for-this-test-alone"
 PATIENCE = 600  # seconds: the machine may have much else to do
 FEW = {"test_images": 60, "attacked_images": 30, "adaptive_images": 30}  # the weights serve all
 IDLE = "text=Python 3 (ipykernel) | Idle"
-SLIDER = ".widget-hslider .noUi-handle"
 FRAME = 'iframe[title="heat maps under attack"]'
 
 
@@ -71,12 +70,13 @@ def free_port():
 
 
 @contextmanager
-def jupyterlab(folder, state):
+def jupyterlab(folder, state, theme="JupyterLab Light"):
     """JupyterLab on a folder; yields its address."""
     settings = state / "lab-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     quiet = {"fetchNews": "false", "checkForUpdates": False}
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", str(folder), "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
@@ -142,6 +142,19 @@ def state(tmp_path):
     folder = tmp_path / "state"
     folder.mkdir()
     return folder
+
+
+@pytest.mark.parametrize("name", ["00_start_here", "02_training"])
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, state):
+    """With its defaults, but for the preset, which is the smallest, and where the results go."""
+    folder = tmp_path / "notebooks"
+    notebook = written(folder, name, preset="smoke", output_folder=str(tmp_path))
+    with jupyterlab(folder, state) as address, browser_page() as page:
+        run_all(page, address, notebook)
+        cells = wait_for_the_end(page, notebook)
+    assert not any(map(errors, cells)) and all(cell["execution_count"] for cell in cells)
+    shown = [output.get("data", {}) for cell in cells for output in cell["outputs"]]
+    assert any("image/png" in one for one in shown), "no figure is shown"
 
 
 def shown(page, view=FRAME):
@@ -215,7 +228,8 @@ def use_the_explorer(page):
     changed_by(page, lambda: move(frame, "expert", "ArrowRight"), WORDS)
     changed_by(page, lambda: frame.locator("#overlay").check(), PICTURES)
     changed_by(page, lambda: frame.locator("#parts").check(), PICTURES)
-    changed_by(page, lambda: page.locator(SLIDER).press("ArrowRight"), WORDS, PICTURES)
+    slider = page.locator(".widget-hslider .noUi-handle")
+    changed_by(page, lambda: slider.press("ArrowRight"), WORDS, PICTURES)
     for control, value in (("step", "20"), ("state", "120"), ("expert", "2")):
         assert frame.locator(f"#{control}").input_value() == value, "the new page stands there too"
     changed_by(page, lambda: choose(page, "CAM method", "Layer-CAM"), PICTURES)
@@ -232,34 +246,31 @@ def use_the_explorer(page):
     page.wait_for_selector("text=/saved .*session.html/")
 
 
-def choose_theme(page, theme):
-    """In JupyterLab's menu; the explorer's page follows when it is next drawn."""
-    page.click(".lm-MenuBar-itemLabel:text-is('Settings')")
-    page.hover(".lm-Menu-itemLabel:text-is('Theme')")
-    page.click(f".lm-Menu-itemLabel:text-is('JupyterLab {theme}')")
-    page.wait_for_selector(f"body[data-jp-theme-name='JupyterLab {theme}']")
-    page.wait_for_timeout(3000)
-
-
-def take_picture(page, path, width):
-    """Of the whole explorer, on a page of that width; with a record beside it."""
-    page.set_viewport_size({"width": width, "height": 2600})
-    frame, view = page.frame_locator(FRAME), page.locator(FRAME)
-    move(frame, "step", "Home")
-    changed_by(page, lambda: move(frame, "step", "End"), PICTURES)
-    colour = "element => getComputedStyle(element).color"
-    assert frame.locator("body").evaluate(colour) == view.evaluate(colour), "the theme's colour"
+def take_picture(page, path):
+    """Of the whole explorer, at the width that the page has; with a record beside it."""
+    width = page.viewport_size["width"]
+    page.keyboard.press("Control+b")  # fold the side bar
+    page.set_viewport_size({"width": width, "height": 2400})
+    changed_by(page, lambda: page.click(".explorer-image-8"), WORDS, PICTURES)
+    choose(page, "CAM method", "Grad-CAM, eq (3)")
+    changed_by(page, lambda: choose(page, "compared with", "MoE, standard training"), WORDS)
+    frame = page.frame_locator(FRAME)
+    frame.locator("#overlay").uncheck()
+    page.locator(".widget-hslider .noUi-handle").press("ArrowLeft")
+    page.wait_for_timeout(5000)
     page.locator(".widget-vbox", has=page.locator(".explorer-gallery")).first.screenshot(path=path)
     taken = {"kind": "screenshot", "notebook": "05_heatmaps", "width": width}
     write_json(path.with_suffix(".json"), taken | {"provenance": provenance()})
 
 
-def test_the_explorer_moves_in_jupyterlab(tmp_path, state, pytestconfig):
+@pytest.mark.parametrize(("theme", "width"), [("Light", 1300), ("Dark", 800)])
+def test_the_explorer_moves_in_jupyterlab(theme, width, tmp_path, state, pytestconfig):
     """From opening the notebook to moved maps, nothing trained: the weights come with it."""
     pictures = pytestconfig.getoption("screenshots") or tmp_path
     folder = tmp_path / "notebooks"
     notebook = written(folder, "05_heatmaps", output_folder=str(tmp_path), **FEW)
-    with jupyterlab(folder, state) as address, browser_page() as page:
+    lab = jupyterlab(folder, state, f"JupyterLab {theme}")
+    with lab as address, browser_page(width) as page:
         started = time.monotonic()
         run_all(page, address, notebook)
         page.wait_for_selector(".jp-OutputArea img")
@@ -267,15 +278,12 @@ def test_the_explorer_moves_in_jupyterlab(tmp_path, state, pytestconfig):
         page.wait_for_selector(FRAME, state="attached")
         print(f"explorer after {time.monotonic() - started:.1f} s")
         use_the_explorer(page)
-        changed_by(page, lambda: page.click(".explorer-image-8"), WORDS, PICTURES)
-        choose(page, "CAM method", "Grad-CAM, eq (3)")
-        changed_by(page, lambda: choose(page, "compared with", "MoE, standard training"), WORDS)
-        changed_by(page, lambda: page.locator(SLIDER).press("ArrowLeft"), WORDS)
-        page.frame_locator(FRAME).locator("#overlay").uncheck()
-        page.keyboard.press("Control+b")  # fold the side bar
-        for theme, width in (("Light", 1300), ("Dark", 800)):
-            choose_theme(page, theme)
-            take_picture(page, pictures / f"explorer-{theme.lower()}.png", width)
+        colour = "element => getComputedStyle(element).color"
+        assert page.frame_locator(FRAME).locator("body").evaluate(colour) == page.locator(
+            FRAME
+        ).evaluate(colour), "words are in the theme's colour"
+        take_picture(page, pictures / f"explorer-{theme.lower()}.png")
+        print(f"explorer used after {time.monotonic() - started:.1f} s")
         assert not any(map(errors, wait_for_the_end(page, notebook)))
 
 

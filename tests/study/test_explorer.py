@@ -166,6 +166,11 @@ def test_the_gallery_stays_small_whatever_the_number_of_classes(exploration):
     assert [subject.label for subject in gallery] == list(range(30))
 
 
+def test_without_any_model_it_says_how_to_train_one(make_settings, dataset, tmp_path):
+    with pytest.raises(ValueError, match="graph.job 02_training .*--model=parts10-moe-"):
+        Exploration(make_settings(output_folder=str(tmp_path)), dataset)
+
+
 @pytest.fixture
 def own_preset(tmp_path):
     """A preset of the user's own, where a shell would stumble."""
@@ -322,6 +327,16 @@ def test_every_control_changes_what_is_shown(explorer, control, value):
     after = shown_by(explorer)
     assert after != before
     assert (after[1] != before[1]) or control == "attacked_gate"
+
+
+def test_a_smaller_eps_moves_the_image_less(explorer):
+    for label, budget in explorer.budget.options.items():
+        explorer.budget.value = budget
+        page, content = shown_by(explorer)
+        assert f"eps = {label}" in page
+        moved = max(content["subjects"][0]["models"][0]["moved"])
+        assert moved <= float(label.split("/")[0]) + 0.01
+        assert (moved > 0) == (label != "0/255")
 
 
 def test_a_thumbnail_shows_its_image(explorer):

@@ -87,6 +87,12 @@ def test_before_anything_was_run_it_says_what_to_run(tmp_path, capsys):
     assert "make reproduce PRESET=smoke" in capsys.readouterr().err
 
 
+def test_a_notebook_that_is_none_is_named(made):
+    (made.runs / "notebooks" / "03_attacks.ipynb").write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(ValueError, match="03_attacks.ipynb is no whole notebook"):
+        build_site(made)
+
+
 def test_C7_captions_and_names_stay_text(made):
     write_artefact(made, "figure2", {"png": b""}, "<img src=x> for US$ and A$.", [])
     page = build_site(made).read_text()
