@@ -314,7 +314,9 @@ def _measure_once(
             reason = "it is about other weights, data or settings"
         except (DamagedFile, FileNotFoundError) as error:
             reason = str(error)
-        set_aside(path, f"{reason}; it is made anew")
+        for file in (path, path.with_suffix(".parquet")):
+            if file.exists():
+                set_aside(file, f"{reason}; it is made anew")
     started = time.perf_counter()
     frame, summary = measure(model)
     write_frame(path.with_suffix(".parquet"), frame)
