@@ -37,7 +37,7 @@ from immunity_lib.evaluate import (
     verdicts_over_gates,
     verdicts_under_attack,
 )
-from immunity_lib.files import DamagedFile, set_aside
+from immunity_lib.files import DamagedFile
 from immunity_lib.heatmaps import expert_heatmaps, is_empty
 from immunity_lib.moe import GateVerdicts, ImmunityMoE
 from study.catalogue import ModelName, members, surrogates
@@ -48,6 +48,7 @@ from study.store import (
     read_frame,
     read_json,
     record_path,
+    set_record_aside,
     trained_model,
     training_record,
     write_frame,
@@ -314,9 +315,7 @@ def _measure_once(
             reason = "it is about other weights, data or settings"
         except (DamagedFile, FileNotFoundError) as error:
             reason = str(error)
-        for file in (path, path.with_suffix(".parquet")):
-            if file.exists():
-                set_aside(file, f"{reason}; it is made anew")
+        set_record_aside(path, reason)
     started = time.perf_counter()
     frame, summary = measure(model)
     write_frame(path.with_suffix(".parquet"), frame)

@@ -293,7 +293,8 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
     """The frames of a kind of these models, one under the other (see `measure`), and what each
     model is: "data", "method", "expert", "regime", "seed", "beta" and "gamma".
 
-    Raises FileNotFoundError, with the command that makes it, where a model has none yet.
+    Raises FileNotFoundError, with the command that makes it, where a model has none yet. One that
+    is damaged is set aside, so that the graph makes it anew, and is a DamagedFile.
     """
     import pandas as pd
 
@@ -304,8 +305,9 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
         try:
             frame = pd.read_parquet(path.with_suffix(".parquet"))
         except (OSError, ValueError) as error:
-            file = path.with_suffix(".parquet")
-            raise DamagedFile(f"{file} cannot be read ({error}); move {path} away") from error
+            reason = f"{path.with_suffix('.parquet')} cannot be read ({error})"
+            set_record_aside(path, reason)
+            raise DamagedFile(f"{reason}; the same command makes it anew") from error
         parts = name.model_dump()
         parts["data"] = parts.pop("dataset")
         frames.append(frame.assign(model=str(name), **parts))
@@ -324,7 +326,18 @@ def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, An
                 f"-p preset {settings.preset} -p model {name}"
             )
         raise FileNotFoundError(f"{name} has no record of its {kind} yet ({path}); run: {command}")
-    return read_json(path)["summary"]
+    try:
+        return read_json(path)["summary"]
+    except (DamagedFile, KeyError) as error:
+        set_record_aside(path, str(error))
+        raise DamagedFile(f"{error}; the same command makes it anew") from error
+
+
+def set_record_aside(path: Path, reason: str) -> None:
+    """Rename a record and its frame, of which one cannot be used."""
+    for file in (path, path.with_suffix(".parquet")):
+        if file.exists():
+            set_aside(file, f"{reason}; it is made anew")
 
 
 # Tables and figures
