@@ -58,6 +58,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {})["immunity"])
-            return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118
+            # Copied: it hands out the file's own pages, which change when the file is written to
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, notes
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise DamagedFile(f"{path} is not a whole file of this library: {error}") from error
