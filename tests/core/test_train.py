@@ -59,28 +59,28 @@ def test_a_recipe_is_known_again_from_json(make_recipe):
     assert not recipe.is_that_of(known | {"a field of another version": 1})
 
 
-def test_inner_attack_gets_the_recipe_s_budget_and_the_trained_gate(
+def test_inner_attack_gets_the_recipe_s_budget_and_drop_path_rises_linearly(
     make_recipe, dataset, tmp_path, monkeypatch
 ):
-    seen = []
+    seen, shares = [], []
 
     def attack(model, images, labels, name, gate, **budget):
         seen.append((name, gate, budget, model.training))
+        shares.append({m.drop_path for m in model.modules() if isinstance(m, Cell)})
         return images
 
     monkeypatch.setattr(training, "attack_images", attack)
-    train(make_recipe(regime="adversarial", epochs=1, eps="4/255"), dataset, tmp_path / "run")
+    recipe = make_recipe("standalone", "adversarial", epochs=2, eps="4/255")
+    train(replace(recipe, expert="pdarts", layers=3, drop_path=0.3), dataset, tmp_path)
     call = ("pgd", "trained", {"eps": 4 / 255, "step_size": 2 / 255, "steps": 2})
-    assert seen == [(*call, True)] * STEPS + [(*call, False)]  # the last one for the log
+    of_an_epoch = [(*call, True)] * STEPS + [(*call, False)]  # the last one for the log
+    assert seen == of_an_epoch * 2
+    assert shares == [{0.0}] * (STEPS + 1) + [{0.3 / 2}] * (STEPS + 1)
 
 
-def test_seeds_and_experts_differ_and_the_caller_s_random_state_stays(
-    make_recipe, dataset, tmp_path
-):
-    state = torch.get_rng_state()
-    recipe = make_recipe("moe", epochs=1)
-    one, _ = train(recipe, dataset, tmp_path / "0")
-    other, _ = train(replace(recipe, seed=recipe.seed + 1), dataset, tmp_path / "1")
+def test_seeds_and_experts_differ_and_the_caller_s_random_state_stays(make_recipe, dataset):
+    state, recipe = torch.get_rng_state(), make_recipe("moe")
+    one, other = (build_model(replace(recipe, seed=seed), dataset) for seed in (0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     weights = [expert.classifier.weight for expert in (*one.experts, other.experts[0])]
     assert not any(torch.equal(*pair) for pair in itertools.combinations(weights, 2))
@@ -88,11 +88,8 @@ def test_seeds_and_experts_differ_and_the_caller_s_random_state_stays(
 
 def test_training_learns(make_recipe, dataset, tmp_path):
     """Of all images at once, each step descends: what is learnt in ten does not hang on luck."""
-    recipe = make_recipe(
-        "standalone", epochs=10, batch_size=48, learning_rate=0.01, augment=False,
-        schedule="constant",
-    )  # fmt: skip
-    _, log = train(recipe, dataset, tmp_path)
+    steady = {"batch_size": 48, "learning_rate": 0.01, "augment": False, "schedule": "constant"}
+    _, log = train(make_recipe("standalone", epochs=10, **steady), dataset, tmp_path)
     assert log[-1]["cross_entropy"] < 0.9 * log[0]["cross_entropy"]
 
 
@@ -101,26 +98,21 @@ def batch(dataset):
     return dataset.splits["train"].images[:8].float() / 255, dataset.splits["train"].labels[:8]
 
 
-def test_without_heat_map_losses_no_maps_are_made(make_recipe, dataset, batch, monkeypatch):
-    monkeypatch.delattr(training, "grad_cam")
-    for method in ("moe", "standalone"):
-        recipe = make_recipe(method)
-        loss = training_loss(build_model(recipe, dataset), *batch, recipe, 5.0)
-        assert loss.total == loss.cross_entropy
-    with pytest.raises(NameError):  # the spy would have been seen
-        recipe = make_recipe("moe-mi")
-        training_loss(build_model(recipe, dataset), *batch, recipe, 5.0)
-
-
-def test_heat_map_losses_warm_up_linearly(make_recipe, dataset, batch):
+def test_heat_map_losses_warm_up_linearly_from_no_maps_at_all(
+    make_recipe, dataset, batch, monkeypatch
+):
     recipe = make_recipe(beta=2.0, gamma=5.0, warmup_epochs=2.0)
     model = build_model(recipe, dataset).eval()
     extra = []
-    for epochs_done in (0.0, 0.5, 1.0, 2.0, 3.0):
+    for epochs_done in (0.5, 1.0, 2.0, 3.0):
         loss = training_loss(model, *batch, recipe, epochs_done)
         extra.append((loss.total - loss.cross_entropy).item())
     shares = [value / extra[-1] for value in extra]
-    assert shares == pytest.approx([0, 0.25, 0.5, 1, 1], abs=1e-3)
+    assert shares == pytest.approx([0.25, 0.5, 1, 1], abs=1e-3)
+    monkeypatch.delattr(training, "grad_cam")
+    for without, epochs_done in ((recipe, 0.0), (make_recipe("moe"), 5.0)):
+        loss = training_loss(model, *batch, without, epochs_done)
+        assert loss.total == loss.cross_entropy
 
 
 def test_eq_11_rewards_no_map_for_shrinking_into_its_floor(make_recipe, dataset, batch):
@@ -131,15 +123,14 @@ def test_eq_11_rewards_no_map_for_shrinking_into_its_floor(make_recipe, dataset,
     heat = grad_cam(outputs, batch[1], create_graph=True)
     maps = normalise_maps(heat, recipe.floor)
     positions = normalise_maps(heat, recipe.floor, constant_share=True)
-    found, expected, rewarding = (
-        torch.cat([one.flatten() for one in torch.autograd.grad(loss.total, parameters,
-                                                                retain_graph=True)])
-        for loss in (
-            training_loss(model, *batch, recipe, 5.0),
-            immunity_loss(outputs, batch[1], maps, positions, **weights),
-            immunity_loss(outputs, batch[1], maps, **weights),
-        )
-    )  # fmt: skip
+
+    def slope(loss):
+        gradients = torch.autograd.grad(loss.total, parameters, retain_graph=True)
+        return torch.cat([one.flatten() for one in gradients])
+
+    found = slope(training_loss(model, *batch, recipe, 5.0))
+    expected = slope(immunity_loss(outputs, batch[1], maps, positions, **weights))
+    rewarding = slope(immunity_loss(outputs, batch[1], maps, **weights))
     scale = expected.abs().max()
     torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5)
     assert (rewarding - expected).abs().max() > 1e-3 * scale
@@ -162,12 +153,6 @@ def test_loss_that_is_not_finite_stops_the_run_and_is_named(
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
-def test_exploding_training_is_stopped(make_recipe, dataset, tmp_path):
-    recipe = make_recipe("moe", learning_rate=1e30, gradient_clip=0.0)
-    with pytest.raises(TrainingDiverged, match="learning_rate"):
-        train(recipe, dataset, tmp_path / "run")
-
-
 def test_log_says_how_the_model_does(make_recipe, dataset, tmp_path):
     recipe = make_recipe(regime="adversarial", epochs=1)
     model, (entry,) = train(recipe, dataset, tmp_path)
@@ -175,57 +160,45 @@ def test_log_says_how_the_model_does(make_recipe, dataset, tmp_path):
     diagnosis = diagnose(model, dataset.splits["validation"], recipe)
     assert torch.equal(torch.get_rng_state(), state)  # though the attack starts at random
     assert diagnosis.items() <= entry.items()
-    assert 0 <= entry["robust_accuracy"] <= 1 and 0 <= entry["accuracy"] <= 1
     assert len(entry["expert_accuracy"]) == 2
-    assert 0 <= entry["gate_entropy"] <= math.log(2) + 1e-6
-    assert 0 <= entry["mutual_information"] <= math.log(2)
-    assert 0 <= entry["empty_maps"] <= 1 and entry["input_gradient"] > 0
-    assert 0 < entry["mutual_information_loss"] <= 2 * math.log(2) + 1e-6
-    text = training.progress_line("a model", 1, entry | {"robust_accuracy": 0.125})
-    assert text.startswith("a model epoch 1/1: cross entropy")
-    assert ", 12.5% under its own attack, gate entropy" in text
-    del entry["robust_accuracy"]
-    assert "attack" not in training.progress_line("a model", 1, entry)
+    for part, most in {
+        "robust_accuracy": 1, "accuracy": 1, "empty_maps": 1, "gate_entropy": math.log(2),
+        "mutual_information": math.log(2), "mutual_information_loss": 2 * math.log(2),
+    }.items():  # fmt: skip
+        assert 0 <= entry[part] <= most + 1e-6
+    assert "under its own attack" in training.progress_line("a model", 1, entry)
 
 
-def test_learning_rate_schedules():
-    def factors(schedule):
-        return [learning_rate_factor(schedule, done) for done in (0, 0.125, 0.25, 0.5, 0.75, 1)]
-
-    assert factors("constant") == [1] * 6
-    assert factors("multistep") == pytest.approx([1, 1, 1, 0.1, 0.01, 0.01])
-    assert factors("one-cycle") == pytest.approx([1e-3, 0.5, 1, 2 / 3, 1 / 3, 1e-3])
-    eighth, quarter = (1 + math.cos(math.pi / 8)) / 2, (1 + math.sqrt(0.5)) / 2
-    assert factors("cosine") == pytest.approx([1, eighth, quarter, 0.5, 1 - quarter, 0])
-    published = {0: 0.02, 10: 0.61, 20: 1.2, 95: (1.2 + 0.001) / 2, 170: 0.001}  # the RobNets'
-    for epoch, rate in published.items():
-        assert 1.2 * learning_rate_factor("warmup-cosine", epoch / 170) == pytest.approx(rate)
+QUARTER = (1 + math.sqrt(0.5)) / 2
+ROBNETS = {0: 0.02, 10: 0.61, 20: 1.2, 95: (1.2 + 0.001) / 2, 170: 0.001}  # as published
 
 
-def test_drop_path_rises_linearly(make_recipe, dataset, tmp_path, monkeypatch):
-    shares = []
-
-    def loss(model, *arguments):
-        shares.append({m.drop_path for m in model.modules() if isinstance(m, Cell)})
-        return training_loss(model, *arguments)
-
-    monkeypatch.setattr(training, "training_loss", loss)
-    changes = {"expert": "pdarts", "layers": 3, "drop_path": 0.3, "auxiliary_weight": 0.4}
-    train(replace(make_recipe("standalone"), **changes), dataset, tmp_path)
-    assert shares == [{0.0}] * STEPS + [{0.3 / 3}] * STEPS + [{0.3 * 2 / 3}] * STEPS
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", {0: 1, 0.25: 1, 1: 1}),
+        ("multistep", {0: 1, 0.25: 1, 0.5: 0.1, 0.75: 0.01, 1: 0.01}),
+        ("one-cycle", {0: 1e-3, 0.125: 0.5, 0.25: 1, 0.5: 2 / 3, 0.75: 1 / 3, 1: 1e-3}),
+        ("cosine", {0: 1, 0.25: QUARTER, 0.5: 0.5, 0.75: 1 - QUARTER, 1: 0}),
+        ("warmup-cosine", {epoch / 170: rate / 1.2 for epoch, rate in ROBNETS.items()}),
+    ],
+)
+def test_learning_rate_schedules(schedule, factors):
+    found = {done: learning_rate_factor(schedule, done) for done in factors}
+    assert found == pytest.approx(factors)
 
 
 def test_weight_decay_may_leave_vectors_alone(make_recipe, dataset):
     recipe = make_recipe("moe", weight_decay=0.1)
     model = build_model(recipe, dataset)
-    (everything,) = make_optimiser(model, recipe).param_groups
-    assert everything["weight_decay"] == 0.1
     sparing = replace(recipe, decayed="convolutions and classifier")
-    decayed, spared = make_optimiser(model, sparing).param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert {one.ndim for one in spared["params"]} == {1}
-    assert {one.ndim for one in decayed["params"]} == {2, 4}
-    assert len(decayed["params"]) + len(spared["params"]) == len(everything["params"])
+    for one, decay_of_vectors in ((recipe, 0.1), (sparing, 0.0)):
+        found = [
+            (weight.ndim > 1, group["weight_decay"])
+            for group in make_optimiser(model, one).param_groups for weight in group["params"]
+        ]  # fmt: skip
+        assert set(found) == {(True, 0.1), (False, decay_of_vectors)}
+        assert len(found) == len(list(model.parameters()))
 
 
 @pytest.mark.slow
@@ -245,12 +218,6 @@ def test_compiled_training_does_what_it_does_otherwise(make_recipe, dataset, tmp
 # What training descends beside eq (12)
 
 
-@pytest.fixture(scope="module")
-def other_images(batch):
-    noise = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return (0.5 * batch[0] + 0.5 * noise).clamp(0, 1)
-
-
 def eval_model(recipe, dataset):
     """With batch statistics and large logits, so that answers differ between images."""
     model = build_model(recipe, dataset)
@@ -266,11 +233,12 @@ def eval_model(recipe, dataset):
     ("method", "regime"), [("moe", "trades"), ("immunity", "trades"), ("moe", "alp")]
 )
 def test_pairing_adds_how_far_the_answers_under_attack_are(
-    make_recipe, dataset, batch, other_images, method, regime
+    make_recipe, dataset, batch, method, regime
 ):
     """TRADES adds a divergence to the clean images' loss, ALP a distance to the attacked's."""
     recipe = make_recipe(method, regime, trades_weight=3.0, pairing_weight=0.5)
     model, (images, labels) = eval_model(recipe, dataset), batch
+    other_images = (images + torch.rand_like(images)) / 2
     loss = training_loss(model, images, labels, recipe, 5.0, other_images)
     classified = images if regime == "trades" else other_images
     plain = training_loss(model, classified, labels, make_recipe(method), 5.0)
@@ -289,9 +257,6 @@ def test_inner_attack_of_trades_raises_the_divergence(make_recipe, dataset, batc
     recipe = make_recipe("moe", "trades", adversary=adversary)
     model, (images, labels) = eval_model(recipe, dataset), batch
     attacked = adversarial_images(model, images, labels, recipe)
-    distance = (attacked - images).abs().amax()
-    assert 0.5 * float(recipe.eps) < distance <= float(recipe.eps) + 1e-6
-
     noise = images + float(recipe.eps) * (2 * torch.rand_like(images) - 1).sign()
     clean = model(images, "trained")
     found, of_noise = (
@@ -314,18 +279,14 @@ def test_auxiliary_classifier_adds_its_cross_entropy(make_recipe, dataset, batch
 
 def test_mixed_precision_is_close_and_ends_before_probabilities(make_recipe, dataset, batch):
     """bfloat16 keeps 8 bits: the losses agree to a few per cent, the maps still sum to 1."""
-    losses, gradients = [], []
+    losses = []
     for precision in ("float32", "bfloat16"):
         recipe = make_recipe("immunity", precision=precision, gamma=10.0)
         model = build_model(recipe, dataset).train()
         losses.append(training_loss(model, *batch, recipe, 5.0))
-        losses[-1].total.backward()
-        gradients.append(torch.cat([one.grad.flatten() for one in model.experts.parameters()]))
     for part in ("cross_entropy", "mutual_information", "total"):
         exact, mixed = (getattr(loss, part).item() for loss in losses)
         assert mixed == pytest.approx(exact, rel=0.05) and mixed != exact
-    assert gradients[1].dtype == torch.float32
-    assert functional.cosine_similarity(*gradients, dim=0) > 0.9
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model.expert_outputs(batch[0])
     maps = normalise_maps(grad_cam(outputs, batch[1]))
