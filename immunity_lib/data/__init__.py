@@ -16,31 +16,21 @@ DATASETS = ("parts10", "cifar10", "cifar100", "images")
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """All splits of a data set, with what a model needs to know of it.
-
-    mean, std: per channel, of images in [0, 1]. part_names: for Parts-10 only, else empty.
-    source: how the images were obtained ("generated", "torchvision archive", "parquet files",
-    "torchvision download", "image folder ..."). splits: "train", "validation", "test"; Parts-10
-    also "test-shifted".
-    """
+    """All splits of a data set, with what a model needs to know of it."""
 
     name: str
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel, of images in [0, 1]
     std: tuple[float, ...]
-    part_names: tuple[str, ...]
-    source: str
-    splits: dict[str, ImageSet]
+    part_names: tuple[str, ...]  # empty but for Parts-10
+    source: str  # how the images were obtained: "generated", "torchvision archive", ...
+    splits: dict[str, ImageSet]  # "train", "validation", "test"; Parts-10 also "test-shifted"
 
 
 def load_dataset(
-    name: str,
-    folder: str | os.PathLike | None = None,
-    train_images: int | None = None,
-    validation_images: int = 500,
-    test_images: int | None = None,
-    seed: int = 0,
-) -> Dataset:
+    name: str, folder: str | os.PathLike | None = None, train_images: int | None = None,
+    validation_images: int = 500, test_images: int | None = None, seed: int = 0,
+) -> Dataset:  # fmt: skip
     """A data set by its name, one of `DATASETS`.
 
     folder: where CIFAR is, or is downloaded to (by default `data` in the working directory); for
@@ -56,10 +46,8 @@ def load_dataset(
     def count_of(split: str, asked: int | None, least: int, most: int) -> int:
         count = most if asked is None else asked
         if not least <= count <= most:
-            raise ValueError(
-                f"{count} {split} images of {name} asked for; choose from {least} to {most} "
-                "(no image is both for training and validation)"
-            )
+            valid = f"{least} to {most} (no image is both for training and validation)"
+            raise ValueError(f"{count} {split} images of {name} asked for; choose from {valid}")
         return count
 
     available = dict(source.available)
@@ -89,10 +77,8 @@ def find_source(name: str, folder: str | os.PathLike | None = None, seed: int = 
 
 
 def _channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of images (B, 3, 32, 32), scaled to [0, 1].
-
-    A channel that is the same everywhere, as red in images of green light, gets a deviation of 1.
-    """
+    """Mean and deviation of each channel of images (B, 3, 32, 32), scaled to [0, 1]; a channel that
+    is the same everywhere, as red in images of green light, gets a deviation of 1."""
     # Sums of integers, so that the result does not depend on a machine's order of summation.
     pixels = images[:, 0].numel()
     mean = images.sum((0, 2, 3)).double() / pixels

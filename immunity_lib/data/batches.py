@@ -16,20 +16,19 @@ from torch.nn import functional
 MAXIMAL_SHIFT = 4  # pixels, as a random crop of 32x32 pixels out of an image padded by 4
 MAXIMAL_ANGLE = 15.0  # degrees
 
+Device = torch.device | str | None
+# images (B, 3, 32, 32) float32 in [0, 1], channels_last; labels (B,)
+Batches = Iterator[tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """One split of a data set.
+    """One split of a data set; the masks are for Parts-10 only."""
 
-    images: (B, 3, 32, 32) uint8. labels: (B,) int64.
-    part_masks: (B, P, 32, 32) bool, the visible pixels of each part, and
-    background: (B, 32, 32) bool, the pixels that show no object; both for Parts-10 only.
-    """
-
-    images: Tensor
-    labels: Tensor
-    part_masks: Tensor | None = None
-    background: Tensor | None = None
+    images: Tensor  # (B, 3, 32, 32) uint8
+    labels: Tensor  # (B,) int64
+    part_masks: Tensor | None = None  # (B, P, 32, 32) bool, the visible pixels of each part
+    background: Tensor | None = None  # (B, 32, 32) bool, the pixels that show no object
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,35 +54,28 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from. class_names: in the order of the labels. available: rows by split.
-    read(split, count) returns the first count rows of a split, and decodes no more than those."""
+    """Where images are; read(split, count) gives a split's first rows, and decodes no more."""
 
     description: str
-    class_names: tuple[str, ...]
-    available: dict[str, int]
+    class_names: tuple[str, ...]  # in the order of the labels
+    available: dict[str, int]  # rows by split
     read: Callable[[str, int], ImageSet]
 
 
 def training_batches(
-    image_set: ImageSet,
-    batch_size: int,
-    generator: torch.Generator,
-    augment: bool = True,
-    device: torch.device | str | None = None,
-    *,
-    rotation: float = MAXIMAL_ANGLE,
-    cutout: int = 0,
+    image_set: ImageSet, batch_size: int, generator: torch.Generator, augment: bool = True,
+    device: Device = None, *, rotation: float = MAXIMAL_ANGLE, cutout: int = 0,
     fill: Sequence[float] = (0.0, 0.0, 0.0),
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in random order: images (B, 3, 32, 32) float32 in [0, 1], labels (B,).
+) -> Batches:  # fmt: skip
+    """Every image once, in random order.
 
     augment: crop by up to 4 pixels in each direction, flip every second image on average, rotate
     by up to `rotation` degrees. cutout: side in pixels of a square that is hidden under the colour
     `fill` in every image (DeVries & Taylor 2017, arXiv 1708.04552); 0: none.
 
-    Images are channels_last. Order and augmentation of all batches are drawn from `generator`, on
-    the CPU, by the call itself: equal states give equal batches. A last batch of a single image is
-    dropped, since batch normalisation cannot train on it. ValueError for a batch size below 2.
+    All is drawn from `generator`, on the CPU, by the call itself: equal states give equal batches.
+    A last batch of a single image is dropped, since batch normalisation cannot train on it.
+    ValueError for a batch size below 2.
     """
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; training needs at least 2 images in a batch")
@@ -105,13 +97,8 @@ def training_batches(
     return map(batch_from, range(0, count - 1, batch_size))
 
 
-def evaluation_batches(
-    image_set: ImageSet, batch_size: int, device: torch.device | str | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in order and unchanged: images and labels as in `training_batches`.
-
-    ValueError for a batch size below 1.
-    """
+def evaluation_batches(image_set: ImageSet, batch_size: int, device: Device = None) -> Batches:
+    """Every image once, in order and unchanged. ValueError for a batch size below 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     for start in range(0, len(image_set), batch_size):
@@ -144,28 +131,24 @@ def affine_maps(shifts: Tensor, angles: Tensor, flipped: Tensor) -> Tensor:
 
 def resample(images: Tensor, maps: Tensor) -> Tensor:
     """Images (B, 3, 32, 32) moved by affine maps (B, 2, 3), bilinearly; black comes in outside."""
-    side = images.shape[-1]
     of_column, of_row, offset = maps.to(images.device)[..., None, None].unbind(dim=2)
     # The centres of pixels, on a side from -1 to 1. This is much faster on the CPU than
     # affine_grid, which multiplies a small matrix for every image.
-    centres = (2 * torch.arange(side, device=images.device) + 1) / side - 1
+    centres = (2 * torch.arange(32, device=images.device) + 1) / 32 - 1
     places = (of_column * centres + offset) + of_row * centres[:, None]
-    moved = functional.grid_sample(
-        images, places.movedim(1, -1), mode="bilinear", padding_mode="zeros", align_corners=False
-    )
+    moved = functional.grid_sample(images, places.movedim(1, -1), align_corners=False)
     return moved.clamp_(0, 1)
 
 
 def cut_out(images: Tensor, centres: Tensor, side: int, fill: Sequence[float]) -> Tensor:
     """Images (B, 3, 32, 32) with a square in the colour `fill`, cut off at the border, around the
     pixels `centres` (B, 2), as (row, column)."""
-    places = torch.arange(images.shape[-1], device=images.device)
-    offsets = places - centres.to(images.device)[..., None]
+    offsets = torch.arange(32, device=images.device) - centres.to(images.device)[..., None]
     hidden = (offsets >= -side // 2) & (offsets < side // 2)
     square = hidden[:, 0, :, None] & hidden[:, 1, None, :]
     return torch.where(square[:, None], images.new_tensor(fill).view(3, 1, 1), images)
 
 
-def _as_floats(images: Tensor, device: torch.device | str | None) -> Tensor:
+def _as_floats(images: Tensor, device: Device) -> Tensor:
     """Images in [0, 1]; they travel to the device as bytes, a quarter of the floats' size."""
     return images.to(device).float().div_(255)

@@ -6,26 +6,23 @@ from io import BytesIO
 from itertools import compress
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from immunity_lib.data.batches import ImageSet, Source
-from immunity_lib.data.images import read_images
+from immunity_lib.data.images import source_of
 
 CLASS_NAMES = {
     "cifar10": tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
-    "cifar100": tuple(
-        """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
-        butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
-        crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
-        keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
-        mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
-        plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
-        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
-        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
-        worm""".split()
-    ),
-}
+    "cifar100": tuple("""apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle
+        bowl boy bridge bus butterfly camel can castle caterpillar cattle chair chimpanzee clock
+        cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl
+        hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+        motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+        pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
+        shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper
+        table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+        willow_tree wolf woman worm""".split()),
+}  # fmt: skip
 # Mean and deviation of each channel over the training images in [0, 1].
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -36,7 +33,7 @@ SPLITS = ("train", "test")
 
 def source(name: str, folder: Path) -> Source:
     """The first that there is: torchvision's archive, packed or extracted, in `folder`; parquet
-    files train-*.parquet and test-*.parquet in `folder/<name>`; a download into `folder`.
+    files in `folder/<name>`; a download into `folder`.
 
     Raises ValueError for a file that is damaged or holds something else, and ConnectionError
     where there are no images and the download fails.
@@ -50,9 +47,9 @@ def source(name: str, folder: Path) -> Source:
     found = packed.is_file() or extracted.is_dir()
     if not found and any((folder / name).glob("*.parquet")):
         return _parquet_source(name, folder / name)
+    # An extracted folder alone is only read; beside an archive, it is repaired from that.
+    download = packed.is_file() or not extracted.is_dir()
     try:
-        # An extracted folder alone is only read; beside an archive, it is repaired from that.
-        download = packed.is_file() or not extracted.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         # Jobs that start side by side must not write the same files.
         lock = FileLock(folder / f".{name}.lock", timeout=1800)
@@ -60,25 +57,22 @@ def source(name: str, folder: Path) -> Source:
             data = {split: archive(folder, split == "train", download=download) for split in SPLITS}
     except (OSError, RuntimeError) as error:
         if found and not check_integrity(packed, archive.tgz_md5):
-            raise ValueError(
-                f"{packed if packed.is_file() else extracted} is incomplete or damaged ({error}); "
-                "replace it by an intact copy, or move it away to have it downloaded"
-            ) from error
+            damaged = packed if packed.is_file() else extracted
+            remedy = "replace it by an intact copy, or move it away to have it downloaded"
+            raise ValueError(f"{damaged} is incomplete or damaged ({error}); {remedy}") from error
         raise ConnectionError(
             f"{name} is not in '{folder}', and could not be downloaded or extracted ({error}). "
-            f"There are three ways to have it: (1) put {packed.name}, or the folder "
-            f"{extracted.name} that it holds, into '{folder}'; (2) put parquet files named "
-            f"train-*.parquet and test-*.parquet into '{folder / name}'; (3) run this once with "
-            "a network connection and a folder that can be written to"
+            f"Either (1) put {packed.name}, or the folder {extracted.name} that it holds, into "
+            f"'{folder}'; (2) put train-*.parquet and test-*.parquet into '{folder / name}'; or "
+            "(3) run this once with a network connection and a folder that can be written to"
         ) from error
 
     def read(split: str, count: int) -> ImageSet:
-        images = np.ascontiguousarray(data[split].data[:count].transpose(0, 3, 1, 2))
-        labels = torch.tensor(data[split].targets[:count], dtype=torch.int64)
-        return ImageSet(torch.from_numpy(images), labels)
+        images = torch.from_numpy(data[split].data[:count]).movedim(3, 1).contiguous()
+        return ImageSet(images, torch.tensor(data[split].targets[:count]))
 
-    description = "torchvision archive" if found else "torchvision download"
     available = {split: len(data[split]) for split in SPLITS}
+    description = "torchvision archive" if found else "torchvision download"
     return Source(description, CLASS_NAMES[name], available, read)
 
 
@@ -87,35 +81,30 @@ def _parquet_source(name: str, folder: Path) -> Source:
 
     Image files of 32x32 pixels are in a column img or image, as {bytes, path} or as bytes alone;
     labels in a column fine_label or else label. Rows whose path begins with "lossy/" went through
-    JPEG: they are left out, since robustness is measured on exact pixels, and the description
-    counts them.
+    JPEG: they are left out, since robustness is measured on exact pixels, and counted.
     """
     rows, lossy = {split: [] for split in SPLITS}, 0
-    for split, found in rows.items():
+    for split in SPLITS:
         files = sorted(folder.glob(f"{split}-*.parquet"))
         if not files:
             raise ValueError(f"no {split}-*.parquet in '{folder}'; put the {split} files there")
         for file in files:
-            usable, left_out = _read_parquet(file, len(CLASS_NAMES[name]))
-            found += usable
-            lossy += left_out
-
-    def read(split: str, count: int) -> ImageSet:
-        return read_images(rows[split][:count], exact=True)
+            found, paths = _read_parquet(file, len(CLASS_NAMES[name]))
+            exact = [not str(path).startswith("lossy/") for path in paths]
+            rows[split] += compress(found, exact)
+            lossy += exact.count(False)
 
     description = "parquet files" + (f" ({lossy} lossy rows left out)" if lossy else "")
-    available = {split: len(found) for split, found in rows.items()}
-    return Source(description, CLASS_NAMES[name], available, read)
+    return source_of(description, CLASS_NAMES[name], rows, exact=True)
 
 
-def _read_parquet(file: Path, classes: int) -> tuple[list[tuple[str, BytesIO, int]], int]:
-    """The rows of a file as `read_images` takes them, and how many lossy ones were left out."""
+def _read_parquet(file: Path, classes: int) -> tuple[list[tuple[str, BytesIO, int]], list]:
+    """The rows of a file as `source_of` takes them, and the path that each gives, or None."""
     from pyarrow.parquet import ParquetFile
 
     try:
         table = ParquetFile(file).read(["img", "image", "fine_label", "label"]).flatten()
-        names = (name.replace("image", "img") for name in table.column_names)
-        columns = {k: v.to_pylist() for k, v in zip(names, table.columns, strict=True)}
+        columns = {k.replace("image", "img"): cells for k, cells in table.to_pydict().items()}
         images = columns.get("img.bytes", columns.get("img"))
         labels = columns.get("fine_label", columns.get("label"))
         if images is None or labels is None:
@@ -124,12 +113,7 @@ def _read_parquet(file: Path, classes: int) -> tuple[list[tuple[str, BytesIO, in
         if wrong:
             raise ValueError(f"label {wrong[0]!r} is not in 0 .. {classes - 1}")
         places = (f"{file} row {row}" for row in range(len(labels)))
-        rows = zip(places, map(BytesIO, images), labels, strict=True)
-        paths = columns.get("img.path", [None] * len(labels))
-        usable = [not str(path).startswith("lossy/") for path in paths]
-        return list(compress(rows, usable)), usable.count(False)
+        rows = list(zip(places, map(BytesIO, images), labels, strict=True))
+        return rows, columns.get("img.path", [None] * len(rows))
     except Exception as error:  # for a damaged file, pyarrow raises errors of all kinds
-        raise ValueError(
-            f"{file} cannot be used ({error}); replace it, or move it out of the folder to do "
-            "without its rows"
-        ) from error
+        raise ValueError(f"{file} cannot be used ({error}); replace it or move it away") from error

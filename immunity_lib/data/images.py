@@ -1,9 +1,8 @@
 """Your own images as a data set: a folder of image files for each class.
 
 Two layouts are valid. `<folder>/train/<class>/*` and `<folder>/test/<class>/*` say which images are
-for testing. Of `<folder>/<class>/*` alone, a fifth of every class is: the files whose name has a
-hash in the lowest fifth of its range. That is a fifth on average, not to the image; in return,
-adding or removing files moves no other file from one split to the other.
+for testing. Of `<folder>/<class>/*` alone, it is those whose name has a hash in the lowest fifth of
+its range: a fifth on average, and adding or removing files moves no other file between the splits.
 
 Class folders may hold further folders. Names that begin with a dot are passed over, and so are
 files that do not end as an image's do (.jpg, .png, ...; torchvision's IMG_EXTENSIONS).
@@ -11,7 +10,7 @@ files that do not end as an image's do (.jpg, .png, ...; torchvision's IMG_EXTEN
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +20,8 @@ import torch
 
 from immunity_lib.data.batches import ImageSet, Source
 
+# By split: what an error calls an image, its file, its label
+Rows = dict[str, list[tuple[str, str | BinaryIO, int]]]
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 50_000_000  # of one image, at four bytes each
 TEST_SHARE = 1 / 5
@@ -34,72 +35,66 @@ def source(folder: Path) -> Source:
     """The images of a folder, each as `pixels` gives it.
 
     The rows of a split follow the hash of their file names, which mixes the classes: the first k
-    are a fair sample. Bytes of a class name that are not UTF-8 are written as \\xe9 and the like.
-    Raises ValueError for a folder in neither layout and, when they are read, for broken files.
+    are a fair sample. ValueError for a folder in neither layout and, once read, for broken files.
     """
     from torchvision.datasets.folder import is_image_file, make_dataset  # costs seconds to import
 
     def is_valid(path: str) -> bool:
         return is_image_file(path) and f"{os.sep}." not in path.removeprefix(str(folder))
 
-    files = {"train": [], "test": []}
-    chosen = [folder / split for split in files if (folder / split).is_dir()]
-    roots = chosen or [path for path in [folder] if path.is_dir()]
+    rows: Rows = {"train": [], "test": []}
+    chosen = [folder / split for split in rows if (folder / split).is_dir()]
+    roots = chosen or [folder] * folder.is_dir()
     folders = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
     classes = sorted(name for name in folders if not name.startswith("."))
     if len(classes) < 2:
-        has = f"has {len(classes)} class folders" if folder.is_dir() else "is no folder"
-        raise ValueError(f"'{_text(folder)}' {has}; {LAYOUTS}")
+        found = f"has {len(classes)} class folders" if roots else "is no folder"
+        raise ValueError(f"'{_text(folder)}' {found}; {LAYOUTS}")
     labels = {name: label for label, name in enumerate(classes)}
     for root in roots:
-        for file in sorted(make_dataset(root, labels, None, is_valid, allow_empty=True), key=_rank):
-            split = root.name if chosen else "test" if _rank(file) < TEST_SHARE else "train"
-            files[split].append(file)
-    labelled = {split: {label for _, label in found} for split, found in files.items()}
-    without = [f"{s}/{name}" for s in files for name in classes if labels[name] not in labelled[s]]
+        files = make_dataset(root, labels, None, is_valid, allow_empty=True)
+        for path, label in sorted(files, key=lambda file: _rank(file[0])):
+            split = root.name if chosen else "test" if _rank(path) < TEST_SHARE else "train"
+            rows[split].append((path, path, label))
+    found = {f"{split}/{classes[label]}" for split in rows for *_, label in rows[split]}
+    needed = [f"{split}/{name}" for split in rows for name in classes]
+    without = [name for name in needed if name not in found]
     if without:
         raise ValueError(f"'{_text(folder)}' has no images for {_list(without)}; {LAYOUTS}")
-
-    def read(split: str, count: int) -> ImageSet:
-        return read_images([(path, path, label) for path, label in files[split][:count]])
-
     description = "image folder " + ("with train/ and test/" if chosen else "split by file names")
-    available = {split: len(found) for split, found in files.items()}
-    return Source(description, tuple(map(_text, classes)), available, read)
+    return source_of(description, map(_text, classes), rows)
 
 
-def read_images(rows: Sequence[tuple[str, str | BinaryIO, int]], exact: bool = False) -> ImageSet:
-    """An image set of rows (what an error calls the image, its file, its label), by `pixels`.
+def source_of(description: str, class_names: Iterable[str], rows: Rows, exact=False) -> Source:
+    """The images of rows, by `pixels`. Reading raises ValueError that names the unusable ones."""
+    available = {split: len(found) for split, found in rows.items()}
+    return Source(description, tuple(class_names), available, partial(_read, rows, exact))
 
-    Raises ValueError that names the images that cannot be used.
-    """
+
+def _read(rows: Rows, exact: bool, split: str, count: int) -> ImageSet:
     from tqdm import tqdm
     from tqdm.contrib.concurrent import thread_map
 
-    images = np.empty((len(rows), 3, 32, 32), np.uint8)
+    asked = rows[split][:count]
+    images = np.empty((len(asked), 3, 32, 32), np.uint8)
 
-    def fault(row: int) -> str:
+    def fault(row: int) -> str | None:
         try:
-            images[row] = pixels(rows[row][1], exact)
+            images[row] = pixels(asked[row][1], exact)
         except Exception as error:  # for a broken file, Pillow raises errors of all kinds
-            return f"{rows[row][0]} ({error})"
-        return ""
+            return f"{asked[row][0]} ({error})"
 
     # 32x32 pixels are decoded faster than handed to a thread; of large images, memory holds few.
     in_threads = partial(thread_map, max_workers=8, leave=False, tqdm_class=tqdm)
-    faults = [*filter(None, (map if exact else in_threads)(fault, range(len(rows))))]
+    faults = [*filter(None, (map if exact else in_threads)(fault, range(len(asked))))]
     if faults:
-        raise ValueError(
-            f"{len(faults)} images cannot be used: {_list(faults)}; replace these files by intact "
-            "copies, or move them out of the folder to do without"
-        )
-    labels = torch.tensor([label for *_, label in rows], dtype=torch.int64)
-    return ImageSet(torch.from_numpy(images), labels)
+        remedy = "replace these files by intact copies, or move them out of the folder"
+        raise ValueError(f"{len(faults)} images cannot be used: {_list(faults)}; {remedy}")
+    return ImageSet(torch.from_numpy(images), torch.tensor([label for *_, label in asked]))
 
 
 def pixels(file: str | BinaryIO, exact: bool = False) -> np.ndarray:
-    """Pixels (3, 32, 32) uint8 of an image file: upright, in RGB, shorter side resized, then centre
-    crop.
+    """Pixels (3, 32, 32) uint8 of an image file: upright, RGB, shorter side resized, centre cropped.
 
     Raises ValueError for content in none of FORMATS, whatever the file's name (for some others
     Pillow starts further programs), for more than MOST_PIXELS or 8 bits a channel, and with `exact`
@@ -125,13 +120,13 @@ def pixels(file: str | BinaryIO, exact: bool = False) -> np.ndarray:
         picture.draft(None, (256, 256))  # large JPEGs: decoded at a fraction of their size
         ImageOps.exif_transpose(picture, in_place=True)
         upright = picture if picture.mode == "RGB" else picture.convert("RGB")
-        small = functional.resize(upright, [32], antialias=True)
+        small = functional.resize(upright, [32])
         return np.asarray(functional.center_crop(small, [32])).transpose(2, 0, 1)
 
 
-def _rank(file: tuple[str, int]) -> float:
+def _rank(path: str) -> float:
     """In 0 .. 1, evenly spread, from the file's name alone."""
-    digest = hashlib.sha256(os.fsencode(os.path.basename(file[0]))).digest()
+    digest = hashlib.sha256(os.fsencode(os.path.basename(path))).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 

@@ -30,24 +30,24 @@ PART_MISSING, PART_HIDDEN = 0.3, 0.2
 # Of each part (rows) and class (digits): its colour, and which of its two variants it has.
 COLOUR = np.array([[*"0123401234"], [*"1133004422"], [*"2424010313"], [*"3240211043"]], int)
 VARIANT = np.array([[*"0000011111"], [*"0101010101"], [*"0011001011"], [*"0000101111"]], int) == 1
+# Colours are (3, 1, 1), as images have their channels.
 PART_COLOURS = np.float32([
     [0.85, 0.18, 0.15], [0.95, 0.78, 0.15], [0.15, 0.35, 0.85], [0.93, 0.92, 0.90],
     [0.55, 0.18, 0.60],
-])  # fmt: skip
+])[..., None, None]  # fmt: skip
+LEAF_COLOUR = np.float32([0.3, 0.45, 0.18])[:, None, None]
 HABITAT_COLOURS = np.float32([
     [0.35, 0.50, 0.25], [0.60, 0.50, 0.30], [0.40, 0.55, 0.65], [0.50, 0.50, 0.50],
     [0.25, 0.42, 0.40], [0.62, 0.58, 0.48], [0.45, 0.35, 0.28], [0.55, 0.62, 0.38],
     [0.38, 0.38, 0.52], [0.62, 0.48, 0.48],
-])  # fmt: skip
-HABITAT_STRIPES = np.float32([  # across x and y, in stripes per 32 pixels
-    [4, 0], [0, 4], [3, 3], [3, -3], [5, 2], [2, 5], [5, -2], [2, -5], [0, 6], [6, 0],
-])  # fmt: skip
-
-# In pixels from the centre of a bird that looks to the right (y points down): the middle of each
-# part, and the radii of the leaf that hides it.
-PART_CENTRES = ((7.0, -5.5), (-1.5, -1.5), (-9.5, -1.0), (0.0, 7.5))
-LEAF_RADII = ((5.0, 6.5), (6.8, 5.2), (5.2, 6.2), (6.6, 5.0))
-
+])[..., None, None]  # fmt: skip
+# How many stripes of a habitat 32 pixels cross, along x and along y.
+HABITAT_STRIPES = np.float32([[4, 0, 3, 3, 5, 2, 5, 2, 0, 6], [0, 4, 3, -3, 2, 5, -2, -5, 6, 0]])
+# The leaf that can hide each part: its centre and radii (x, y), in pixels from the centre of a bird
+# that looks to the right (y points down).
+LEAVES = (
+    (7.0, -5.5, 5.0, 6.5), (-1.5, -1.5, 6.8, 5.2), (-9.5, -1.0, 5.2, 6.2), (0.0, 7.5, 6.6, 5.0),
+)  # fmt: skip
 CHUNK = 250  # images drawn together, from one stream: the first k are the same for any count
 GRID_Y, GRID_X = np.mgrid[0:32, 0:32].astype(np.float32)
 
@@ -61,7 +61,7 @@ def generate(split: str, count: int, seed: int) -> ImageSet:
     """The first `count` images of a split, with the masks of their parts and of the background."""
     streams = [[seed, list(AVAILABLE).index(split), chunk] for chunk in range(-(-count // CHUNK))]
     chunks = [_draw_chunk(np.random.RandomState(stream), split) for stream in streams]
-    arrays = [np.concatenate(rows)[:count] for rows in zip(*chunks, strict=True)]
+    arrays = (np.concatenate(rows)[:count] for rows in zip(*chunks, strict=True))
     return ImageSet(*map(torch.from_numpy, arrays))
 
 
@@ -70,15 +70,16 @@ def _draw_chunk(random: np.random.RandomState, split: str) -> tuple[np.ndarray, 
     labels = random.randint(0, len(CLASS_NAMES), CHUNK)
     image = _draw_habitats(random, _choose_habitats(random, labels, split))
 
-    # Which parts are there, and seen, or else behind a leaf (4, B); one of them is surely seen.
-    fate = random.random_sample((4, CHUNK))
+    # Which parts are there, and which of them behind a leaf; one of them is surely seen.
+    fate = random.random_sample((4, CHUNK, 1, 1))
     surely_seen = random.randint(0, 4, CHUNK), np.arange(CHUNK)
     fate[surely_seen] = 1
     there, seen = fate >= PART_MISSING, fate >= PART_MISSING + PART_HIDDEN
-    variants = VARIANT[:, labels][:, :, None, None]
-    colours = PART_COLOURS[COLOUR[:, labels]] + _uniform(random, -0.2, 0.2, 4, CHUNK, 3)
-    body_colour = _uniform(random, 0.3, 0.6, CHUNK, 1) + _uniform(random, -0.06, 0.06, CHUNK, 3)
-    leaf_colour = np.float32([0.3, 0.45, 0.18]) + _uniform(random, -0.1, 0.1, CHUNK, 3)
+    variants = VARIANT[:, labels, None, None]
+    colours = PART_COLOURS[COLOUR[:, labels]] + _uniform(random, -0.2, 0.2, 4, CHUNK, 3, 1, 1)
+    grey = _uniform(random, 0.3, 0.6, CHUNK, 1, 1, 1)
+    body_colour = grey + _uniform(random, -0.06, 0.06, CHUNK, 3, 1, 1)
+    leaf_colour = LEAF_COLOUR + _uniform(random, -0.1, 0.1, CHUNK, 3, 1, 1)
 
     # Every pixel (B, 32, 32) as seen from a bird of random place, size and pose.
     centre_x, centre_y = _uniform(random, 13.5, 17.5, 2, CHUNK, 1, 1)
@@ -87,26 +88,22 @@ def _draw_chunk(random: np.random.RandomState, split: str) -> tuple[np.ndarray, 
     x = (GRID_X - centre_x) * facing / size
     y = (GRID_Y - centre_y) / size + _uniform(random, -0.2, 0.2, CHUNK, 1, 1) * x
 
-    shapes = _part_shapes(x, y, variants) * there[:, :, None, None]
-    leaves = np.maximum.reduce([
-        _ellipse(x, y, centre, radii) * hides[:, None, None]
-        for centre, radii, hides in zip(PART_CENTRES, LEAF_RADII, there & ~seen, strict=True)
-    ])  # fmt: skip
+    shapes = _part_shapes(x, y, variants) * there
+    leaves = np.max([_ellipse(x, y, *leaf) for leaf in LEAVES] * (there & ~seen), axis=0)
+    wing_bars = 0.45 + 0.75 * _wave(np.where(variants[1], x, y + 0.25 * x) / 4)  # across or along
     layers = {  # from the bottom to the top
         "tail": (shapes[2], colours[2]),
         "feet": (shapes[3], colours[3]),
-        "body": (_ellipse(x, y, (0, 0), (7.0, 5.0)), body_colour),
-        "wing": (shapes[1], colours[1]),
+        "body": (_ellipse(x, y, 0, 0, 7.0, 5.0), body_colour),
+        "wing": (shapes[1], colours[1] * wing_bars[:, None]),
         "head": (shapes[0], colours[0]),
         "leaves": (leaves * (1 - shapes[surely_seen]), leaf_colour),
     }
-    wing_bars = 0.45 + 0.75 * _wave(np.where(variants[1], x, y + 0.25 * x) / 4)  # across or along
     masks = {}
     for name, (shape, colour) in layers.items():
-        shade = wing_bars[:, None] if name == "wing" else 1
-        _paint(image, shape, colour[:, :, None, None] * shade)
+        _paint(image, shape, colour)
         if name == "head":
-            _paint(image, _ellipse(x, y, (8.2, -6.2), (1.0, 1.0)) * shape, 0.05)  # its eye
+            _paint(image, _ellipse(x, y, 8.2, -6.2, 1.0, 1.0) * shape, 0.05)  # its eye
         for below in masks.values():
             below &= shape < 0.5
         masks[name] = shape >= 0.5
@@ -129,38 +126,36 @@ def _choose_habitats(random: np.random.RandomState, labels: np.ndarray, split: s
 
 
 def _part_shapes(x: np.ndarray, y: np.ndarray, variants: np.ndarray) -> np.ndarray:
-    """Head, wing, tail and feet as opacities (4, B, 32, 32) in [0, 1]."""
+    """Opacities (4, B, 32, 32) of head, wing, tail and feet, in [0, 1]."""
     # A round head, with a crest or without.
-    crest = np.where(variants[0], _edge(np.minimum(2.0 - abs(x - 6.5 - 0.2 * y), y + 12)), 0)
-    crest *= y < -5
-    head = np.maximum(_ellipse(x, y, (7.0, -5.0), (3.9, 3.7)), crest)
-    wing = _ellipse(x, y + 0.25 * x, (-1.5, -1.5), (5.6, 3.6))
+    crest = _edge(np.minimum(2.0 - abs(x - 6.5 - 0.2 * y), y + 12)) * (variants[0] & (y < -5))
+    head = np.maximum(_ellipse(x, y, 7.0, -5.0, 3.9, 3.7), crest)
+    wing = _ellipse(x, y + 0.25 * x, -1.5, -1.5, 5.6, 3.6)
     # The tail fans out, with a notch or without.
-    along = -5.5 - x
-    fan = np.minimum(np.minimum(along, 8 - along), 1.2 + 0.45 * along - abs(y + 1))
-    notch = np.where(variants[2], 0.9 * (along - 3) - abs(y + 1), -2)
-    tail = _edge(np.minimum(fan, -notch))
+    along, beside = -5.5 - x, abs(y + 1)
+    fan = np.minimum(np.minimum(along, 8 - along), 1.2 + 0.45 * along - beside)
+    tail = _edge(np.minimum(fan, np.where(variants[2], beside - 0.9 * (along - 3), 2)))
     # Two legs that end in webs or in claws.
     leg = abs(abs(x) - 3)
-    length = np.minimum(y - 4, 10.5 - y)
-    thin = np.maximum(1.0 - leg, np.minimum(2.8 - leg, y - 8.5))
     webbed = 0.7 + 0.42 * (y - 4) - leg
-    feet = _edge(np.minimum(length, np.where(variants[3], webbed, thin)))
+    clawed = np.maximum(1.0 - leg, np.minimum(2.8 - leg, y - 8.5))
+    length = np.minimum(y - 4, 10.5 - y)
+    feet = _edge(np.minimum(length, np.where(variants[3], webbed, clawed)))
     return np.stack([head, wing, tail, feet])
 
 
 def _draw_habitats(random: np.random.RandomState, habitats: np.ndarray) -> np.ndarray:
     """Backgrounds (B, 3, 32, 32): the hue and stripes of a habitat, and pebbles that mislead."""
-    turn = (HABITAT_STRIPES[habitats] / 32)[:, :, None, None]
-    stripes = _wave(turn[:, 0] * GRID_X + turn[:, 1] * GRID_Y + _uniform(random, 0, 1, CHUNK, 1, 1))
+    across, down = HABITAT_STRIPES[:, habitats, None, None] / 32
+    stripes = _wave(across * GRID_X + down * GRID_Y + _uniform(random, 0, 1, CHUNK, 1, 1))
     blotches = _uniform(random, -0.12, 0.12, CHUNK, 8, 8).repeat(4, axis=1).repeat(4, axis=2)
     light = 0.75 + 0.3 * stripes + blotches
-    image = HABITAT_COLOURS[habitats][:, :, None, None] * light[:, None]
+    image = HABITAT_COLOURS[habitats] * light[:, None]
     for _ in range(3):
         x, y = _uniform(random, 0, 32, 2, CHUNK, 1, 1)
         radius = _uniform(random, 1.2, 2.8, CHUNK, 1, 1)
         colour = PART_COLOURS[random.randint(0, len(PART_COLOURS), CHUNK)]
-        _paint(image, _ellipse(GRID_X, GRID_Y, (x, y), (radius, radius)), colour[..., None, None])
+        _paint(image, _ellipse(GRID_X, GRID_Y, x, y, radius, radius), colour)
     return image
 
 
@@ -173,10 +168,11 @@ def _paint(image: np.ndarray, opacity: np.ndarray, colour: np.ndarray | float) -
     image += opacity[:, None] * (colour - image)
 
 
-def _ellipse(x: np.ndarray, y: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
+def _ellipse(x: np.ndarray, y: np.ndarray, centre_x, centre_y, radius_x, radius_y) -> np.ndarray:
     """Opacity of an ellipse on a grid of coordinates x and y."""
-    across, down = (x - centre[0]) / radii[0], (y - centre[1]) / radii[1]
-    return _edge((1 - np.sqrt(across * across + down * down)) * np.minimum(*radii))
+    across, down = (x - centre_x) / radius_x, (y - centre_y) / radius_y
+    distance = np.sqrt(across * across + down * down)
+    return _edge((1 - distance) * np.minimum(radius_x, radius_y))
 
 
 def _edge(inside: np.ndarray) -> np.ndarray:
