@@ -243,7 +243,7 @@ rule heatmaps:
         drawn("explorer_gallery", "explorer_attack", "explorer_gates", "explorer_methods"),
         [FIGURES / f"stepper.{ending}" for ending in ("html", "json")],
         # Only Parts-10 knows its true parts
-        drawn("part_coverage") if settings.dataset == "parts10" else [],
+        drawn("part_coverage") if settings.recipe.dataset == "parts10" else [],
         notebook=RUNS / "notebooks/05_heatmaps.ipynb",
     log:
         RUNS / "notebooks/05_heatmaps.log",

@@ -152,10 +152,10 @@ def _published_recipes() -> dict[str, Any]:
 
 def members(settings: Settings, ensemble: ModelName) -> list[ModelName]:
     """The stand-alone networks that an ensemble is made of: N seeds of its own."""
-    first = ensemble.seed * settings.experts
+    first = ensemble.seed * settings.recipe.experts
     return [
         ensemble.model_copy(update={"method": "standalone", "seed": first + k})
-        for k in range(settings.experts)
+        for k in range(settings.recipe.experts)
     ]
 
 
@@ -245,8 +245,8 @@ def _models(
     regimes: Sequence[str] = ("standard",), datasets: Sequence[str] | None = None,
 ) -> list[ModelName]:  # fmt: skip
     """Every combination, with every seed; by default of the preset's own expert and data."""
-    experts = [settings.expert] if experts is None else experts
-    datasets = [settings.dataset] if datasets is None else datasets
+    experts = [settings.recipe.expert] if experts is None else experts
+    datasets = [settings.recipe.dataset] if datasets is None else datasets
     return [
         ModelName(dataset=dataset, method=method, expert=expert, regime=regime, seed=seed)
         for dataset, regime, expert, method, seed in product(

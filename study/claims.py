@@ -155,7 +155,7 @@ def paired_differences(settings: Settings, measure: Measure) -> tuple[np.ndarray
     """Differences (S, B) for S seeds and B images, in shares of 1, and whom they are held against.
 
     Raises NotTestable where the preset has no such models."""
-    network = measure.network or settings.expert
+    network = measure.network or settings.recipe.expert
     column = measure.kind if measure.kind in SCORES else "switched"
     if measure.kind == "network" and measure.model == "ensemble":
         column = "experts"  # each of the networks alone
@@ -185,7 +185,7 @@ def by_image(
 ) -> np.ndarray:
     """A column of the long frame of a method with a network, (S, B): clean, the mean over the
     attacks on the first of the preset's gates, or the worst case over adaptive attacks."""
-    data = measure.data or settings.dataset
+    data = measure.data or settings.recipe.dataset
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
     kind, tables = KINDS[measure.kind]

@@ -20,55 +20,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from immunity_lib import scores
+from immunity_lib import evaluate, scores
 from immunity_lib.attacks import Effort
 from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches
-from immunity_lib.evaluate import (
-    BATCH,
-    evaluate_adaptively,
-    verdicts_over_gates,
-    verdicts_under_attack,
-)
-from immunity_lib.files import DamagedFile
+from immunity_lib.files import DamagedFile, read_tensors, write_tensors
 from immunity_lib.heatmaps import expert_heatmaps, is_empty
 from immunity_lib.moe import GateVerdicts, ImmunityMoE
-from study.catalogue import ModelName, members, surrogates
+from study import catalogue, store
+from study.catalogue import ModelName
 from study.settings import Settings
-from study.store import (
-    chosen_device,
-    provenance,
-    read_frame,
-    read_json,
-    record_path,
-    set_record_aside,
-    trained_model,
-    training_record,
-    write_frame,
-    write_json,
-)
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-ASKED = {  # the settings that each kind of frame depends on
-    "attacks": ("attacks", "attack_gates", "eps", "step_size", "steps", "attacked_images"),
-    "adaptive": (
-        "eps",
-        "step_size",
-        "steps",
-        "gate_samples",
-        "auto_attack_steps",
-        "adaptive_count",
-    ),
+ASKED = {  # the settings that each kind of frame depends on, beside the images
+    "attacks": ("attacks", "attack_gates", "steps", "attacked_images"),
+    "adaptive": ("steps", "gate_samples", "auto_attack_steps", "adaptive_count"),
     "scores": (),
 }
 
@@ -76,7 +49,8 @@ ASKED = {  # the settings that each kind of frame depends on
 def question_of(settings: Settings, kind: str) -> dict[str, Any]:
     """What a preset asks of a kind of frame, for a JSON file."""
     asked = {field: getattr(settings, field) for field in (*ASKED[kind], "test_images")}
-    return asked | {field: str(asked[field]) for field in ("eps", "step_size") if field in asked}
+    eps, step_size = str(settings.recipe.eps), str(settings.recipe.step_size)
+    return asked if kind == "scores" else asked | {"eps": eps, "step_size": step_size}
 
 
 def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> None:
@@ -84,24 +58,22 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
     every attack of the preset, on each of the gates that it attacks."""
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
-        device, seconds = chosen_device(), {}
-        frames = [
-            _frame(
-                verdicts_over_gates(model, evaluation_batches(images, BATCH, device)),
-                images.labels, split=split,
-            )
-            for split, images in test_splits(dataset)
-        ]  # fmt: skip
+        device, seconds, frames = store.chosen_device(), {}, []
+        for split, images in test_splits(dataset):
+            batches = evaluation_batches(images, evaluate.BATCH, device)
+            found = evaluate.verdicts_over_gates(model, batches)
+            frames.append(_frame(found, images.labels, split=split))
         target = dataset.splits["test"].first(settings.attacked_images)
         # A single expert has one gate, whatever its name
         gates = settings.attack_gates if len(model.experts) > 1 else settings.attack_gates[:1]
+        eps, step_size = float(settings.recipe.eps), float(settings.recipe.step_size)
+        budget = {"eps": eps, "step_size": step_size, "steps": settings.steps}
         for gate in gates:
             for attack in settings.attacks:
                 started = time.perf_counter()
-                found = verdicts_under_attack(
-                    model, target, attack, gate, eps=float(settings.eps),
-                    step_size=float(settings.step_size), steps=settings.steps, device=device,
-                )  # fmt: skip
+                found = evaluate.verdicts_under_attack(
+                    model, target, attack, gate, **budget, device=device
+                )
                 took = seconds[f"{attack} on {gate}"] = round(time.perf_counter() - started, 1)
                 print(
                     f"{name}: {found.accuracy.switched:.1%} expected under {attack} on the {gate} "
@@ -109,7 +81,7 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
                     flush=True,
                 )
                 frames.append(_frame(found, target.labels, attack, "paper", gate))
-        return _concatenate(frames), {"seconds": seconds}
+        return pd.concat(frames, ignore_index=True), {"seconds": seconds}
 
     _measure_once("attacks", settings, name, dataset, {}, measure)
 
@@ -124,18 +96,19 @@ def measure_scores(settings: Settings, name: ModelName, dataset: Dataset) -> Non
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         found = {split: _scores(model, images, split) for split, images in test_splits(dataset)}
-        frames = [frame for frame, _ in found.values()]
-        return _concatenate(frames), {split: summary for split, (_, summary) in found.items()}
+        frame = pd.concat([frame for frame, _ in found.values()], ignore_index=True)
+        return frame, {split: summary for split, (_, summary) in found.items()}
 
     _measure_once("scores", settings, name, dataset, {}, measure)
 
 
 def _scores(model: ImmunityMoE, images: ImageSet, split: str) -> tuple[pd.DataFrame, dict]:
     parts, found, correct = [], [], []
-    batches = evaluation_batches(images, BATCH, chosen_device())
-    for batch, labels in tqdm(batches, "heat maps", -(-len(images) // BATCH), leave=False):
+    batches = evaluation_batches(images, evaluate.BATCH, store.chosen_device())
+    total = -(-len(images) // evaluate.BATCH)
+    for batch, labels in tqdm(batches, "heat maps", total, leave=False):
         parts.append(expert_heatmaps(model, batch, labels).cpu())
-        found.append(verdicts_over_gates(model, [(batch, labels)]))
+        found.append(evaluate.verdicts_over_gates(model, [(batch, labels)]))
         with torch.no_grad():
             answers = model.expert_outputs(batch).logits.argmax(-1)
         correct.append((answers == labels[:, None]).double().cpu())
@@ -166,85 +139,64 @@ def part_coverage(maps: Tensor, part_masks: Tensor) -> Tensor:
 
 
 def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> None:
-    """A model under every adaptive attack, on the first `adaptive_images` test images.
+    """A model under every adaptive attack, on the first `adaptive_count` test images.
 
-    The summary is that of `evaluate_adaptively`, with "threat_model", and "attacks", what is told
-    of each. What a run that was stopped had finished is kept beside the record, and used again.
+    The summary is that of `evaluate_adaptively`, with "attacks", what is told of each. What a run
+    that was stopped had finished is kept beside the record, and used again.
     """
-    others = surrogates(settings, name)
-    for one in others:  # which weights they have is part of the question
-        trained_model(settings, one, dataset)
-    through = {str(one): training_record(settings, one)["weights"] for one in others}
-    asked = {"surrogates": through}
-    unfinished = record_path(settings, name, "adaptive").with_suffix(".unfinished")
+    others = catalogue.surrogates(settings, name)
+    surrogates = {one.method: store.trained_model(settings, one, dataset) for one in others}
+    # Which weights they have is part of the question
+    through = {str(one): store.training_record(settings, one)["weights"] for one in others}
+    unfinished = store.record_path(settings, name, "adaptive").with_suffix(".unfinished")
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
-        question = _question("adaptive", settings, name, dataset, asked)
-        target = dataset.splits["test"].first(settings.adaptive_count)
-        ((images, labels),) = evaluation_batches(target, len(target), chosen_device())
-        effort = Effort(
-            float(settings.eps), float(settings.step_size), settings.steps,
-            tuple(settings.gate_samples), settings.auto_attack_steps,
-        )  # fmt: skip
+        question = _question("adaptive", settings, name, dataset, {"surrogates": through})
         done = _read_unfinished(unfinished, question)
 
         def keep(attack: str, found: GateVerdicts, told: dict) -> None:
             done[attack] = found, told
-            attacks = {one: _pack(*result) for one, result in done.items()}
-            write_json(unfinished, {"question": question, "attacks": attacks})
+            right = {
+                one: torch.column_stack([found.trained, found.uniform, found.switched])
+                for one, (found, _) in done.items()
+            }
+            told = [[one, told] for one, (_, told) in done.items()]
+            write_tensors(unfinished, right, {"question": question, "told": told})
 
-        results, summary = evaluate_adaptively(
-            model, images, labels, effort,
-            {one.method: trained_model(settings, one, dataset) for one in others},
-            tell=lambda line: print(f"{name}: {line}", flush=True), done=dict(done), keep=keep,
+        target = dataset.splits["test"].first(settings.adaptive_count)
+        ((images, labels),) = evaluation_batches(target, len(target), store.chosen_device())
+        effort = Effort(
+            float(settings.recipe.eps), float(settings.recipe.step_size), settings.steps,
+            tuple(settings.gate_samples), settings.auto_attack_steps,
         )  # fmt: skip
-        batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
-        clean = verdicts_over_gates(model, batches)
-        frames = [_frame(clean, target.labels)]
+        results, summary = evaluate.evaluate_adaptively(
+            model, images, labels, effort, surrogates, done=dict(done), keep=keep,
+            tell=lambda line: print(f"{name}: {line}", flush=True),
+        )  # fmt: skip
+        few = zip(images.split(evaluate.BATCH), labels.split(evaluate.BATCH), strict=True)
+        frames = [_frame(evaluate.verdicts_over_gates(model, few), target.labels)]
         for attack, (found, told) in results.items():
             frames.append(_frame(found, target.labels, attack, told["family"], told["sees"]))
         told = [{"attack": attack} | one for attack, (_, one) in results.items()]
-        threat = {"threat_model": threat_model(settings)}
-        return _concatenate(frames), threat | {"attacks": told} | summary
+        return pd.concat(frames, ignore_index=True), {"attacks": told} | summary
 
-    _measure_once("adaptive", settings, name, dataset, asked, measure)
+    _measure_once("adaptive", settings, name, dataset, {"surrogates": through}, measure)
     unfinished.unlink(missing_ok=True)
 
 
-def threat_model(settings: Settings) -> dict[str, str]:
-    """Who attacks, what they may do and what they know (Carlini et al. 2019, section 2.2)."""
-    return {
-        "goal": "any wrong class",
-        "may do": f"change every pixel by at most {255 * float(settings.eps):g}/255, once for each "
-        "image",
-        "knows": "architecture, weights, gate and the law of its switching",
-        "does not know": "which permutation the next query will draw",
-        "also reported": "success if the attacker may try several times, or knows the permutation",
-    }
-
-
-def _pack(found: GateVerdicts, told: dict) -> dict[str, Any]:
-    right = torch.cat([found.trained[:, None], found.uniform[:, None], found.switched], dim=1)
-    bits = np.packbits(right.cpu().numpy()).tobytes().hex()
-    return {"told": told, "shape": list(right.shape), "right": bits}
-
-
-def _unpack(packed: dict[str, Any]) -> tuple[GateVerdicts, dict]:
-    rows, columns = packed["shape"]
-    bits = np.frombuffer(bytes.fromhex(packed["right"]), np.uint8)
-    right = np.unpackbits(bits, count=rows * columns).reshape(rows, columns).astype(bool)
-    right = torch.from_numpy(right).to(chosen_device())
-    return GateVerdicts(right[:, 0], right[:, 1], right[:, 2:]), packed["told"]
-
-
-def _read_unfinished(path: Path, question: dict[str, Any]) -> dict[str, tuple[GateVerdicts, dict]]:
+def _read_unfinished(path: Path, question: dict) -> dict[str, tuple[GateVerdicts, dict]]:
     """Attacks that an earlier run of the same question had done."""
     try:
-        known = read_json(path)
-        same = known["question"] == question
-        return {one: _unpack(packed) for one, packed in known["attacks"].items()} if same else {}
-    except (DamagedFile, OSError, KeyError):
+        tensors, notes = read_tensors(path)
+    except DamagedFile:
         return {}
+    if notes.get("question") != question:
+        return {}
+    done, device = {}, store.chosen_device()
+    for attack, told in notes["told"]:
+        right = tensors[attack].to(device)
+        done[attack] = GateVerdicts(right[:, 0], right[:, 1], right[:, 2:]), told
+    return done
 
 
 def test_splits(dataset: Dataset) -> list[tuple[str, ImageSet]]:
@@ -257,8 +209,6 @@ def _frame(
     sees: str = "", split: str = "test", experts: Tensor | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """The rows of one attack on the images of one split."""
-    import pandas as pd
-
     gates = np.packbits(found.switched.cpu().numpy(), axis=1)
     return pd.DataFrame({
         "split": split,
@@ -275,57 +225,43 @@ def _frame(
     })  # fmt: skip
 
 
-def _concatenate(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.concat(frames, ignore_index=True)
-
-
 def _question(
     kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict[str, Any]
 ) -> dict[str, Any]:
     """What a record answers: of which weights and test images, and what is asked of them."""
-    trained = members(settings, name) if name.method == "ensemble" else [name]
+    trained = catalogue.single(settings, [name])
     return {
-        "weights": [training_record(settings, one)["weights"] for one in trained],
+        "weights": [store.training_record(settings, one)["weights"] for one in trained],
         "data": {split: images.checksum for split, images in test_splits(dataset)},
         "asked": question_of(settings, kind) | further,
     }
 
 
 def _measure_once(
-    kind: str,
-    settings: Settings,
-    name: ModelName,
-    dataset: Dataset,
-    further: dict[str, Any],
+    kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict[str, Any],
     measure: Callable[[ImmunityMoE], tuple[pd.DataFrame, dict]],
-) -> None:
+) -> None:  # fmt: skip
     """Leave a kind of measurement of a trained model on disk, unless it is there. further: what the
     answer depends on beside the settings."""
-    path = record_path(settings, name, kind)
-    model = trained_model(settings, name, dataset)
+    path = store.record_path(settings, name, kind)
+    model = store.trained_model(settings, name, dataset)
     question = _question(kind, settings, name, dataset, further)
     if path.exists():
         try:
-            known = read_json(path)
-            read_frame(settings, [name], kind)
-            if all(known.get(key) == value for key, value in question.items()):
+            known = store.read_json(path)
+            store.read_frame(settings, [name], kind)
+            if question.items() <= known.items():
                 return
-            reason = "it is about other weights, data or settings"
-        except (DamagedFile, FileNotFoundError) as error:
-            reason = str(error)
-        set_record_aside(path, reason)
+            store.set_record_aside(path, "it is about other weights, data or settings")
+        except DamagedFile as error:
+            store.set_record_aside(path, str(error))
     started = time.perf_counter()
     frame, summary = measure(model)
-    write_frame(path.with_suffix(".parquet"), frame)
-    content = {
-        "kind": kind,
-        "model": str(name),
-        **question,
-        "summary": summary,
+    store.write_frame(path.with_suffix(".parquet"), frame)
+    content = {"kind": kind, "model": str(name), **question, "summary": summary}
+    content |= {
         "data_source": dataset.source,
         "seconds": round(time.perf_counter() - started, 1),
-        "provenance": provenance(),
+        "provenance": store.provenance(),
     }
-    write_json(path, content)
+    store.write_json(path, content)

@@ -106,10 +106,11 @@ class Settings(BaseModel):
             values = getattr(self, field)
             if len(set(values)) < len(values):
                 raise ValueError(f"{field} repeat: {values}; give each once")
-        if self.experts < 2:
-            raise ValueError(f"experts is {self.experts}; a mixture has at least 2")
-        if self.expert not in EXPERT_NAMES:
-            raise ValueError(f"expert is {self.expert!r}; valid names: {', '.join(EXPERT_NAMES)}")
+        expert, experts = self.recipe.expert, self.recipe.experts
+        if experts < 2:
+            raise ValueError(f"experts is {experts}; a mixture has at least 2")
+        if expert not in EXPERT_NAMES:
+            raise ValueError(f"expert is {expert!r}; valid names: {', '.join(EXPERT_NAMES)}")
         if "images" in self.datasets and not self.data_folder:
             raise ValueError(
                 "data set images, but data_folder is empty; name the folder that holds a folder of "
@@ -125,30 +126,9 @@ class Settings(BaseModel):
         return self
 
     @property
-    def dataset(self) -> str:
-        return self.recipe.dataset
-
-    @property
-    def expert(self) -> str:
-        """The network of Tables 2, 3 and Figure 2."""
-        return self.recipe.expert
-
-    @property
-    def experts(self) -> int:
-        return self.recipe.experts
-
-    @property
-    def eps(self) -> Fraction:
-        return self.recipe.eps
-
-    @property
-    def step_size(self) -> Fraction:
-        return self.recipe.step_size
-
-    @property
     def datasets(self) -> list[str]:
         """The data sets of Table 2; the first is that of everything else."""
-        return [self.dataset, *self.further_datasets]
+        return [self.recipe.dataset, *self.further_datasets]
 
     @property
     def adaptive_count(self) -> int:

@@ -22,8 +22,9 @@ from functools import cache
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,12 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from immunity_lib.data import Dataset, load_dataset
 from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
 from immunity_lib.moe import ConstantGate, ImmunityMoE
-from immunity_lib.train import Recipe, build_model, train
+from immunity_lib.train import CHECKPOINT, Recipe, build_model, train
 from study.catalogue import ModelName, members, own_recipe, recipe_of
 from study.settings import NOT_OF_THE_RESULT, ROOT, Settings
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PRETRAINED = ROOT / "pretrained"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
@@ -62,10 +60,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """What a result depends on besides its settings: code, packages and hardware."""
-    source = ("immunity_lib", "study")
-    digest = hashlib.sha256()
+    source, digest = ("immunity_lib", "study"), hashlib.sha256()
     for path in sorted(path for name in source for path in (ROOT / name).rglob("*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    about = Path("/proc/cpuinfo")
+    names = re.findall("model name\\s*: (.*)", about.read_text() if about.exists() else "")
+    processor = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
     return {
         # An image has no history, but was told its commit when it was built
         "commit": _git("rev-parse", "HEAD") or os.environ.get("IMMUNITY_COMMIT") or None,
@@ -73,7 +73,7 @@ def provenance() -> dict[str, Any]:
         "library": digest.hexdigest()[:16],  # by which a record tells which code made it
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
         "threads": torch.get_num_threads(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -82,17 +82,14 @@ def provenance() -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     # Without git, or a checkout, the source's checksum still says which code it was
     with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", *arguments]
-        return subprocess.check_output(
-            command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True
-        ).strip()
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     return None
 
 
-def _processor() -> str:
-    about = Path("/proc/cpuinfo")
-    names = re.findall("model name\\s*: (.*)", about.read_text() if about.exists() else "")
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # Models
@@ -105,9 +102,10 @@ def chosen_device() -> torch.device:
 
 def load_data(settings: Settings, name: str = "") -> Dataset:
     """The preset's data set, or one of its further ones, with as many images as it says."""
+    recipe = settings.recipe
     dataset = load_dataset(
-        name or settings.dataset, settings.data_folder or ROOT / "data",
-        settings.recipe.train_images, settings.recipe.validation_images, settings.test_images,
+        name or recipe.dataset, settings.data_folder or ROOT / "data",
+        recipe.train_images, recipe.validation_images, settings.test_images,
     )  # fmt: skip
     available = len(dataset.splits["test"])
     for field in ("attacked_images", "adaptive_images"):
@@ -130,24 +128,19 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
 
 
 def model_folder(settings: Settings, name: ModelName) -> Path:
-    """Where everything about a model lies: what was trained here goes before what came with the
-    project."""
-    own = own_folder(settings, name)
-    if not (own / "record.json").exists() and is_pretrained(settings, name):
-        return pretrained_folder(settings, name)
-    return own
-
-
-def is_pretrained(settings: Settings, name: ModelName) -> bool:
-    """Whether the project brings weights of this model, trained with these settings."""
-    folder = pretrained_folder(settings, name)
-    if not (settings.pretrained and (folder / WEIGHTS).exists()):
-        return False
+    """Where all about a model lies: what was trained here goes before what came with the project,
+    which counts where it was trained with these settings."""
+    own, shipped = own_folder(settings, name), pretrained_folder(settings, name)
+    if (own / "record.json").exists() or not settings.pretrained:
+        return own
     try:
-        return recipe_of(settings, name).is_that_of(read_json(folder / "record.json")["recipe"])
+        known = read_json(shipped / "record.json")["recipe"]
+    except FileNotFoundError:
+        return own
     except (DamagedFile, OSError, KeyError) as error:
         _say_once(f"the weights of {name} that come with the project are not used: {error!r}")
-        return False
+        return own
+    return shipped if recipe_of(settings, name).is_that_of(known) else own
 
 
 def training_record(settings: Settings, name: ModelName) -> dict[str, Any]:
@@ -166,15 +159,19 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
         experts = [network.experts[0] for network in networks]
         gate = ConstantGate(len(experts)).to(chosen_device())
         return ImmunityMoE(experts, gate, evaluation_gate="uniform").eval()
-    folder = own_folder(settings, name)
     model = _load_if_usable(settings, name, dataset)
     if model is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock"):  # a second process waits, then finds the model trained
-            model = _load_if_usable(settings, name, dataset)
-            if model is None:
-                _train_and_save(settings, name, dataset)
-                model = _load(folder, recipe_of(settings, name), dataset)
+        lock = own_folder(settings, name) / ".lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(lock, timeout=LOCKED):  # a second process waits, and finds it trained
+                model = _load_if_usable(settings, name, dataset)
+                model = model or _train_and_save(settings, name, dataset)
+        except Timeout as error:
+            raise TimeoutError(
+                f"{lock} is held for {LOCKED / 3600:.0f} hours, seen from {platform.node()}; if no "
+                "job works on this model any more, on any machine, remove that file"
+            ) from error
     return model.to(chosen_device()).eval()
 
 
@@ -189,12 +186,13 @@ def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         except DamagedFile as error:
             for path in files:
                 set_aside(path, f"{error}; the model is trained anew")
-    if is_pretrained(settings, name):
+    folder = model_folder(settings, name)
+    if folder != own:
         try:
-            model = _load(pretrained_folder(settings, name), recipe, dataset)
+            model = _load(folder, recipe, dataset)
             _say_once(f"{name}: weights that come with the project")
             return model
-        except DamagedFile as error:
+        except (DamagedFile, OSError) as error:
             _say_once(f"the weights of {name} that come with the project are not used: {error}")
     return None
 
@@ -222,31 +220,22 @@ def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE:
     return model
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> None:
+def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
     wanted, folder, device = recipe_of(settings, name), own_folder(settings, name), chosen_device()
-    published = own_recipe(settings, name)
+    published, images = own_recipe(settings, name), dataset.splits["train"]
     print(f"training {name} on {device}, data from {dataset.source}", flush=True)
     started = time.perf_counter()
     model, log = train(wanted, dataset, folder, name=str(name), device=device)
-    image = dataset.splits["train"].images[:1].to(device) / 255
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for expert in model.experts:
-            expert(image)
+            expert(images.images[:1].to(device) / 255)
     write_tensors(folder / WEIGHTS, model.state_dict(), {"name": str(name)})
+    data = {"source": dataset.source, "images": len(images), "checksum": images.checksum}
     content = {
         "kind": "training",
         "model": str(name),
         "recipe": wanted.as_json(),
-        "data": {
-            "source": dataset.source,
-            "images": len(dataset.splits["train"]),
-            "checksum": dataset.splits["train"].checksum,
-        },
+        "data": data,
         "published": published and {key: published[key] for key in ("source", "gaps")},
         "weights": checksum(folder / WEIGHTS),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -257,21 +246,8 @@ def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> No
         "provenance": provenance(),
     }
     write_json(folder / "record.json", content)
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # the model has superseded it
-
-
-def _locked(path: Path, timeout: float = LOCKED) -> FileLock:
-    """A lock that is held while a model is made; raises TimeoutError, with what to do, where its
-    holder, perhaps on another machine, does not let go."""
-    try:
-        lock = FileLock(path, timeout=timeout)
-        lock.acquire()
-        return lock
-    except Timeout:
-        raise TimeoutError(
-            f"{path} is held for {timeout / 3600:.0f} hours, seen from {platform.node()}; if no "
-            "job works on this model any more, on any machine, remove that file"
-        ) from None
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # the model has superseded it
+    return model
 
 
 # Records and frames
@@ -296,8 +272,6 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
     Raises FileNotFoundError, with the command that makes it, where a model has none yet. One that
     is damaged is set aside, so that the graph makes it anew, and is a DamagedFile.
     """
-    import pandas as pd
-
     frames = []
     for name in names:
         path = record_path(settings, name, kind)
@@ -309,8 +283,7 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
             set_record_aside(path, reason)
             raise DamagedFile(f"{reason}; the same command makes it anew") from error
         parts = name.model_dump()
-        parts["data"] = parts.pop("dataset")
-        frames.append(frame.assign(model=str(name), **parts))
+        frames.append(frame.assign(model=str(name), data=parts.pop("dataset"), **parts))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -318,13 +291,7 @@ def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, An
     """What a record says beside its frame; raises FileNotFoundError as `read_frame`."""
     path = record_path(settings, name, kind)
     if not path.exists():
-        notebook = {"attacks": "03_attacks", "adaptive": "06_adaptive_attacks"}.get(kind)
         command = f"make reproduce PRESET={settings.preset}"
-        if notebook:
-            command = (
-                f"papermill notebooks/{notebook}.ipynb out.ipynb "
-                f"-p preset {settings.preset} -p model {name}"
-            )
         raise FileNotFoundError(f"{name} has no record of its {kind} yet ({path}); run: {command}")
     try:
         return read_json(path)["summary"]
@@ -344,45 +311,34 @@ def set_record_aside(path: Path, reason: str) -> None:
 
 
 def write_artefact(
-    settings: Settings,
-    name: str,
-    contents: Mapping[str, str | bytes],
-    caption: str,
+    settings: Settings, name: str, contents: Mapping[str, str | bytes], caption: str,
     records: Sequence[Path],
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
 
     The latter holds the caption, the settings, the checksum of each file, and of every record its
     copy in the folder records/ beside it and its provenance. The same records give the same bytes.
     The paths are printed and returned.
     """
-    contents = {
-        f"{name}.{ending}": content.encode() if isinstance(content, str) else content
-        for ending, content in contents.items()
-    }
-    sources = []
+    folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):
+        trained = record.name == "record.json"
         copy = (
-            f"{record.parent.name}.training.json" if record.name == "record.json" else record.name
+            f"records/{record.parent.name}.training.json" if trained else f"records/{record.name}"
         )
-        write_atomically(settings.figures / "records" / copy, record.read_bytes())
-        made = {
-            key: value for key, value in read_json(record)["provenance"].items()
-            if key != "finished"
-        }  # fmt: skip
-        sources.append({"file": f"records/{copy}", "provenance": made})
-    sidecar = {
-        "kind": "artefact",
-        "name": name,
-        "caption": caption,
-        "settings": settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT),
-        "files": {file: hashlib.sha256(one).hexdigest() for file, one in contents.items()},
-        "records": sources,
-    }
-    for file, content in contents.items():
-        write_atomically(settings.figures / file, content)
-    write_json(settings.figures / f"{name}.json", sidecar)
-    paths = [settings.figures / file for file in (*contents, f"{name}.json")]
-    project = settings.figures.parents[1]
-    print("saved", ", ".join(path.relative_to(project).as_posix() for path in paths))
+        write_atomically(folder / copy, record.read_bytes())
+        made = read_json(record)["provenance"]
+        made = {key: made[key] for key in made if key != "finished"}
+        sources.append({"file": copy, "provenance": made})
+    for ending, content in contents.items():
+        write_atomically(folder / f"{name}.{ending}", content)
+        files[f"{name}.{ending}"] = checksum(folder / f"{name}.{ending}")
+    sidecar = {"kind": "artefact", "name": name, "caption": caption}
+    asked = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
+    write_json(
+        folder / f"{name}.json", sidecar | {"settings": asked, "files": files, "records": sources}
+    )
+    paths = [folder / file for file in (*files, f"{name}.json")]
+    shown = [path.relative_to(folder.parents[1]).as_posix() for path in paths]
+    print("saved", ", ".join(shown))
     return paths

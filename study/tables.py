@@ -64,7 +64,7 @@ def gate_cells(settings: Settings, names: Names, kind: str = "attacks") -> pd.Da
     labels = ["name", "data", "training", "model", "seed", "family", "attack", "sees"]
     cells = []
     for key, rows in read_rows(settings, names, kind).groupby(labels, sort=False):
-        experts = 1 if rows["method"].iloc[0] == "standalone" else settings.experts
+        experts = 1 if rows["method"].iloc[0] == "standalone" else settings.recipe.experts
         packed = np.frombuffer(b"".join(rows["gates"]), np.uint8).reshape(len(rows), -1)
         gates = min(math.factorial(experts), DRAWN)
         by_gate = np.unpackbits(packed, axis=1, count=gates).mean(0)
@@ -168,7 +168,7 @@ def beside_paper(settings: Settings, table: pd.DataFrame, artefact: str) -> pd.D
     tables can add lines. Raises ValueError for a file that has no numbers, or two for a cell.
     """
     cell = ["table", "data", "training", "model", "column"]
-    data = table.get("data", pd.Series(DATA[settings.dataset], table.index))
+    data = table.get("data", pd.Series(DATA[settings.recipe.dataset], table.index))
     rows = table[["model", "column"]].assign(
         table=artefact,
         data=data.where(data == "CIFAR-100", "CIFAR-10"),

@@ -84,7 +84,9 @@ class Exploration:
     def __init__(self, settings: Settings, dataset: Dataset, preset: str = ""):
         self.settings, self.dataset = settings, dataset
         self._preset, self._lock = preset or settings.preset, RLock()
-        self.budgets = [settings.eps * factor for factor in BUDGETS if settings.eps * factor <= 1]
+        self.budgets = [
+            settings.recipe.eps * factor for factor in BUDGETS if settings.recipe.eps * factor <= 1
+        ]
         self.models, self.missing = [], []
         for name in explored_models(settings):
             there = (model_folder(settings, name) / "record.json").exists()
@@ -161,7 +163,7 @@ class Exploration:
         model, device = self._folded(name), chosen_device()
         images = torch.stack([subject.image for subject in self.gallery]).to(device)
         labels = torch.tensor([subject.label for subject in self.gallery], device=device)
-        eps = torch.full((len(images),), float(self.settings.eps))
+        eps = torch.full((len(images),), float(self.settings.recipe.eps))
         attacked = self._attack(model, images, labels, attacked_gate, eps)[:, -1]
         with torch.no_grad():
             before, after = (
@@ -184,7 +186,7 @@ class Exploration:
         labels = torch.as_tensor(labels, device=images.device).expand(len(images))
         path = attack_path(
             model, images, labels, gate, eps=eps.to(images.device),
-            step_size=float(self.settings.step_size), steps=self.settings.steps,
+            step_size=float(self.settings.recipe.step_size), steps=self.settings.steps,
         )  # fmt: skip
         return path.transpose(0, 1)
 

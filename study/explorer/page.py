@@ -73,7 +73,7 @@ def explorer_page(
         # Names of files and folders, which the page writes as HTML
         "classes": [escape(name) for name in dataset.class_names],
         "parts": [{"name": escape(name), "colour": colour} for name, colour in parts],
-        "gates": permutations(exploration.settings.experts).tolist(),
+        "gates": permutations(exploration.settings.recipe.experts).tolist(),
         "ramp": plt.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3].tolist(),
         "subjects": shown,
     }

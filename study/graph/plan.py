@@ -80,7 +80,10 @@ def adaptive_passes(settings: Settings) -> tuple[int, int]:
     # switched one, two APGD with 20 draws; then Square alone and noise
     gradients += settings.auto_attack_steps * (2 * (1 + 9 + 9) + 2 * DRAWS)
     queries = 2 * (9 + QUERIES_PER_STEP) + QUERIES_PER_STEP + DRAWS_PER_STEP
-    return gradients, settings.steps * settings.experts + settings.auto_attack_steps * queries
+    return (
+        gradients,
+        settings.steps * settings.recipe.experts + settings.auto_attack_steps * queries,
+    )
 
 
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:

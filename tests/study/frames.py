@@ -1,5 +1,7 @@
 """Synthetic measurements, of which tests know every verdict: no training, no attack."""
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -40,8 +42,8 @@ class World:
             rows = self.rows(name, "scores", settings.test_images)
             found = self.generator.random((len(rows), len(SCORES)))
             self.scores[name] = pd.DataFrame(found, columns=SCORES)
-            alone = self.generator.random(settings.experts).tolist()
-            coverage = self.generator.random((settings.experts, 4)).tolist()
+            alone = self.generator.random(settings.recipe.experts).tolist()
+            coverage = self.generator.random((settings.recipe.experts, 4)).tolist()
             test = {"expert_accuracy": alone, "part_coverage": coverage, "background_heat": alone}
             self.write(name, "scores", [rows.assign(**self.scores[name])], {"test": test})
         for name in catalogue.adaptive_models(settings):
@@ -56,7 +58,8 @@ class World:
             })  # fmt: skip
 
     def rows(self, name, kind, images, attack="clean", family="clean", sees="", split="test"):
-        gates = 1 if name.method == "standalone" else np.prod(range(1, self.settings.experts + 1))
+        experts = 1 if name.method == "standalone" else self.settings.recipe.experts
+        gates = math.factorial(experts)
         right = self.generator.random((images, gates + 2)) < self.share(name, attack)
         right[0] = True  # an image that every gate gets right
         right = right[:, :-2], right[:, -2], right[:, -1]

@@ -114,7 +114,7 @@ def test_answers_are_the_model_s_own_at_every_point(exploration, subject):
 
 def test_budgets_bound_the_way_and_the_preset_s_eps_is_among_them(exploration, subject):
     assert exploration.budgets[0] == 0
-    assert exploration.budgets[PRESET_BUDGET] == exploration.settings.eps
+    assert exploration.budgets[PRESET_BUDGET] == exploration.settings.recipe.eps
     frames = exploration.answers(IMMUNITY, subject, "uniform").frames
     for budget, way in zip(exploration.budgets, frames, strict=True):
         assert (way - subject.image).abs().max() <= float(budget) + 1e-6

@@ -10,10 +10,10 @@ import torch
 from immunity_lib import evaluate
 from immunity_lib.data import Dataset
 from immunity_lib.evaluate import verdicts_over_gates, verdicts_under_attack
-from study import measure
+from immunity_lib.files import read_tensors, write_tensors
 from study.catalogue import ModelName
 from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
-from study.store import read_frame, read_json, read_summary, record_path, trained_model, write_json
+from study.store import read_frame, read_json, read_summary, record_path, trained_model
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 SMALL = {
@@ -41,13 +41,13 @@ def settings(make_settings, finished_folder, tmp_path):
 @pytest.fixture
 def measurements(monkeypatch):
     """A spy: every model whose accuracy is measured from now on."""
-    seen, verdicts = [], measure.verdicts_over_gates
+    seen, verdicts = [], evaluate.verdicts_over_gates
 
     def spy(model, batches):
         seen.append(model)
         return verdicts(model, batches)
 
-    monkeypatch.setattr(measure, "verdicts_over_gates", spy)
+    monkeypatch.setattr(evaluate, "verdicts_over_gates", spy)
     return seen
 
 
@@ -201,15 +201,13 @@ def test_adaptive_attacks_that_were_stopped_go_on(settings, dataset, monkeypatch
     monkeypatch.setattr(evaluate, "_attack", stop)
     with pytest.raises(RuntimeError, match="power cut"):
         measure_adaptive(settings, name, dataset)
-    assert list(read_json(unfinished)["attacks"]) == ["fgsm", "bim", "mim", "pgd"]
+    tensors, notes = read_tensors(unfinished)
+    assert [attack for attack, _ in notes["told"]] == ["fgsm", "bim", "mim", "pgd"]
     measure_adaptive(settings, name, dataset)
     assert made.count("fgsm") == 1 and made.count("pgd-trained") == 2
     assert not unfinished.exists()
-    summary, frame = (
-        read_summary(settings, name, "adaptive"),
-        read_frame(settings, [name], "adaptive"),
-    )
-    assert summary["threat_model"]["may do"].startswith("change every pixel by at most 8/255")
+    summary = read_summary(settings, name, "adaptive")
+    frame = read_frame(settings, [name], "adaptive")
     assert {one["attack"] for one in summary["attacks"]} == set(frame["attack"]) - {"clean"}
     assert (frame.groupby("attack").size() == 6).all()
 
@@ -218,7 +216,7 @@ def test_adaptive_attacks_that_were_stopped_go_on(settings, dataset, monkeypatch
     measure_adaptive(settings, name, dataset)
     pd.testing.assert_frame_equal(read_frame(settings, [name], "adaptive"), resumed)
 
-    write_json(unfinished, {"question": "of another model", "attacks": {"fgsm": {}}})
+    write_tensors(unfinished, tensors, notes | {"question": "of another model"})
     made.clear()
     measure_adaptive(settings.model_copy(update={"steps": 2}), name, dataset)
     assert made.count("fgsm") == 1

@@ -20,9 +20,9 @@ def test_every_preset_loads_under_its_own_name():
 
 
 def test_eps_can_be_a_fraction_or_a_decimal(make_settings):
-    assert make_settings(eps="8/255", step_size="1/510").eps == Fraction(8, 255)
-    assert make_settings(eps=0.5).eps == Fraction(1, 2)
-    assert make_settings(eps=0.031).eps == Fraction(31, 1000)  # as it was written
+    assert make_settings(eps="8/255", step_size="1/510").recipe.eps == Fraction(8, 255)
+    assert make_settings(eps=0.5).recipe.eps == Fraction(1, 2)
+    assert make_settings(eps=0.031).recipe.eps == Fraction(31, 1000)  # as it was written
 
 
 def test_unknown_field_lists_the_valid_ones():
