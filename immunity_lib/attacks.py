@@ -1,8 +1,9 @@
 """Attacks in l_inf on images in [0, 1]: the paper's, and those that know the random switch gate.
 
-An attack takes a model, images and labels and gives adversarial images (B, 3, 32, 32), each pixel
-within eps of its image's. torchattacks calls a bare `model(images)`, so the gate that it sees is
-the model's `evaluation_gate`, set here explicitly. eps and step sizes are in units of [0, 1].
+An attack takes a model, images (B, 3, 32, 32) in [0, 1] and labels (B,), raises ValueError on
+others, and gives adversarial images, each pixel within eps of its image's. eps and step sizes are
+in units of [0, 1]. gate: what the attacker's forward passes use, see `ImmunityMoE`; libraries call
+a bare `model(images)`, so it is set as the model's `evaluation_gate`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -42,150 +44,112 @@ ATTACKS: dict[str, Callable] = {
     "tpgd": lambda library, model, eps, step, steps: library.TPGD(model, eps, step, steps),
     # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
     "ffgsm": lambda library, model, eps, step, steps: library.FFGSM(model, eps, 1.25 * eps),
-    # PGD on the Carlini-Wagner margin; torchattacks' own CW is an l_2 attack without an eps
+    # PGD on the Carlini-Wagner margin, as Madry et al. (2018, arXiv 1706.06083) use it at a given
+    # eps; torchattacks' own CW is an l_2 attack without one
     "cw": lambda library, model, *budget: partial(_margin_pgd, model, *budget),
-    "apgd": lambda library, model, eps, step, steps: partial(_auto_pgd, library, model, eps, steps),
+    # Auto-PGD (Croce & Hein 2020, arXiv 2003.01690) on the cross entropy, from one start: each
+    # image's point of the highest loss. A plain call would hand back unmoved what it did not fool
+    # or what was misclassified anyway: right for one fixed gate, but too weak for the others.
+    "apgd": lambda library, model, eps, step, steps: (
+        lambda *batch: library.APGD(model, eps=eps, steps=steps).perturb(*batch, best_loss=True)[1]
+    ),
 }
 
 
-def attack_images(
-    model: ImmunityMoE,
-    images: Tensor,
-    labels: Tensor,
-    attack: str,
-    gate: Gate,
-    *,
-    eps: float,
-    step_size: float,
-    steps: int,
-) -> Tensor:
-    """Adversarial images by one of ATTACKS, checked to keep their budget.
-
-    gate: what the attacker's forward passes use, see `ImmunityMoE`. The model is attacked in eval
-    mode, and the mode of each of its modules is as before afterwards. Raises ValueError on images
-    and labels that the model cannot have.
-    """
-    if attack not in ATTACKS:
-        raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+def check_batch(model: ImmunityMoE, images: Tensor, labels: Tensor) -> None:
+    """Raise ValueError on images and labels that the model cannot have."""
     check_images(images)
     check_labels(labels, images, model.experts[0].num_classes)
+
+
+def attack_images(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, attack: str, gate: Gate, *,
+    eps: float, step_size: float, steps: int,
+) -> Tensor:  # fmt: skip
+    """Adversarial images by one of ATTACKS, checked to keep their budget. The model is attacked in
+    eval mode, and the mode of each of its modules is as before afterwards."""
+    if attack not in ATTACKS:
+        raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+    check_batch(model, images, labels)
     import torchattacks  # costs a second, which only attackers should pay
 
     # torchattacks would leave some of the model in train mode
     with in_eval_mode(model), torch.enable_grad(), model.evaluated_with(gate):
-        perturb = ATTACKS[attack](torchattacks, model, eps, step_size, steps)
-        adversarial = perturb(images, labels)
+        adversarial = ATTACKS[attack](torchattacks, model, eps, step_size, steps)(images, labels)
     check_budget(images, adversarial, eps)
     return adversarial
 
 
-def _margin_pgd(
-    model: ImmunityMoE, eps: float, step: float, steps: int, images: Tensor, labels: Tensor
-) -> Tensor:
-    """As Madry et al. (2018, arXiv 1706.06083) use the margin at a given eps."""
-    *_, last = ascent_path(
-        lambda points: margin(model(points), labels),
-        images.detach(), eps=eps, step_size=step, steps=steps,
-    )  # fmt: skip
-    return last
-
-
-def _auto_pgd(
-    library, model: ImmunityMoE, eps: float, steps: int, images: Tensor, labels: Tensor
-) -> Tensor:
-    """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690) on the cross entropy, from one start.
-
-    Each image's point of the highest loss. As torchattacks calls it, it would hand back unmoved
-    what it did not fool or what was misclassified anyway: right for one fixed gate, but too weak
-    for the others.
-    """
-    attack = library.APGD(model, eps=eps, steps=steps, n_restarts=1, loss="ce", eot_iter=1)
-    return attack.perturb(images, labels, best_loss=True)[1]
-
-
 def ascent_path(
-    objective: Callable[[Tensor], Tensor],
-    images: Tensor,
-    *,
-    eps: float | Tensor,
-    step_size: float,
-    steps: int,
-    random_start: bool = True,
-) -> Iterator[Tensor]:
+    objective: Callable[[Tensor], Tensor], images: Tensor, *,
+    eps: float | Tensor, step_size: float, steps: int, random_start: bool = True,
+) -> Iterator[Tensor]:  # fmt: skip
     """PGD (Madry et al. 2018, arXiv 1706.06083): where it starts, and where it is after each step.
 
     objective: from points (B, 3, 32, 32) to what is raised, (B,). eps: a float, or each image's own
     as (B, 1, 1, 1), then without a random start.
     """
-    points = images
+    points = images = images.detach()
     if random_start:
         points = (points + torch.empty_like(points).uniform_(-eps, eps)).clamp(0, 1)
     yield points
     for _ in range(steps):
-        start = points.detach().clone().requires_grad_()
+        start = points.clone().requires_grad_()
         with torch.enable_grad():
-            total = objective(start).sum()
-        (gradient,) = torch.autograd.grad(total, start)
-        points = within_budget(start.detach() + step_size * gradient.sign(), images, eps)
+            (gradient,) = torch.autograd.grad(objective(start).sum(), start)
+        points = within_budget(points + step_size * gradient.sign(), images, eps)
         yield points
 
 
-def attack_path(
-    model: ImmunityMoE,
-    images: Tensor,
-    labels: Tensor,
-    gate: Gate,
-    *,
-    eps: Tensor,
-    step_size: float,
-    steps: int,
+def _margin_pgd(
+    model: ImmunityMoE, eps: float, step: float, steps: int, images: Tensor, labels: Tensor
 ) -> Tensor:
+    *_, last = ascent_path(
+        lambda points: margin(model(points), labels), images, eps=eps, step_size=step, steps=steps
+    )
+    return last
+
+
+def attack_path(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, gate: Gate, *,
+    eps: Tensor, step_size: float, steps: int,
+) -> Tensor:  # fmt: skip
     """Where PGD on the cross entropy under a gate is after each step, (steps + 1, B, 3, 32, 32).
 
     The first points are the images themselves (no random start), the last ones are adversarial.
-    eps: (B,), each image's own budget; 0 leaves it where it is. Raises ValueError on bad input.
+    eps: (B,), each image's own budget; 0 leaves it where it is.
     """
-    check_images(images)
-    check_labels(labels, images, model.experts[0].num_classes)
+    check_batch(model, images, labels)
     with in_eval_mode(model):
         path = ascent_path(
             lambda points: functional.cross_entropy(model(points, gate), labels, reduction="none"),
-            images, eps=eps.view(-1, 1, 1, 1), step_size=step_size, steps=steps,
-            random_start=False,
+            images, eps=eps.view(-1, 1, 1, 1), step_size=step_size, steps=steps, random_start=False,
         )  # fmt: skip
         return torch.stack(list(path))
 
 
 def exact_pgd(
-    model: ImmunityMoE,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float,
-    step_size: float,
-    steps: int,
-    aim: str = "expected",
-    random_start: bool = True,
-) -> Tensor:
+    model: ImmunityMoE, images: Tensor, labels: Tensor, *,
+    eps: float, step_size: float, steps: int, aim: str = "expected", random_start: bool = True,
+) -> Tensor:  # fmt: skip
     """PGD on the exact cross entropy over all permutations of the gate.
 
     The N! gates share the experts' outputs, so the loss under each of them, its expectation and its
     gradient cost one pass; averaging the loss of sampled gates ("expectation over transformation",
     Athalye et al. 2018, arXiv 1802.00420) costs one for every sample.
     aim: what is raised for each image: the "expected" cross entropy over a uniform permutation, or
-    that under its "weakest" gate, where it is the largest. Raises ValueError on bad input.
+    that under its "weakest" gate, where it is the largest.
     """
     if aim not in ("expected", "weakest"):
         raise ValueError(f"unknown aim {aim!r}; choose expected or weakest")
-    check_images(images)
-    check_labels(labels, images, model.experts[0].num_classes)
+    check_batch(model, images, labels)
 
     def objective(points: Tensor) -> Tensor:
         losses = cross_entropy_by_gate(model.expert_outputs(points), labels)
         return losses.mean(1) if aim == "expected" else losses.amax(1)
 
     budget = {"eps": eps, "step_size": step_size, "steps": steps}
-    *_, last = ascent_path(objective, images.detach(), **budget, random_start=random_start)
+    *_, last = ascent_path(objective, images, **budget, random_start=random_start)
     return last
 
 
@@ -207,6 +171,7 @@ def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
 BEYOND = 1.05  # times the estimated distance to a decision boundary
 
 
+@torch.no_grad()
 def arc(
     model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, step_size: float, steps: int
 ) -> Tensor:
@@ -219,27 +184,22 @@ def arc(
     beyond already. An image keeps a move that fools no fewer gates. In ARC the classifiers are the
     drawn ones themselves; here they would be the N! mixtures, which share N experts' gradients.
     """
-    check_images(images)
-    check_labels(labels, images, model.experts[0].num_classes)
+    check_batch(model, images, labels)
     points = images = images.detach()
-    with torch.no_grad():
-        outputs = model.expert_outputs(images)
+    outputs = model.expert_outputs(images)
     fooled = verdicts(outputs, labels).failure
     for _ in range(steps):
         for expert in outputs.gate.mean(0).argsort(descending=True).tolist():
-            start = points.detach().clone().requires_grad_()
+            start = points.clone().requires_grad_()
             with torch.enable_grad():
-                _, logits = model.experts[expert].forward_with_features(start)
-                margins = margin(logits, labels)
-                total = margins.sum()
-            (gradient,) = torch.autograd.grad(total, start)
+                margins = margin(model.experts[expert].forward_with_features(start)[1], labels)
+                (gradient,) = torch.autograd.grad(margins.sum(), start)
             # Along the sign of the gradient, a linear margin rises by the gradient's l_1 norm
             slope = gradient.abs().sum((1, 2, 3)).clamp(min=1e-12)
-            length = (BEYOND * -margins.detach() / slope).clamp(step_size, 2 * eps)
-            moved = points + length[:, None, None, None] * gradient.sign()
-            moved = within_budget(moved, images, eps)
-            with torch.no_grad():
-                share = verdicts(model.expert_outputs(moved), labels).failure
+            length = (BEYOND * -margins / slope).clamp(step_size, 2 * eps)
+            step = length[:, None, None, None] * gradient.sign()
+            moved = within_budget(points + step, images, eps)
+            share = verdicts(model.expert_outputs(moved), labels).failure
             kept = share >= fooled
             points = torch.where(kept[:, None, None, None], moved, points)
             fooled = torch.where(kept, share, fooled)
@@ -271,29 +231,22 @@ FEWEST_CLASSES = 4  # that the targeted loss of AutoAttack can tell apart
 
 
 def auto_attack(
-    model: ImmunityMoE,
-    images: Tensor,
-    labels: Tensor,
-    gate: Gate,
-    *,
-    eps: float,
-    steps: int = 100,
-    only: tuple[str, ...] = (),
-) -> tuple[Tensor, list[str]]:
+    model: ImmunityMoE, images: Tensor, labels: Tensor, gate: Gate, *,
+    eps: float, steps: int = 100, only: tuple[str, ...] = (),
+) -> tuple[Tensor, list[str]]:  # fmt: skip
     """AutoAttack (Croce & Hein 2020, arXiv 2003.01690): adversarial images, and its warnings.
 
     A fixed gate gets the "standard" version (APGD on the cross entropy, targeted APGD and FAB,
     Square), a random one "rand" (APGD on cross entropy and DLR, gradients averaged over 20 draws).
     It stops at the first point that fools the gate it sees, and under a random gate one lucky draw
     counts, so its images want judging under all gates. steps: of each gradient attack; 100 is
-    AutoAttack as published. only: some of its attacks, as ("square",). Raises ValueError on bad
-    input, and for fewer than four classes where an attack needs them.
+    AutoAttack as published. only: some of its attacks, as ("square",). Raises ValueError also for
+    fewer than four classes where an attack needs them.
     """
     from pyautoattack import AutoAttack  # costs a second, which only attackers should pay
 
+    check_batch(model, images, labels)
     classes = model.experts[0].num_classes
-    check_images(images)
-    check_labels(labels, images, classes)
     if classes < FEWEST_CLASSES and only != ("square",):
         raise ValueError(
             f"AutoAttack needs at least {FEWEST_CLASSES} classes, the model has {classes}; attacks "
@@ -303,35 +256,24 @@ def auto_attack(
     target.evaluation_gate = gate
     version = "rand" if gate in ("switch", "switch-per-image") else "standard"
     judge = AutoAttack(target, eps=eps, version=version, seed=0, device=images.device)
-    if only:
-        judge.attacks_to_run = list(only)
+    judge.attacks_to_run = list(only) or judge.attacks_to_run
     for attack in (judge.apgd, judge.apgd_targeted):
         attack.n_iter = attack.n_iter_orig = steps
     judge.apgd.eot_iter = DRAWS if version == "rand" else 1
     judge.fab.n_iter = steps
     judge.square.n_queries = QUERIES_PER_STEP * steps
     judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
-    heard = _Heard()
-    judge.logger.addHandler(heard)
+    warnings, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    judge.logger.addHandler(handler)
+    points = images.contiguous()
     try:
-        adversarial, _ = judge.run_standard_evaluation(
-            images.contiguous(), labels, batch_size=len(images)
-        )
+        adversarial, _ = judge.run_standard_evaluation(points, labels, batch_size=len(points))
     finally:
-        judge.logger.removeHandler(heard)
-    return adversarial.detach(), list(dict.fromkeys(heard.warnings))
-
-
-class _Heard(logging.Handler):
-    """Keeps what is logged as a warning."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.warnings: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # What it refers to is a file of its own repository
-        self.warnings.append(record.getMessage().replace(" See flags_doc.md for details.", ""))
+        judge.logger.removeHandler(handler)
+    # What they refer to is a file of AutoAttack's own repository
+    told = dict.fromkeys(one.replace(" See flags_doc.md for details.", "") for one in warnings)
+    return adversarial.detach(), list(told)
 
 
 FAMILIES = {
@@ -360,12 +302,12 @@ class Effort:
 
 @dataclass(frozen=True)
 class AdaptiveAttack:
-    """One attack: `perturb` takes images and labels, and gives adversarial images and what the
-    attack has to say about the model, if anything."""
+    """One attack by its name in a report."""
 
     name: str
     family: str  # one of FAMILIES
     sees: str  # the gate, or the other model, through which it looks
+    # Of images and labels: adversarial images, and what the attack says of the model, if anything
     perturb: Callable[[Tensor, Tensor], tuple[Tensor, list[str]]]
 
 
@@ -385,7 +327,10 @@ def adaptive_attacks(
             f"{type(model).__name__}; attacks that work on any model that gives gradients: "
             "torchattacks' FGSM, BIM, MIFGSM and PGD, and without gradients: its Square"
         )
+    from torchattacks import EOTPGD
+
     target, device = fold(model), next(model.parameters()).device
+    target.evaluation_gate = "switch"  # of the bare calls of EOTPGD
     budget = {"eps": effort.eps, "step_size": effort.step_size, "steps": effort.steps}
     slow = {"eps": effort.eps, "steps": effort.auto_attack_steps}
     attacks: list[AdaptiveAttack] = []
@@ -401,7 +346,8 @@ def adaptive_attacks(
     for gate in ("trained", "uniform"):
         add(f"pgd-{gate}", "frozen", gate, by_library("pgd", gate))
     for samples in effort.samples:
-        add(f"eotpgd-{samples}", "sampled", "switch", partial(_eot_pgd, target, effort, samples))
+        eot_pgd = EOTPGD(target, effort.eps, effort.step_size, effort.steps, samples)
+        add(f"eotpgd-{samples}", "sampled", "switch", eot_pgd)
     for aim in ("expected", "weakest"):
         add(f"exact-{aim}", "exact", "all gates", partial(exact_pgd, target, aim=aim, **budget))
     add("arc", "exact", "all gates", partial(arc, target, **budget))
@@ -417,22 +363,11 @@ def adaptive_attacks(
     add("noise", "black box", "all gates", noise)
     for number, expert in enumerate(target.experts, start=1):
         alone = ImmunityMoE([expert], ConstantGate(1), "uniform").to(device)
-        name = f"expert {number} alone"
-        add(f"pgd-expert-{number}", "transfer", name, by_library("pgd", "uniform", alone))
+        perturb = by_library("pgd", "uniform", alone)
+        add(f"pgd-expert-{number}", "transfer", f"expert {number} alone", perturb)
     for name, surrogate in surrogates.items():
-        through = by_library("pgd", "uniform", fold(surrogate))
-        add(f"pgd-{name}", "transfer", name, through)
+        add(f"pgd-{name}", "transfer", name, by_library("pgd", "uniform", fold(surrogate)))
     return attacks
-
-
-def _eot_pgd(
-    target: ImmunityMoE, effort: Effort, samples: int, images: Tensor, labels: Tensor
-) -> Tensor:
-    from torchattacks import EOTPGD
-
-    with target.evaluated_with("switch"):
-        attack = EOTPGD(target, effort.eps, effort.step_size, effort.steps, samples)
-        return attack(images, labels)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -444,11 +379,9 @@ def fold(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
-        for index in range(len(sequence) - 1):
-            convolution, norm = sequence[index], sequence[index + 1]
-            if not (isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
-                continue
-            if norm.track_running_stats:
+        for index, (convolution, norm) in enumerate(pairwise(list(sequence))):
+            folds = isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            if folds and norm.track_running_stats:
                 sequence[index] = fuse_conv_bn_eval(convolution, norm)
                 sequence[index + 1] = nn.Identity()
                 if index + 2 < len(sequence) and isinstance(sequence[index + 2], nn.ReLU):
@@ -465,8 +398,6 @@ def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor
 def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:
     """Raise ValueError unless adversarial images lie in [0, 1] and within eps of the images."""
     check_images(adversarial)
-    distance = (adversarial - images).abs().max().item()
-    if not distance <= eps + ROUNDING:
-        raise ValueError(
-            f"an adversarial image is {distance:g} away from its image; eps is {eps:g}"
-        )
+    moved = (adversarial - images).abs().max().item()
+    if not moved <= eps + ROUNDING:
+        raise ValueError(f"an adversarial image is {moved:g} away from its image; eps is {eps:g}")
