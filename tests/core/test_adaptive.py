@@ -21,37 +21,21 @@ SMALL = Effort(8 / 255, 4 / 255, steps=2, samples=(1,), auto_attack_steps=1)
 
 
 class Decoy(nn.Module):
-    """An expert that is broken on purpose."""
+    """An expert that does something to its images or logits."""
 
-    def __init__(self, expert):
+    def __init__(self, expert, to_images, to_logits):
         super().__init__()
         self.expert, self.num_classes, self.normalise = expert, expert.num_classes, nn.Identity()
-
-
-class KillsGradients(Decoy):
-    """It rounds its images, and a step function has no slope."""
+        self.to_images, self.to_logits = to_images, to_logits
 
     def forward_with_features(self, images):
-        return self.expert.forward_with_features((8 * images).round() / 8)
+        activations, logits = self.expert.forward_with_features(self.to_images(images))
+        return activations, self.to_logits(logits)
 
 
-class AddsNoise(Decoy):
-    """It adds noise to its logits, whatever the gate."""
-
-    def forward_with_features(self, images):
-        activations, logits = self.expert.forward_with_features(images)
-        return activations, logits + 3 * torch.randn_like(logits)
-
-
-class Detaches(Decoy):
-    """It hands no gradient on at all."""
-
-    def forward_with_features(self, images):
-        return self.expert.forward_with_features(images.detach())
-
-
-def spoil(model, decoy):
-    return ImmunityMoE([decoy(expert) for expert in model.experts], model.gate).eval()
+def spoil(model, to_images=lambda images: images, to_logits=lambda logits: logits):
+    experts = [Decoy(expert, to_images, to_logits) for expert in model.experts]
+    return ImmunityMoE(experts, model.gate).eval()
 
 
 def evaluate(model, images, effort=EFFORT, **options):
@@ -67,52 +51,35 @@ def many_images(dataset):
     return dataset.splits["test"].images[:16].float() / 255
 
 
-@pytest.fixture(scope="module")
-def honest(make_linear_model, many_images):
-    return evaluate(make_linear_model(3, sharpness=3.0), many_images)
-
-
-def failed_checks(evaluation):
-    return {finding["check"] for finding in evaluation[1]["checks"] if not finding["passed"]}
-
-
-def test_an_honest_model_passes_every_check_under_every_family(honest):
-    results, summary = honest
-    assert failed_checks(honest) == set()
+def test_an_honest_model_passes_every_check_under_every_family(make_linear_model, many_images):
+    results, summary = evaluate(make_linear_model(3, sharpness=3.0), many_images)
     families = [told["family"] for _, told in results.values()]
-    assert families == sorted(families, key=list(FAMILIES).index)
-    assert set(families) == set(FAMILIES)
-    assert results["pgd-expert-2"][1]["sees"] == "expert 2 alone"
+    assert families == sorted(families, key=list(FAMILIES).index) and set(families) == set(FAMILIES)
     for found, told in results.values():
         assert found.switched.shape == (16, 6) and len(told["experts_alone"]) == 3
-        assert told["seconds"] >= 0 and told["flags"] == []
-    assert len(summary["checks"]) == 8
-    for finding in summary["checks"]:
-        assert finding["evidence"] and finding["why"].endswith(".") and finding["source"]
+        assert told["flags"] == []
+    assert [finding["passed"] for finding in summary["checks"]] == [True] * 8
 
 
-def test_a_model_that_kills_gradients_is_caught(make_linear_model, many_images):
-    decoy = spoil(make_linear_model(3, sharpness=3.0), KillsGradients)
-    caught = failed_checks(evaluate(decoy, many_images))
-    assert "no gradient is zero" in caught
-    assert "attacks with gradients beat those without" in caught
-    assert "accuracy falls to zero as eps grows to 1" in caught
-    assert "AutoAttack raises no flag" in caught
-
-
-def test_a_model_that_adds_noise_is_caught(make_linear_model, many_images):
-    decoy = spoil(make_linear_model(3, sharpness=3.0), AddsNoise)
-    results, summary = evaluation = evaluate(decoy, many_images)
-    caught = failed_checks(evaluation)
-    assert "with a fixed gate it gives the same answer twice" in caught
-    assert "AutoAttack raises no flag" in caught
-    (flags,) = [f["evidence"] for f in summary["checks"] if f["check"].startswith("AutoAttack")]
-    assert "randomized defense" in flags
-    assert any("randomized defense" in flag for flag in results["autoattack-trained"][1]["flags"])
+@pytest.mark.parametrize(
+    ("decoy", "checks"),
+    [
+        ({"to_images": lambda images: (8 * images).round() / 8},  # a step function has no slope
+         {"no gradient is zero", "attacks with gradients beat those without",
+          "accuracy falls to zero as eps grows to 1", "AutoAttack raises no flag"}),
+        ({"to_logits": lambda logits: logits + 3 * torch.randn_like(logits)},
+         {"with a fixed gate it gives the same answer twice", "AutoAttack raises no flag"}),
+    ],
+    ids=["kills gradients", "adds noise"],
+)  # fmt: skip
+def test_a_model_that_fakes_robustness_is_caught(make_linear_model, many_images, decoy, checks):
+    model = spoil(make_linear_model(3, sharpness=3.0), **decoy)
+    _, summary = evaluate(model, many_images)
+    assert checks <= {one["check"] for one in summary["checks"] if not one["passed"]}
 
 
 def test_a_model_that_cannot_be_attacked_is_refused_with_what_works(make_linear_model, many_images):
-    decoy = spoil(make_linear_model(2), Detaches)
+    decoy = spoil(make_linear_model(2), to_images=torch.detach)
     decoy.gate = ConstantGate(2)
     with pytest.raises(ValueError, match=r"gives no gradient.*\('square',\)\) and random_noise"):
         evaluate(decoy, many_images)
@@ -150,16 +117,11 @@ def test_each_check_tells_faked_robustness_from_none(found, check):
 
 def test_what_is_done_is_not_made_again_and_what_is_made_is_kept(make_linear_model, many_images):
     """So a run that was stopped goes on; an attack does not depend on those before it."""
-    model, kept, lines = make_linear_model(2), {}, []
-    results, _ = evaluate(
-        model, many_images, SMALL, tell=lines.append,
-        keep=lambda name, *result: kept.update({name: result}),
-    )  # fmt: skip
-    assert kept == results and len(lines) == len(results)
-    again = {}
+    model, kept, again = make_linear_model(2), {}, {}
+    results, _ = evaluate(model, many_images, SMALL, keep=lambda *of: kept.update({of[0]: of[1:]}))
+    assert kept == results
     done = {name: kept[name] for name in ("fgsm", "bim", "mim")}
-    evaluate(model, many_images, SMALL, done=done,
-             keep=lambda name, *result: again.update({name: result}))  # fmt: skip
+    evaluate(model, many_images, SMALL, done=done, keep=lambda *of: again.update({of[0]: of[1:]}))
     assert again.keys() == results.keys() - done.keys()
     for name, (found, _) in again.items():
         assert torch.equal(found.switched, kept[name][0].switched)
@@ -171,7 +133,6 @@ def test_C1_with_few_classes_auto_attack_is_left_out_and_the_rest_works(
 ):
     model = make_linear_model(2, classes=classes)
     results, summary = evaluate(model, many_images, SMALL)
-    assert not any(name.startswith("autoattack") for name in results)
     assert {told["family"] for _, told in results.values()} == set(FAMILIES) - {"judges"}
     assert "square" in results and len(summary["checks"]) == 8
     message = f"at least 4 classes, the model has {classes}; attacks that work"
