@@ -2,15 +2,14 @@
 
 A gate of N weights has N! states, and every expert's output is shared by all of them: one pass of
 the experts gives the mixture under each. For N = 5 that is 120, so nothing is sampled; of more than
-six experts' gates, as many are drawn as six have.
+six experts' gates, as many are drawn as six have. Images are (B, 3, 32, 32) in [0, 1], labels (B,).
 """
-
-from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +32,8 @@ from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
 
 BATCH = 250
+BUDGETS = tuple(k / 255 for k in (0, 2, 4, 8, 16, 32, 64, 128, 255))  # eps of the first check
+Result = tuple[GateVerdicts, dict]  # of an attack: verdicts, and what is told of it
 
 
 def verdicts_over_gates(
@@ -46,23 +47,14 @@ def verdicts_over_gates(
 
 
 def verdicts_under_attack(
-    model: ImmunityMoE,
-    image_set: ImageSet,
-    attack: str,
-    gate: Gate,
-    *,
-    eps: float,
-    step_size: float,
-    steps: int,
-    batch_size: int = BATCH,
-    seed: int = 0,
-    device: torch.device | None = None,
-) -> GateVerdicts:
+    model: ImmunityMoE, image_set: ImageSet, attack: str, gate: Gate, *,
+    eps: float, step_size: float, steps: int,
+    batch_size: int = BATCH, seed: int = 0, device: torch.device | None = None,
+) -> GateVerdicts:  # fmt: skip
     """Verdicts on adversarial images made against the given gate.
 
     The attack, one of `attacks.ATTACKS`, is on the model's folded copy. Its random starts and gates
-    are drawn from `seed`, without touching the caller's random state. Every adversarial batch is
-    checked to lie in [0, 1] and within eps.
+    are drawn from `seed`, without touching the caller's random state.
     """
     target, total = fold(model), math.ceil(len(image_set) / batch_size)
     batches = evaluation_batches(image_set, batch_size, device)
@@ -78,28 +70,22 @@ def verdicts_under_attack(
 
 
 def evaluate_adaptively(
-    model: ImmunityMoE,
-    images: Tensor,
-    labels: Tensor,
-    effort: Effort,
-    surrogates: Mapping[str, ImmunityMoE],
-    *,
-    tell: Callable[[str], None] = print,
-    done: Mapping[str, tuple[GateVerdicts, dict]] | None = None,
+    model: ImmunityMoE, images: Tensor, labels: Tensor, effort: Effort,
+    surrogates: Mapping[str, ImmunityMoE], *, tell: Callable[[str], None] = print,
+    done: Mapping[str, Result] = {},
     keep: Callable[[str, GateVerdicts, dict], None] = lambda name, found, told: None,
-) -> tuple[dict[str, tuple[GateVerdicts, dict]], dict]:
+) -> tuple[dict[str, Result], dict]:  # fmt: skip
     """Every adaptive attack on a model in eval mode, over all gates image by image, and the checks.
 
-    images: (B, 3, 32, 32) in [0, 1]; labels: (B,); surrogates: other models whose images are tried.
-    tell: gets a line after every attack. done: results of attacks that need not be made again;
-    keep: gets each attack's name and result when it is done.
+    surrogates: other models whose images are tried. tell: gets a line after every attack. done:
+    results of attacks that need not be made again. keep: gets each attack's name and result.
 
     Returns by the name of each attack its verdicts and what is told of it ("family", "sees",
     "flags", "seconds", and "experts_alone", each expert's own accuracy); and a summary:
     "agreement" (see there), "by_budget", pairs of eps and expected accuracy under exact PGD, and
     "checks", a list of `Finding` as dictionaries. Raises ValueError for a model without gradients.
     """
-    target, results = fold(model), dict(done or {})
+    target, results = fold(model), dict(done)
     if not target(images[:1].clone().requires_grad_(), "uniform").requires_grad:
         raise ValueError(
             "the model gives no gradient in its images, which most of these attacks follow; "
@@ -117,19 +103,18 @@ def evaluate_adaptively(
                 f"({found.accuracy.every:.1%} under every gate, plain ensemble "
                 f"{found.accuracy.uniform:.1%}), {told['seconds']:.0f} s"
             )
-        some, theirs = images[:BATCH], labels[:BATCH]  # the checks need no more
-        by_budget = accuracy_by_budget(target, some, theirs, effort.steps)
-        checks = _check(target, some, theirs, effort, results, by_budget)
+        # The checks need no more images
+        measured = _what_checks_need(target, images[:BATCH], labels[:BATCH], effort, results)
     return results, {
         "agreement": agreement(model, images),
-        "by_budget": [list(pair) for pair in by_budget.items()],
-        "checks": [finding._asdict() for finding in checks],
+        "by_budget": [list(pair) for pair in measured["by_budget"].items()],
+        "checks": [finding._asdict() for finding in sanity_checks(**measured)],
     }
 
 
 def _attack(
     target: ImmunityMoE, images: Tensor, labels: Tensor, attack: AdaptiveAttack, eps: float
-) -> tuple[GateVerdicts, dict]:
+) -> Result:
     started = time.perf_counter()
     parts, alone, flags = [], [], []
     for some, theirs in zip(images.split(BATCH), labels.split(BATCH), strict=True):
@@ -164,66 +149,44 @@ def agreement(model: ImmunityMoE, images: Tensor) -> dict[str, float]:
     }
 
 
-BUDGETS = tuple(k / 255 for k in (0, 2, 4, 8, 16, 32, 64, 128, 255))
+def _what_checks_need(
+    target: ImmunityMoE, images: Tensor, labels: Tensor, effort: Effort, results: dict[str, Result]
+) -> dict[str, Any]:
+    """The arguments of `sanity_checks`."""
 
-
-def accuracy_by_budget(
-    model: ImmunityMoE, images: Tensor, labels: Tensor, steps: int
-) -> dict[float, float]:
-    """Accuracy expected over the gate under PGD on the exact expectation, by eps. The step grows
-    with eps, so that every point of the ball can be reached."""
-    found = {}
-    for eps in BUDGETS:
-        budget = {"eps": eps, "step_size": 2.5 * eps / steps, "steps": steps}
-        attacked = exact_pgd(model, images, labels, **budget)
-        found[eps] = 1 - verdicts_over_gates(model, [(attacked, labels)]).failure.mean().item()
-    return found
-
-
-def _check(
-    target: ImmunityMoE,
-    images: Tensor,
-    labels: Tensor,
-    effort: Effort,
-    results: Mapping[str, tuple[GateVerdicts, dict]],
-    by_budget: Mapping[float, float],
-) -> list[Finding]:
-    """Measure what the checks want to know of attacks on a model, and make them."""
+    def under_exact(eps: float, step_size: float, steps: int) -> float:
+        """Accuracy expected over the gate under PGD on the exact expectation."""
+        attacked = exact_pgd(target, images, labels, eps=eps, step_size=step_size, steps=steps)
+        return 1 - verdicts_over_gates(target, [(attacked, labels)]).failure.mean().item()
 
     def worst(families: Sequence[str]) -> Tensor:
         failures = [found.failure for found, told in results.values() if told["family"] in families]
         return torch.stack(failures).amax(0)
 
-    def under_exact(steps: int) -> float:
-        budget = {"eps": effort.eps, "step_size": effort.step_size, "steps": steps}
-        attacked = exact_pgd(target, images, labels, **budget)
-        return 1 - verdicts_over_gates(target, [(attacked, labels)]).failure.mean().item()
-
     points = images.clone().requires_grad_()
     # Under other gates the gate's own gradient could hide that experts have none
     loss = functional.nll_loss(target(points, "uniform"), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, points, allow_unused=True)
-    zero = torch.ones(1) if gradient is None else gradient.flatten(1).abs().amax(1) == 0
+    (gradient,) = torch.autograd.grad(loss, points)
     with torch.no_grad():
-        difference = (target(images, "trained") - target(images, "trained")).abs().max().item()
+        twice_the_same = target(images, "trained") - target(images, "trained")
     flags = dict.fromkeys(flag for _, told in results.values() for flag in told["flags"])
-    return sanity_checks(
-        by_budget=by_budget,
-        pgd=results["pgd"][0].accuracy.switched,
-        fgsm=results["fgsm"][0].accuracy.switched,
-        white=worst(WHITE_BOX),
-        black=worst(BLACK_BOX),
-        once=under_exact(effort.steps),
-        twice=under_exact(2 * effort.steps),
-        zero_gradients=zero.double().mean().item(),
-        frozen=results["pgd-trained"][0].accuracy.trained,
-        alone=[
-            results[f"pgd-expert-{number + 1}"][1]["experts_alone"][number]
-            for number in range(len(target.experts))
-        ],
-        difference=difference,
-        flags=list(flags),
-    )
+    experts = range(len(target.experts))
+    eps, step_size, steps = effort.eps, effort.step_size, effort.steps
+    return {
+        # The step grows with eps, so that every point of the ball can be reached
+        "by_budget": {size: under_exact(size, 2.5 * size / steps, steps) for size in BUDGETS},
+        "pgd": results["pgd"][0].accuracy.switched,
+        "fgsm": results["fgsm"][0].accuracy.switched,
+        "white": worst(WHITE_BOX),
+        "black": worst(BLACK_BOX),
+        "once": under_exact(eps, step_size, steps),
+        "twice": under_exact(eps, step_size, 2 * steps),
+        "zero_gradients": (gradient.flatten(1) == 0).all(1).double().mean().item(),
+        "frozen": results["pgd-trained"][0].accuracy.trained,
+        "alone": [results[f"pgd-expert-{k + 1}"][1]["experts_alone"][k] for k in experts],
+        "difference": twice_the_same.abs().max().item(),
+        "flags": list(flags),
+    }
 
 
 class Finding(NamedTuple):
@@ -241,20 +204,10 @@ CARLINI = "Carlini et al. 2019, arXiv 1902.06705"
 
 
 def sanity_checks(
-    *,
-    by_budget: Mapping[float, float],
-    pgd: float,
-    fgsm: float,
-    white: Tensor,
-    black: Tensor,
-    once: float,
-    twice: float,
-    zero_gradients: float,
-    frozen: float,
-    alone: Sequence[float],
-    difference: float,
-    flags: Sequence[str],
-) -> list[Finding]:
+    *, by_budget: Mapping[float, float], pgd: float, fgsm: float, white: Tensor, black: Tensor,
+    once: float, twice: float, zero_gradients: float, frozen: float, alone: Sequence[float],
+    difference: float, flags: Sequence[str],
+) -> list[Finding]:  # fmt: skip
     """Checks that must pass before numbers under attack mean anything. One that fails says that the
     attack was too weak, or that the model hides its gradients; not that the model is robust.
 
@@ -266,71 +219,41 @@ def sanity_checks(
     gradients. flags: AutoAttack's warnings.
     """
     curve = [by_budget[eps] for eps in sorted(by_budget)]
-    rise = max((later - sooner for sooner, later in zip(curve, curve[1:], strict=False)), default=0)
+    rise = max((later - sooner for sooner, later in pairwise(curve)), default=0)
     missed = int((black > white + 1e-9).sum())
     return [
-        Finding(
-            "accuracy falls to zero as eps grows to 1",
-            rise <= TOLERANCE and curve[-1] <= TOLERANCE,
+        Finding("accuracy falls to zero as eps grows to 1", max(rise, curve[-1]) <= TOLERANCE,
             ", ".join(f"{255 * eps:.0f}/255: {by_budget[eps]:.1%}" for eps in sorted(by_budget)),
-            "A larger ball holds the smaller one, and a ball of radius 1 holds every image: "
-            "whatever survives there was not found, rather than not there.",
-            f"{CARLINI}, section 5.2",
-        ),
-        Finding(
-            "iterative attack beats a single step",
-            pgd <= fgsm + TOLERANCE,
+            "A ball of radius 1 holds every image: what survives there was not found.",
+            f"{CARLINI}, section 5.2"),
+        Finding("iterative attack beats a single step", pgd <= fgsm + TOLERANCE,
             f"{pgd:.1%} under PGD, {fgsm:.1%} under FGSM",
-            "One long step can only do better than many short ones where the gradient points the "
-            "wrong way.",
-            "Athalye et al. 2018, arXiv 1802.00420, section 3.1",
-        ),
-        Finding(
-            "attacks with gradients beat those without",
+            "One long step can only do better where the gradient points the wrong way.",
+            "Athalye et al. 2018, arXiv 1802.00420, section 3.1"),
+        Finding("attacks with gradients beat those without",
             bool(black.mean() <= white.mean() + TOLERANCE),
             f"{1 - white.mean():.1%} left with gradients, {1 - black.mean():.1%} without; "
             f"{missed} of {len(white)} images fail more often without",
-            "Gradients are more information. If noise, queries or images made for other models "
-            "find more, the gradients are masked.",
-            f"{CARLINI}, section 5.4",
-        ),
-        Finding(
-            "twice the steps change less than half a point",
-            abs(once - twice) < TOLERANCE,
+            "If noise, queries or other models' images find more, the gradients are masked.",
+            f"{CARLINI}, section 5.4"),
+        Finding("twice the steps change less than half a point", abs(once - twice) < TOLERANCE,
             f"{once:.1%}, with twice the steps {twice:.1%}",
-            "An attack that still gains from more steps has not converged, and its number is too "
-            "high.",
-            f"{CARLINI}, section 4.8",
-        ),
-        Finding(
-            "no gradient is zero",
-            zero_gradients == 0,
+            "An attack that gains from more steps has not converged: its number is too high.",
+            f"{CARLINI}, section 4.8"),
+        Finding("no gradient is zero", zero_gradients == 0,
             f"{zero_gradients:.1%} of images have a zero gradient",
             "Where the gradient is zero, an attack that follows it stands still.",
-            f"{CARLINI}, section 4.4, and AutoAttack's flags",
-        ),
-        Finding(
-            "with a frozen gate it breaks like a plain network",
-            frozen <= max(alone) + 0.05,
+            f"{CARLINI}, section 4.4, and AutoAttack's flags"),
+        Finding("with a frozen gate it breaks like a plain network", frozen <= max(alone) + 0.05,
             f"frozen gate {frozen:.1%}; experts alone {min(alone):.1%} to {max(alone):.1%}",
-            "Without its randomness the defence is an ordinary network. If the attack does not "
-            "break that (within five points of the strongest expert), it fails for another reason "
-            "than randomness.",
-            f"{CARLINI}, section 4.6",
-        ),
-        Finding(
-            "with a fixed gate it gives the same answer twice",
-            difference < 1e-4,
+            "An attack that does not break a network without randomness (within five points of the "
+            "strongest expert) fails for another reason than randomness.",
+            f"{CARLINI}, section 4.6"),
+        Finding("with a fixed gate it gives the same answer twice", difference < 1e-4,
             f"largest difference of a log-probability {difference:.1e}",
-            "The gate is the only declared randomness. Any other would have to be averaged over, "
-            "too.",
-            f"{CARLINI}, section 4.6",
-        ),
-        Finding(
-            "AutoAttack raises no flag",
-            not flags,
-            "; ".join(flags) or "no flags",
+            "Any randomness but the gate's would have to be averaged over, too.",
+            f"{CARLINI}, section 4.6"),
+        Finding("AutoAttack raises no flag", not flags, "; ".join(flags) or "no flags",
             "AutoAttack tells where its own verdict is not to be trusted.",
-            "Croce & Hein 2020, arXiv 2003.01690, and its flags_doc.md",
-        ),
-    ]
+            "Croce & Hein 2020, arXiv 2003.01690, and its flags_doc.md"),
+    ]  # fmt: skip
