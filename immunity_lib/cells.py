@@ -8,24 +8,21 @@ cell puts out is the concatenation of its own states. Two of the cells, at a thi
 thirds of the depth, halve the grid and double the channels.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from immunity_lib.experts import Expert, scale_channels
+from immunity_lib.experts import Expert, convolution, scale_channels
 
 # By name, in the order of `experts.BASELINES`: the source, the channels of a state of the first
 # cells, the number of cells, whether batch norms within cells have weights, and the designs: two
 # for the cells that keep the grid and the two that halve it, or one for each cell
-NETWORKS: dict[str, dict[str, Any]] = json.loads(
-    Path(__file__).with_name("designs.json").read_text("utf-8")
-)
+NETWORKS = json.loads(Path(__file__).with_name("designs.json").read_text("utf-8"))
 
 # The operations of a cell. Those that begin with a ReLU say so by `rectified` and leave it to the
 # cell, where all operations that read a state share the state's ReLU.
@@ -63,42 +60,37 @@ class FactorizedReduce(nn.Module):
         return self.norm(torch.cat([even, self.odd(rectified[:, :, 1::2, 1::2])], 1))
 
 
-def _separable(
-    channels: int, size: int, stride: int, affine: bool, dilation: int = 1
-) -> list[nn.Module]:
-    """A depthwise and a pointwise convolution and batch norm."""
-    padding = dilation * (size - 1) // 2
-    return [
-        nn.Conv2d(channels, channels, size, stride, padding, dilation, groups=channels, bias=False),
-        nn.Conv2d(channels, channels, 1, bias=False),
-        nn.BatchNorm2d(channels, affine=affine),
-    ]
-
-
-def _twice_separable(channels: int, size: int, stride: int, affine: bool) -> nn.Module:
-    first = _separable(channels, size, stride, affine)
-    return Convolutions(*first, nn.ReLU(), *_separable(channels, size, 1, affine))
-
-
 def pointwise(in_channels: int, out_channels: int, affine: bool) -> nn.Module:
-    convolution = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-    return Convolutions(convolution, nn.BatchNorm2d(out_channels, affine=affine))
+    layer = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    return Convolutions(layer, nn.BatchNorm2d(out_channels, affine=affine))
 
 
-# Each builds an operation from (channels, stride, whether batch norms have weights)
+def _separable(
+    channels: int, stride: int, affine: bool, *, size: int, dilation: int = 1, times: int = 1
+) -> nn.Module:
+    """A depthwise and a pointwise convolution and batch norm, once or twice."""
+    padding, layers = dilation * (size - 1) // 2, []
+    for step in (stride, 1)[:times]:
+        depthwise = channels, channels, size, step, padding, dilation, channels
+        layers += [nn.ReLU(), nn.Conv2d(*depthwise, bias=False)]
+        layers += pointwise(channels, channels, affine)
+    return Convolutions(*layers[1:])  # the first ReLU is the cell's
+
+
+def _skip(channels: int, stride: int, affine: bool) -> nn.Module:
+    return Skip() if stride == 1 else FactorizedReduce(channels, channels, affine)
+
+
+# Each builds an operation from its channels, its stride, and whether batch norms have weights
 OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "skip_connect": lambda channels, stride, affine: (
-        Skip() if stride == 1 else FactorizedReduce(channels, channels, affine)
-    ),
-    "avg_pool_3x3": lambda channels, stride, affine: Pool(
-        nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
-    ),
-    "max_pool_3x3": lambda channels, stride, affine: Pool(nn.MaxPool2d(3, stride, padding=1)),
-    "sep_conv_3x3": lambda channels, *rest: _twice_separable(channels, 3, *rest),
-    "sep_conv_5x5": lambda channels, *rest: _twice_separable(channels, 5, *rest),
-    "sep_conv_7x7": lambda channels, *rest: _twice_separable(channels, 7, *rest),
-    "dil_conv_3x3": lambda channels, *rest: Convolutions(*_separable(channels, 3, *rest, 2)),
-    "dil_conv_5x5": lambda channels, *rest: Convolutions(*_separable(channels, 5, *rest, 2)),
+    "skip_connect": _skip,
+    "avg_pool_3x3": lambda _, step, __: Pool(nn.AvgPool2d(3, step, 1, count_include_pad=False)),
+    "max_pool_3x3": lambda _, step, __: Pool(nn.MaxPool2d(3, step, 1)),
+    "sep_conv_3x3": partial(_separable, size=3, times=2),
+    "sep_conv_5x5": partial(_separable, size=5, times=2),
+    "sep_conv_7x7": partial(_separable, size=7, times=2),
+    "dil_conv_3x3": partial(_separable, size=3, dilation=2),
+    "dil_conv_5x5": partial(_separable, size=5, dilation=2),
 }
 
 
@@ -118,10 +110,8 @@ def check_design(design: Design) -> None:
                 valid = ", ".join(OPERATIONS)
                 raise ValueError(f"unknown operation {operation!r} of a cell; choose from {valid}")
             if not 0 <= source < state:
-                raise ValueError(
-                    f"{operation} into state {state} comes from state {source}; "
-                    f"it can come from 0 to {state - 1}"
-                )
+                wrong = f"{operation} into state {state} comes from state {source}"
+                raise ValueError(f"{wrong}; it can come from 0 to {state - 1}")
 
 
 def reduction_cells(layers: int) -> tuple[int, int]:
@@ -135,26 +125,16 @@ class Cell(nn.Module):
     """(the output before the last, the last output) to (the last output, this cell's)."""
 
     def __init__(
-        self,
-        design: Design,
-        before_last_channels: int,
-        last_channels: int,
-        channels: int,
-        *,
-        halves: bool,
-        after_halving: bool,
-        affine: bool,
-    ) -> None:
+        self, design: Design, before_last_channels: int, last_channels: int, channels: int, *,
+        halves: bool, after_halving: bool, affine: bool,
+    ) -> None:  # fmt: skip
         """channels: of each state. halves: whether the cell halves the grid; after_halving:
         whether the cell before did, so that the output before the last is twice as large."""
         super().__init__()
         check_design(design)
         self.relu = nn.ReLU()
-        self.preprocess_before_last = (
-            FactorizedReduce(before_last_channels, channels, affine)
-            if after_halving
-            else pointwise(before_last_channels, channels, affine)
-        )
+        fit = FactorizedReduce if after_halving else pointwise
+        self.preprocess_before_last = fit(before_last_channels, channels, affine)
         self.preprocess_last = pointwise(last_channels, channels, affine)
         self.sources = [[source for _, source in edges] for edges in design]
         self.operations = nn.ModuleList(
@@ -168,11 +148,8 @@ class Cell(nn.Module):
         self.drop_path = 0.0
 
     def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        before_last, last = outputs
-        states = [
-            self.preprocess_before_last(self.relu(before_last)),
-            self.preprocess_last(self.relu(last)),
-        ]
+        before_last, last = map(self.relu, outputs)
+        states = [self.preprocess_before_last(before_last), self.preprocess_last(last)]
         rectified: dict[int, Tensor] = {}
         for sources, operations in zip(self.sources, self.operations, strict=True):
             summands = []
@@ -183,7 +160,7 @@ class Cell(nn.Module):
                 dropped = self.training and self.drop_path and not isinstance(operation, Skip)
                 summands.append(_drop_path(summand, self.drop_path) if dropped else summand)
             states.append(sum(summands[1:], summands[0]))
-        return last, torch.cat(states[2:], 1)
+        return outputs[1], torch.cat(states[2:], 1)
 
 
 def _drop_path(summand: Tensor, share: float) -> Tensor:
@@ -207,24 +184,16 @@ class CellNetwork(Expert):
     """
 
     def __init__(
-        self,
-        designs: Sequence[Design],
-        channels: int,
-        *,
-        affine: bool = True,
-        auxiliary: bool = False,
-        **options: Any,
-    ) -> None:
+        self, designs: Sequence[Design], channels: int, *, affine: bool = True,
+        auxiliary: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         """channels: of a state of the first cells, 36 in the published networks. affine: whether
         batch norms within cells have weights. auxiliary: with a second classifier behind the
         second cell that halves the grid, for training alone. options: as in `Expert`."""
         halving = reduction_cells(len(designs))
         stem_channels = 3 * channels
-        stages: dict[str, nn.Module] = {
-            "stem": Stem(
-                nn.Conv2d(3, stem_channels, 3, padding=1, bias=False), nn.BatchNorm2d(stem_channels)
-            )
-        }
+        stem = Stem(*convolution(3, stem_channels, 3, bias=False)[:2])
+        stages: dict[str, nn.Module] = {"stem": stem}
         before_last = last = stem_channels
         for index, design in enumerate(designs):
             channels *= 2 if index in halving else 1
@@ -238,9 +207,14 @@ class CellNetwork(Expert):
                 auxiliary_channels = last
         super().__init__(stages, last, **options)
         self.auxiliary_stages = 1 + halving[1] + 1  # the stem and the cells it stands behind
-        self.auxiliary_classifier = (
-            _auxiliary_classifier(auxiliary_channels, self.num_classes) if auxiliary else None
-        )
+        self.auxiliary_classifier = None
+        if auxiliary:  # from the grid of 8x8
+            self.auxiliary_classifier = nn.Sequential(
+                nn.ReLU(), nn.AvgPool2d(5, stride=3, count_include_pad=False),
+                *convolution(auxiliary_channels, 128, 1, bias=False),
+                nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(),
+                nn.Flatten(), nn.Linear(768, self.num_classes),
+            )  # fmt: skip
 
     @staticmethod
     def activations_of(state: tuple[Tensor, Tensor]) -> Tensor:
@@ -257,72 +231,51 @@ class CellNetwork(Expert):
 
     def set_drop_path(self, share: float) -> None:
         """From now on, in train mode, drop this share of the operations' outputs, in [0, 1)."""
-        for stage in self.stages:
-            if isinstance(stage, Cell):
-                stage.drop_path = share
-
-
-def _auxiliary_classifier(channels: int, num_classes: int) -> nn.Module:
-    """From the grid of 8x8, (B, channels, 8, 8), to logits (B, C)."""
-    return nn.Sequential(
-        nn.ReLU(),
-        nn.AvgPool2d(5, stride=3, count_include_pad=False),
-        nn.Conv2d(channels, 128, 1, bias=False),
-        nn.BatchNorm2d(128),
-        nn.ReLU(),
-        nn.Conv2d(128, 768, 2, bias=False),
-        nn.BatchNorm2d(768),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(768, num_classes),
-    )
+        for cell in self.stages[1:]:
+            cell.drop_path = share
 
 
 def build_cells(name: str, width: float, layers: int | None = None, **options: Any) -> CellNetwork:
     """One of `NETWORKS`, as published or of fewer layers; options: as in `CellNetwork`."""
     published = NETWORKS[name]
-    channels = scale_channels(published["channels"], width)
-    designs = cell_designs(name, published["layers"] if layers is None else layers)
-    return CellNetwork(designs, channels, affine=published["affine"], **options)
-
-
-def cell_designs(name: str, layers: int) -> list[Design]:
-    """One design for each cell. Of a network with a design of its own for every published cell,
-    each of the three parts between the halvings keeps its first ones."""
-    published = NETWORKS[name]
+    layers = published["layers"] if layers is None else layers
     if "cells" in published:
         cells = [published["cells"][index] for index in _kept_cells(layers)]
     else:
         halving = reduction_cells(layers)
         kinds = ("reduction" if index in halving else "normal" for index in range(layers))
         cells = [published[kind] for kind in kinds]
-    return [decode(cell) if isinstance(cell, str) else cell for cell in cells]
+    designs = [decode(cell) if isinstance(cell, str) else cell for cell in cells]
+    channels = scale_channels(published["channels"], width)
+    return CellNetwork(designs, channels, affine=published["affine"], **options)
+
+
+# Two bits for an edge of a RobNet: the first for a skip, the second for a separable convolution
+CODES = {
+    "00": (), "01": ("sep_conv_3x3",), "10": ("skip_connect",),
+    "11": ("skip_connect", "sep_conv_3x3"),
+}  # fmt: skip
 
 
 def decode(encoding: str) -> Design:
-    """The design of a cell of a RobNet, from one two-bit code for each of the 14 edges between its
-    six states: the first bit for a skip, the second for a separable convolution. 00 leaves the edge
-    out. ValueError for anything else."""
+    """The design of a cell of a RobNet, from one of `CODES` for each of the 14 edges between its
+    six states; ValueError for anything else."""
     codes = encoding.split()
-    if len(codes) != 14 or not all(code in ("00", "01", "10", "11") for code in codes):
+    if len(codes) != 14 or not all(code in CODES for code in codes):
         raise ValueError(
-            f"{encoding!r} encodes no cell; one is 14 codes of 00, 01, 10 or 11, for the edges "
+            f"{encoding!r} encodes no cell; one is 14 codes of {', '.join(CODES)}, for the edges "
             "into state 2 (from 0, 1), 3 (from 0 to 2), 4 (from 0 to 3) and 5 (from 0 to 4)"
         )
     rest = iter(codes)
     return [
-        [edge for source in range(state) for edge in _edges(next(rest), source)]
+        [(operation, source) for source in range(state) for operation in CODES[next(rest)]]
         for state in (2, 3, 4, 5)
     ]
 
 
-def _edges(code: str, source: int) -> list[Edge]:
-    operations = zip(("skip_connect", "sep_conv_3x3"), code, strict=True)
-    return [(operation, source) for operation, bit in operations if bit == "1"]
-
-
 def _kept_cells(layers: int) -> list[int]:
-    """Which of RobNet-free's cells a network of fewer layers is made of."""
+    """Which of RobNet-free's cells a network of fewer layers is made of: of each of the three parts
+    between the halvings, the first ones."""
     published = NETWORKS["robnet-free"]["layers"]
     if layers > published:
         raise ValueError(f"layers is {layers}; RobNet-free has designs for {published}")
