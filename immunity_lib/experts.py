@@ -15,7 +15,6 @@ from torch import Tensor, nn
 # The paper takes "the last convolutional layer with dimensions exceeding 8*8" for Grad-CAM.
 # Both readings of "exceeding", as the smallest admissible side of the feature grid.
 HEATMAP_LAYERS = {"larger-than-8x8": 9, "at-least-8x8": 8}
-IMAGE_SIZE = 32
 
 
 def scale_channels(channels: int, width: float) -> int:
@@ -40,21 +39,21 @@ class Normalise(nn.Module):
 
 
 class Expert(nn.Module):
-    """An image classifier that also shows the activations its Grad-CAM heat map is made of.
-
-    The network is a sequence of named stages. The *head* is the normalisation and every stage up
-    to the Grad-CAM layer, the *tail* is the rest: logits = tail(head(images)). What a stage hands
-    to the next is its *state*: its activations (B, K, u, v), unless `activations_of` is overridden.
+    """Images (B, 3, 32, 32) in [0, 1] to logits (B, C), by a sequence of named stages.
 
     The Grad-CAM layer is the last stage whose grid, for a 32x32 image, is large enough for
     `heatmap_layer`; a whole stage, since the last convolution of a branching network sees only one
     branch. It does not enter the state dict: weights fit both readings.
+
+    The *head* is the normalisation and every stage up to the Grad-CAM layer, the *tail* is the
+    rest: logits = tail(head(images)). What a stage hands to the next is its *state*: its
+    activations (B, K, u, v), unless `activations_of` is overridden.
     """
 
     def __init__(
         self, stages: dict[str, nn.Module], channels: int, *, num_classes, mean, std, heatmap_layer
     ) -> None:
-        """`channels` is the channel count of the last stage; the rest as in `build_expert`."""
+        """channels: of the last stage; the rest as in `build_expert`."""
         super().__init__()
         self.num_classes = num_classes
         self.normalise = Normalise(mean, std)
@@ -66,7 +65,7 @@ class Expert(nn.Module):
     def stage_sides(self) -> dict[str, int]:
         """Side of every stage's feature grid for a 32x32 image, by the stage's name."""
         stages = copy.deepcopy(self.stages).eval()  # for a dry run that updates no batch norm
-        state = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=self.classifier.weight.device)
+        state = torch.zeros(1, 3, 32, 32, device=self.classifier.weight.device)
         sides = {}
         with torch.no_grad():
             for name, stage in stages.named_children():
@@ -80,21 +79,18 @@ class Expert(nn.Module):
         return state
 
     def head(self, images: Tensor) -> Any:
-        """Images (B, 3, 32, 32) in [0, 1] to the state with the activations for Grad-CAM."""
         return self.stages[: self.head_stages](self.normalise(images))
 
     def tail(self, state: Any) -> Tensor:
-        """The state behind the head to logits (B, C)."""
         final = self.activations_of(self.stages[self.head_stages :](state))
         return self.classifier(final.mean((2, 3)))
 
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 32, 32) in [0, 1] to activations (B, K, u, v) and logits (B, C)."""
+        """Activations (B, K, u, v) of the Grad-CAM layer, and logits (B, C)."""
         state = self.head(images)
         return self.activations_of(state), self.tail(state)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 32, 32) in [0, 1] to logits (B, C)."""
         return self.tail(self.head(images))
 
 
@@ -150,9 +146,8 @@ class DenseLayer(nn.Module):
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
-        self.new_channels = nn.Sequential(
-            *preactivated(in_channels, 4 * growth, 1), *preactivated(4 * growth, growth, 3)
-        )
+        bottleneck = preactivated(in_channels, 4 * growth, 1)
+        self.new_channels = nn.Sequential(*bottleneck, *preactivated(4 * growth, growth, 3))
 
     def forward(self, activations: Tensor) -> Tensor:
         return torch.cat((activations, self.new_channels(activations)), 1)
@@ -179,21 +174,17 @@ class DenseNet121(Expert):
         super().__init__(stages, channels, **options)
 
 
-# GoogLeNet (Szegedy et al. 2015, arXiv 1409.4842), in two forms. Both have the paper's nine
-# inception blocks, with batch norm after every convolution, two 3x3 convolutions in place of the
-# 5x5 one, and no auxiliary classifier. They differ in the stem.
+# GoogLeNet (Szegedy et al. 2015, arXiv 1409.4842), in two forms that differ in the stem. Both have
+# the paper's nine inception blocks, with batch norm after every convolution, two 3x3 convolutions
+# in place of the 5x5 one, and no auxiliary classifier.
 # Output channels: 1x1 | 1x1 -> 3x3 | 1x1 -> "5x5" | pool -> 1x1.
 INCEPTION_CHANNELS = {
-    "inception3a": (64, 96, 128, 16, 32, 32),
-    "inception3b": (128, 128, 192, 32, 96, 64),
-    "inception4a": (192, 96, 208, 16, 48, 64),
-    "inception4b": (160, 112, 224, 24, 64, 64),
-    "inception4c": (128, 128, 256, 24, 64, 64),
-    "inception4d": (112, 144, 288, 32, 64, 64),
-    "inception4e": (256, 160, 320, 32, 128, 128),
-    "inception5a": (256, 160, 320, 32, 128, 128),
-    "inception5b": (384, 192, 384, 48, 128, 128),
-}
+    "3a": (64, 96, 128, 16, 32, 32), "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64), "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64), "4d": (112, 144, 288, 32, 64, 64),
+    "4e": (256, 160, 320, 32, 128, 128),
+    "5a": (256, 160, 320, 32, 128, 128), "5b": (384, 192, 384, 48, 128, 128),
+}  # fmt: skip
 
 
 class Inception(nn.Module):
@@ -203,17 +194,15 @@ class Inception(nn.Module):
         super().__init__()
         one, three_in, three, five_in, five, pooled = branch_channels
         self.out_channels = one + three + five + pooled
-        branches = [
+        self.branches = nn.ModuleList([
             convolution(channels, one, 1),
             nn.Sequential(convolution(channels, three_in, 1), convolution(three_in, three, 3)),
             nn.Sequential(
                 convolution(channels, five_in, 1),
-                convolution(five_in, five, 3),
-                convolution(five, five, 3),
+                convolution(five_in, five, 3), convolution(five, five, 3),
             ),
             nn.Sequential(nn.MaxPool2d(3, 1, padding=1), convolution(channels, pooled, 1)),
-        ]
-        self.branches = nn.ModuleList(branches)
+        ])  # fmt: skip
 
     def forward(self, activations: Tensor) -> Tensor:
         return torch.cat([branch(activations) for branch in self.branches], 1)
@@ -223,10 +212,10 @@ def inception_stages(channels: int, width: float) -> tuple[dict[str, nn.Module],
     """The nine inception blocks with a max-pool before 4a and 5a, and their output channels."""
     stages: dict[str, nn.Module] = {}
     for name, full_width in INCEPTION_CHANNELS.items():
-        if name in ("inception4a", "inception5a"):
-            stages[f"pool{name[-2]}"] = nn.MaxPool2d(3, stride=2, padding=1)
-        stages[name] = Inception(channels, [scale_channels(count, width) for count in full_width])
-        channels = stages[name].out_channels
+        if name in ("4a", "5a"):
+            stages[f"pool{name[0]}"] = nn.MaxPool2d(3, stride=2, padding=1)
+        block = Inception(channels, [scale_channels(count, width) for count in full_width])
+        stages[f"inception{name}"], channels = block, block.out_channels
     return stages, channels
 
 
@@ -254,11 +243,9 @@ class GoogLeNetKuangliu(Expert):
 
 
 EXPERTS: dict[str, type[Expert]] = {
-    "resnet18": ResNet18,
-    "densenet121": DenseNet121,
-    "googlenet": GoogLeNet,
-    "googlenet-kuangliu": GoogLeNetKuangliu,
-}
+    "resnet18": ResNet18, "densenet121": DenseNet121,
+    "googlenet": GoogLeNet, "googlenet-kuangliu": GoogLeNetKuangliu,
+}  # fmt: skip
 # The networks of architecture search that the paper compares Immunity with; experts like the others
 BASELINES = ("pdarts", "advrush", "robnet-free", "robnet-large-v1", "robnet-large-v2")
 EXPERT_NAMES = (*EXPERTS, *BASELINES)
@@ -269,14 +256,13 @@ def build_expert(
     mean: Sequence[float] = (0.5, 0.5, 0.5), std: Sequence[float] = (0.25, 0.25, 0.25),
     heatmap_layer: str = "larger-than-8x8", *, layers: int | None = None, auxiliary: bool = False,
 ) -> Expert:  # fmt: skip
-    """Build one expert: images (B, 3, 32, 32) in [0, 1] to logits (B, C), C of at least 2.
+    """Build one of `EXPERT_NAMES`: images (B, 3, 32, 32) in [0, 1] to logits (B, C), C at least 2.
 
-    name: one of `EXPERT_NAMES`. width: factor on every channel count, above 0; 1 is the published
-    network. mean, std: of the colour channels of images in [0, 1], three numbers each; the defaults
-    suit any images, the statistics of the training set are better. heatmap_layer: one of
-    `HEATMAP_LAYERS`, see `Expert`. layers, auxiliary: of one of `BASELINES`, its number of cells,
-    at least 3 (None: as published), and whether it has its second classifier, for training.
-    Raises ValueError for anything else.
+    width: factor on every channel count, above 0; 1 is the published network. mean, std: of the
+    colour channels, three numbers each; the defaults suit any images, the statistics of the
+    training set are better. heatmap_layer: one of `HEATMAP_LAYERS`, see `Expert`. layers,
+    auxiliary: of one of `BASELINES`, its number of cells, at least 3 (None: as published), and
+    whether it has its second classifier, for training. ValueError for anything else.
     """
     if name not in EXPERT_NAMES:
         raise ValueError(f"unknown expert {name!r}; valid names: {', '.join(EXPERT_NAMES)}")
@@ -305,7 +291,7 @@ def as_expert(
 
     layer: name of the module, as in `network.named_modules()`, whose output (B, K, u, v) feeds
     Grad-CAM; "layer2" of torchvision's ResNet18, say. mean, std: those that the network was trained
-    with, or zeros and ones where it takes images in [0, 1]. Raises TypeError for what is no module,
+    with, or zeros and ones where it takes images in [0, 1]. TypeError for what is no module;
     ValueError for a value out of range, and where two images passed through in either mode show
     that heat maps of that layer cannot be made and differentiated.
     """
@@ -336,7 +322,7 @@ class NetworkExpert(nn.Module):
         network.set_submodule(layer, Tap(network.get_submodule(layer)))
 
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 32, 32) in [0, 1] to activations (B, K, u, v) and logits (B, C)."""
+        """As of an `Expert`."""
         tap = self.network.get_submodule(self.layer)
         logits = self.network(self.normalise(images))
         activations, tap.output = tap.output, None
@@ -360,7 +346,7 @@ class Tap(nn.Module):
 
 def _obstacle(expert: NetworkExpert) -> str | None:
     """Why no heat maps can be made of this expert and differentiated, from a pass of two images."""
-    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, requires_grad=True)
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
     edits = []  # how often the layer's output had been written into by the time it was done
     tap = expert.network.get_submodule(expert.layer)
     tap.register_forward_hook(lambda *seen: edits.append(getattr(seen[-1], "_version", 0)))
