@@ -100,25 +100,21 @@ class ConstantGate(nn.Module):
 class ImmunityMoE(nn.Module):
     """N experts mixed by a gate, eq (1). Returns log-probabilities.
 
-    experts: networks with `forward_with_features`, as `build_expert` makes them; a single one
-    makes a stand-alone network of the same interface. gate: a module from normalised images to
-    (B, N) log weights, by default a `ConvolutionalGate`.
-    evaluation_gate: what a bare `model(images)` uses, so that attack libraries, which call just
-    that, see the defence as deployed; "switch" for the paper's random switch gate.
+    experts: as `build_expert` makes them; a single one makes a stand-alone network of the same
+    interface. gate: a module from normalised images to (B, N) log weights, by default a
+    `ConvolutionalGate`. evaluation_gate: what a bare `model(images)` uses, so that attack
+    libraries, which call just that, see the defence as deployed; "switch" for the paper's gate.
     """
 
     def __init__(
-        self,
-        experts: Sequence[nn.Module],
-        gate: nn.Module | None = None,
+        self, experts: Sequence[nn.Module], gate: nn.Module | None = None,
         evaluation_gate: Gate = "switch",
-    ):
+    ):  # fmt: skip
         super().__init__()
         if not experts:
             raise ValueError("a mixture needs at least one expert; got none")
         for expert in experts:
-            missing = [name for name in EXPERT_NEEDS if not hasattr(expert, name)]
-            if missing:
+            if missing := [name for name in EXPERT_NEEDS if not hasattr(expert, name)]:
                 raise TypeError(
                     f"a {type(expert).__name__} is no expert: it lacks {', '.join(missing)}; "
                     "build_expert makes experts, and as_expert makes one of any network"
@@ -168,29 +164,23 @@ DRAWN = math.factorial(LARGEST_ENUMERATED)
 
 
 class GateAccuracy(NamedTuple):
-    """Shares of images that are classified correctly, 0 .. 1, under each way to set the gate.
-
-    trained, uniform: the gate as trained, and equal weights (the plain ensemble). switched:
-    expected over a uniform permutation of the trained weights. best, worst: of the permutations,
-    each held fixed for all images. every: under all permutations, image by image.
-    """
+    """Shares of images that are classified correctly, 0 .. 1, under each way to set the gate."""
 
     trained: float
-    uniform: float
-    switched: float
-    best: float
+    uniform: float  # equal weights: the plain ensemble
+    switched: float  # expected over a uniform permutation of the trained weights
+    best: float  # of the permutations, each held fixed for all images
     worst: float
-    every: float
+    every: float  # under all permutations, image by image
 
 
 @dataclass(frozen=True)
 class GateVerdicts:
-    """Which images are classified correctly, bool, under each way to set the gate: trained and
-    uniform (B,), and switched (B, G), under each of its permutations."""
+    """Which images are classified correctly, bool, under each way to set the gate."""
 
-    trained: Tensor
-    uniform: Tensor
-    switched: Tensor
+    trained: Tensor  # (B,)
+    uniform: Tensor  # (B,)
+    switched: Tensor  # (B, G), under each permutation
 
     @property
     def failure(self) -> Tensor:
@@ -204,17 +194,15 @@ class GateVerdicts:
             trained=self.trained.double().mean().item(),
             uniform=self.uniform.double().mean().item(),
             switched=by_permutation.mean().item(),
-            best=by_permutation.max().item(),
-            worst=by_permutation.min().item(),
+            best=by_permutation.max().item(), worst=by_permutation.min().item(),
             every=self.switched.all(1).double().mean().item(),
-        )
+        )  # fmt: skip
 
     @classmethod
     def join(cls, batches: Sequence[GateVerdicts]) -> GateVerdicts:
         """The verdicts on the images of all batches, in their order."""
-        return cls(
-            *(torch.cat([getattr(one, field.name) for one in batches]) for field in fields(cls))
-        )
+        tensors = ([getattr(one, field.name) for one in batches] for field in fields(cls))
+        return cls(*map(torch.cat, tensors))
 
 
 @cache
@@ -223,11 +211,9 @@ def permutations(experts: int) -> Tensor:
     720 drawn at random, always the same ones, with a warning."""
     if experts <= LARGEST_ENUMERATED:
         return torch.tensor(list(itertools.permutations(range(experts))))
-    warnings.warn(
-        f"{experts} experts have {math.factorial(experts):,} gates, too many to count: whatever is "
-        f"said of the switched gate is an estimate from {DRAWN} drawn at random",
-        stacklevel=2,
-    )
+    many = f"{experts} experts have {math.factorial(experts):,} gates, too many to count"
+    told = f"whatever is said of the switched gate is an estimate from {DRAWN} drawn at random"
+    warnings.warn(f"{many}: {told}", stacklevel=2)
     generator = torch.Generator().manual_seed(0)
     return torch.rand(DRAWN, experts, generator=generator).argsort(1)
 
@@ -241,11 +227,9 @@ def switched_probabilities(outputs: ExpertOutputs) -> Tensor:
 
 def verdicts(outputs: ExpertOutputs, labels: Tensor) -> GateVerdicts:
     """Which images are classified correctly under each gate, from one pass of the experts."""
-    return GateVerdicts(
-        trained=outputs.mixture("trained").argmax(-1) == labels,
-        uniform=outputs.mixture("uniform").argmax(-1) == labels,
-        switched=switched_probabilities(outputs).argmax(-1) == labels[:, None],
-    )
+    trained, uniform = (outputs.mixture(one).argmax(-1) == labels for one in ("trained", "uniform"))
+    switched = switched_probabilities(outputs).argmax(-1) == labels[:, None]
+    return GateVerdicts(trained, uniform, switched)
 
 
 ROUNDING = 1e-6  # a float32 image plus a float32 perturbation may miss its bounds by this much
@@ -264,12 +248,10 @@ def check_images(images: Tensor) -> None:
 def check_labels(labels: Tensor, images: Tensor, classes: int) -> None:
     """Raise ValueError unless there is a label for each image, in 0 .. classes - 1."""
     if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} for {len(images)} images; give each image one"
-        )
+        found = f"labels of shape {tuple(labels.shape)} for {len(images)} images"
+        raise ValueError(f"{found}; give each image one")
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= classes:
-        raise ValueError(
-            f"labels must lie in 0 to {classes - 1}, found {low} to {high}: the model has "
-            f"{classes} classes; build it with num_classes={high + 1} or mend the labels"
-        )
+        found = f"labels must lie in 0 to {classes - 1}, found {low} to {high}"
+        remedy = f"build it with num_classes={high + 1} or mend the labels"
+        raise ValueError(f"{found}: the model has {classes} classes; {remedy}")
