@@ -5,8 +5,6 @@ one forward pass serves classification and maps, and with `create_graph` the map
 loss. Experts share nothing, hence one backward pass of the summed scores serves all of them.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -14,16 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from immunity_lib.moe import (
-    ExpertOutputs,
-    ImmunityMoE,
-    check_images,
-    check_labels,
-    in_eval_mode,
-)
+from immunity_lib.moe import ExpertOutputs, ImmunityMoE, check_images, check_labels, in_eval_mode
 
 GRID = 32  # heat maps have the resolution of the images
-EXPLAINED = ("logit", "log-probability", "mixture")
+# As `grad_cam` describes them: (B, N, C) or, of the mixture, (B, 1, C)
+EXPLAINED = {
+    "logit": lambda outputs: outputs.logits,
+    "log-probability": lambda outputs: outputs.log_probs,
+    "mixture": lambda outputs: outputs.mixture()[:, None],
+}
 
 # Added to every pixel of a map before it is divided by its sum: far below the pixels of any living
 # map, and what makes an all-zero map uniform instead of NaN.
@@ -31,14 +28,9 @@ _EMPTY_MAP_CONSTANT = 1e-10
 
 
 def expert_heatmaps(
-    model: ImmunityMoE,
-    images: Tensor,
-    labels: Tensor,
-    create_graph: bool = False,
-    *,
-    floor: float = 0.0,
-    explained: str = "logit",
-) -> Tensor:
+    model: ImmunityMoE, images: Tensor, labels: Tensor, create_graph: bool = False,
+    *, floor: float = 0.0, explained: str = "logit",
+) -> Tensor:  # fmt: skip
     """Heat maps of every expert for the given labels.
 
     images: (B, 3, 32, 32) in [0, 1]; labels: (B,). Returns (B, N, 32, 32), non-negative, each map
@@ -46,8 +38,7 @@ def expert_heatmaps(
     the one reading that scores and pictures use; `floor` is described in `normalise_maps`,
     `explained` in `grad_cam`. For a look (without `create_graph`) the model is in eval mode, and
     as before afterwards; in a loss (with it) batch norms mix the images of the batch as training
-    has them. Raises ValueError for images outside of [0, 1] and labels that the model does not
-    have, or too few or many of them.
+    has them. ValueError for images outside of [0, 1] and labels that do not match.
     """
     check_images(images)
     check_labels(labels, images, model.experts[0].num_classes)
@@ -55,28 +46,21 @@ def expert_heatmaps(
         images = images.detach().requires_grad_()  # a graph even where all weights are frozen
     with nullcontext() if create_graph else in_eval_mode(model), torch.enable_grad():
         outputs = model.expert_outputs(images)
-        maps = heatmaps_from_outputs(
-            outputs, labels, create_graph, floor=floor, explained=explained
-        )
+        maps = normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
     return maps if create_graph else maps.detach()
 
 
 def heatmaps_from_outputs(
-    outputs: ExpertOutputs,
-    labels: Tensor,
-    create_graph: bool = False,
-    *,
-    floor: float = 0.0,
-    explained: str = "logit",
-) -> Tensor:
+    outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False,
+    *, floor: float = 0.0, explained: str = "logit",
+) -> Tensor:  # fmt: skip
     """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done: `grad_cam`,
     then `normalise_maps`, where the arguments are described."""
     return normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
 
 
 def normalise_maps(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False) -> Tensor:
-    """Heat maps (B, N, 32, 32), non-negative, as distributions: each sums to 1, an empty one is
-    uniform.
+    """Non-negative heat maps (B, N, 32, 32), each made to sum to 1; an empty one is uniform.
 
     floor: share of the expert's mean map mass in this batch (a constant for the gradient) that is
     spread evenly over each of its maps before dividing. 0 is the literal reading. A positive floor
@@ -102,7 +86,10 @@ def grad_cam(
     explained: what "y_label" in eq (3) is: the expert's own "logit" of the label, its
     "log-probability", or that of the "mixture".
     """
-    scores = _explained_score(outputs, labels, explained)
+    if explained not in EXPLAINED:
+        raise ValueError(f"explained must be one of {', '.join(EXPLAINED)}; got {explained!r}")
+    scores = EXPLAINED[explained](outputs)
+    scores = scores.gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1))
     gradients = torch.autograd.grad(
         scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
     )
@@ -124,15 +111,6 @@ def empty_share(maps: Tensor) -> Tensor:
 def is_empty(maps: Tensor) -> Tensor:
     """Which normalised maps (..., 32, 32), made with floor 0, are empty, bool (...)."""
     return maps.amax((-2, -1)) == maps.amin((-2, -1))
-
-
-def _explained_score(outputs: ExpertOutputs, labels: Tensor, explained: str) -> Tensor:
-    if explained == "mixture":
-        return outputs.mixture().gather(1, labels[:, None])
-    scores = {"logit": outputs.logits, "log-probability": outputs.log_probs}
-    if explained not in scores:
-        raise ValueError(f"explained must be one of {', '.join(EXPLAINED)}; got {explained!r}")
-    return scores[explained].gather(2, labels[:, None, None].expand(-1, outputs.logits.shape[1], 1))
 
 
 def _resize(maps: Tensor) -> Tensor:
