@@ -108,7 +108,7 @@ def evaluation_batches(image_set: ImageSet, batch_size: int, device: Device = No
 
 
 def random_maps(count: int, generator: torch.Generator, rotation: float) -> Tensor:
-    """Affine maps (count, 2, 3) that crop, flip and rotate as `training_batches` says."""
+    """Random `affine_maps`, (count, 2, 3), as `training_batches` says."""
     shifts = torch.randint(-MAXIMAL_SHIFT, MAXIMAL_SHIFT + 1, (count, 2), generator=generator)
     angles = rotation * (2 * torch.rand(count, generator=generator) - 1)
     flipped = torch.rand(count, generator=generator) < 0.5
@@ -116,12 +116,9 @@ def random_maps(count: int, generator: torch.Generator, rotation: float) -> Tens
 
 
 def affine_maps(shifts: Tensor, angles: Tensor, flipped: Tensor) -> Tensor:
-    """Maps (B, 2, 3) that shift an image, then flip it where asked, then rotate it.
-
-    shifts: (B, 2), to the right and down, in sides of the image. angles: (B,), degrees
-    counter-clockwise about the centre. flipped: (B,) bool, left to right.
-    A map leads from an output pixel's place, as (x, y, 1) in -1 .. 1, to its place in the input.
-    """
+    """Maps (B, 2, 3), each from an output pixel's place, as (x, y, 1) in -1 .. 1, to its place in
+    the input: shift by (B, 2) sides of the image, to the right and down, flip left to right where
+    (B,) is true, rotate by (B,) degrees counter-clockwise about the centre, in this order."""
     radians, mirror = angles.deg2rad(), 1 - 2 * flipped.float()
     cosine, sine = radians.cos(), radians.sin()
     right, down = (-2 * shifts).unbind(dim=1)
@@ -136,8 +133,7 @@ def resample(images: Tensor, maps: Tensor) -> Tensor:
     # affine_grid, which multiplies a small matrix for every image.
     centres = (2 * torch.arange(32, device=images.device) + 1) / 32 - 1
     places = (of_column * centres + offset) + of_row * centres[:, None]
-    moved = functional.grid_sample(images, places.movedim(1, -1), align_corners=False)
-    return moved.clamp_(0, 1)
+    return functional.grid_sample(images, places.movedim(1, -1), align_corners=False).clamp_(0, 1)
 
 
 def cut_out(images: Tensor, centres: Tensor, side: int, fill: Sequence[float]) -> Tensor:

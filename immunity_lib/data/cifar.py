@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from functools import partial
 from io import BytesIO
 from itertools import compress
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from immunity_lib.data.batches import ImageSet, Source
-from immunity_lib.data.images import source_of
+from immunity_lib.data.images import read_images
 
 CLASS_NAMES = {
     "cifar10": tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
@@ -93,13 +94,13 @@ def _parquet_source(name: str, folder: Path) -> Source:
             exact = [not str(path).startswith("lossy/") for path in paths]
             rows[split] += compress(found, exact)
             lossy += exact.count(False)
-
     description = "parquet files" + (f" ({lossy} lossy rows left out)" if lossy else "")
-    return source_of(description, CLASS_NAMES[name], rows, exact=True)
+    available = {split: len(rows[split]) for split in SPLITS}
+    return Source(description, CLASS_NAMES[name], available, partial(read_images, rows, True))
 
 
 def _read_parquet(file: Path, classes: int) -> tuple[list[tuple[str, BytesIO, int]], list]:
-    """The rows of a file as `source_of` takes them, and the path that each gives, or None."""
+    """The rows of a file as `read_images` takes them, and the path that each gives, or None."""
     from pyarrow.parquet import ParquetFile
 
     try:

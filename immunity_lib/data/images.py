@@ -62,39 +62,36 @@ def source(folder: Path) -> Source:
     if without:
         raise ValueError(f"'{_text(folder)}' has no images for {_list(without)}; {LAYOUTS}")
     description = "image folder " + ("with train/ and test/" if chosen else "split by file names")
-    return source_of(description, map(_text, classes), rows)
-
-
-def source_of(description: str, class_names: Iterable[str], rows: Rows, exact=False) -> Source:
-    """The images of rows, by `pixels`. Reading raises ValueError that names the unusable ones."""
     available = {split: len(found) for split, found in rows.items()}
-    return Source(description, tuple(class_names), available, partial(_read, rows, exact))
+    class_names = tuple(map(_text, classes))
+    return Source(description, class_names, available, partial(read_images, rows, False))
 
 
-def _read(rows: Rows, exact: bool, split: str, count: int) -> ImageSet:
+def read_images(rows: Rows, exact: bool, split: str, count: int) -> ImageSet:
+    """The first images of a split, by `pixels`; ValueError names those that cannot be used."""
     from tqdm import tqdm
     from tqdm.contrib.concurrent import thread_map
 
-    asked = rows[split][:count]
-    images = np.empty((len(asked), 3, 32, 32), np.uint8)
+    names, files, labels = zip(*rows[split][:count], strict=True)
+    images = np.empty((len(files), 3, 32, 32), np.uint8)
 
     def fault(row: int) -> str | None:
         try:
-            images[row] = pixels(asked[row][1], exact)
+            images[row] = pixels(files[row], exact)
         except Exception as error:  # for a broken file, Pillow raises errors of all kinds
-            return f"{asked[row][0]} ({error})"
+            return f"{names[row]} ({error})"
 
     # 32x32 pixels are decoded faster than handed to a thread; of large images, memory holds few.
     in_threads = partial(thread_map, max_workers=8, leave=False, tqdm_class=tqdm)
-    faults = [*filter(None, (map if exact else in_threads)(fault, range(len(asked))))]
+    faults = [*filter(None, (map if exact else in_threads)(fault, range(len(files))))]
     if faults:
         remedy = "replace these files by intact copies, or move them out of the folder"
         raise ValueError(f"{len(faults)} images cannot be used: {_list(faults)}; {remedy}")
-    return ImageSet(torch.from_numpy(images), torch.tensor([label for *_, label in asked]))
+    return ImageSet(torch.from_numpy(images), torch.tensor(labels))
 
 
 def pixels(file: str | BinaryIO, exact: bool = False) -> np.ndarray:
-    """Pixels (3, 32, 32) uint8 of an image file: upright, RGB, shorter side resized, centre cropped.
+    """Pixels (3, 32, 32) uint8 of an image: upright, RGB, shorter side resized, centre cropped.
 
     Raises ValueError for content in none of FORMATS, whatever the file's name (for some others
     Pillow starts further programs), for more than MOST_PIXELS or 8 bits a channel, and with `exact`
@@ -136,5 +133,5 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _text(path: str | os.PathLike) -> str:
-    """A path that can be printed and saved, whatever bytes it has."""
+    """A path that can be printed and saved; bytes that are not UTF-8 become \\xe9 and the like."""
     return os.fsencode(path).decode(errors="backslashreplace")
