@@ -5,15 +5,13 @@ configurations of one model. With loss weights of its own the method has them be
 `immunity-beta4-gamma0`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
@@ -81,7 +79,7 @@ class ModelName(BaseModel):
         return f"{self.dataset}-{self.method}{weights}-{self.expert}-{self.regime}-seed{self.seed}"
 
     @classmethod
-    def parse(cls, name: str) -> ModelName:
+    def parse(cls, name: str) -> Self:
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(
@@ -90,6 +88,11 @@ class ModelName(BaseModel):
                 f"expert from {', '.join(EXPERT_NAMES)}, regime from {', '.join(REGIMES)}"
             )
         return cls(**match.groupdict())
+
+    @property
+    def title(self) -> str:
+        """A mixture as readers call it."""
+        return f"{MIXTURES[self.method]}, {self.regime} training"
 
 
 def _shortest(weight: float) -> str:

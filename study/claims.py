@@ -4,11 +4,9 @@ The claims and the rule of the verdicts are data, in claims.yaml. A claim is abo
 between two models on the same images, or between the two sides of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -69,7 +67,7 @@ class Claim(BaseModel):
     untestable: str = ""
 
     @model_validator(mode="after")
-    def _whole(self) -> Claim:
+    def _whole(self) -> Self:
         bounds, testable = (self.at_least, self.at_most), self.measure is not None
         if testable == bool(self.untestable) or testable == (bounds == (None, None)):
             raise ValueError(

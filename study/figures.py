@@ -1,7 +1,5 @@
 """The paper's figures and those around them. Every function takes data and returns a `Figure`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path

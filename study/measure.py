@@ -15,8 +15,6 @@ It is made once: found again, it is kept if its record answers the same question
 weights, and set aside and made anew otherwise.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ They let a notebook show its models before anything is trained. Half precision h
 each record says which weights they were rounded from and what that changed.
 """
 
-from __future__ import annotations
-
 import torch
 
 from immunity_lib.data import Dataset

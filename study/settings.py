@@ -4,14 +4,12 @@ A preset is a flat YAML file: the study's own fields, which `Settings` lists, an
 fields of `immunity_lib.train.Recipe`.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Mapping
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -97,7 +95,7 @@ class Settings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Settings:
+    def _consistent(self) -> Self:
         lists = (
             "seeds", "compared_experts", "baselines", "regimes", "attacks", "attack_gates",
             "gate_samples", "weight_factors", "datasets",

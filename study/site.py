@@ -5,8 +5,6 @@ nothing of a network: equations are MathML, which browsers draw by themselves, a
 loaded from elsewhere.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Sequence

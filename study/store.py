@@ -6,8 +6,6 @@ figures/<preset>/                   what is shown, each with a .json that says w
 pretrained/<preset>/<model>/        weights that come with the project, with their record
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

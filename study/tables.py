@@ -5,8 +5,6 @@ labels their row, header ("column (unit)"), value and images; and from cells tid
 each cell, its value the mean of `count` numbers, one a seed or one a network.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Sequence

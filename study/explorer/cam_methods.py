@@ -1,7 +1,5 @@
 """Heat maps by name: the paper's Grad-CAM, eq (3), and its kin from pytorch-grad-cam."""
 
-from __future__ import annotations
-
 from contextlib import redirect_stderr
 from io import StringIO
 

@@ -1,7 +1,5 @@
 """What the explorer shows, computed once and kept: attack paths, answers and heat maps."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Callable
@@ -19,11 +17,12 @@ from immunity_lib.attacks import attack_path, fold
 from immunity_lib.data import Dataset
 from immunity_lib.data.images import pixels
 from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
-from study.catalogue import MIXTURES, ModelName, explored_models
+from study.catalogue import ModelName, explored_models
 from study.explorer.cam_methods import OURS, explanation_maps
 from study.settings import Settings, preset_names
 from study.store import chosen_device, model_folder, trained_model
 
+LOCK = RLock()
 KEPT = 128  # results of each kind; the answers to an image take 2 MB
 GALLERY = 30  # images to choose from, as many of each class as there is room for
 BUDGETS = (0, Fraction(1, 4), Fraction(1, 2), 1, Fraction(3, 2), 2)  # times the preset's eps
@@ -61,14 +60,14 @@ class Answers:
 
 
 def _kept(method: Callable) -> Callable:
-    """A method of Exploration that computes each result once, and one at a time: JupyterLab can
-    serve widgets in a thread beside the cells that still run."""
+    """A method that computes each result once, and one at a time: JupyterLab can serve widgets in a
+    thread beside the cells that still run."""
     cached = lru_cache(KEPT)(method)
 
     @wraps(method)
-    def once(self, *arguments):
-        with self._lock:
-            return cached(self, *arguments)
+    def once(*arguments):
+        with LOCK:
+            return cached(*arguments)
 
     return once
 
@@ -83,7 +82,7 @@ class Exploration:
 
     def __init__(self, settings: Settings, dataset: Dataset, preset: str = ""):
         self.settings, self.dataset = settings, dataset
-        self._preset, self._lock = preset or settings.preset, RLock()
+        self._preset = preset or settings.preset
         self.budgets = [
             settings.recipe.eps * factor for factor in BUDGETS if settings.recipe.eps * factor <= 1
         ]
@@ -137,14 +136,9 @@ class Exploration:
 
     @_kept
     def maps(
-        self,
-        name: ModelName,
-        subject: Subject,
-        attacked_gate: Gate,
-        budget: int = PRESET_BUDGET,
-        method: str = OURS,
-        explained: int | str = TRUE_CLASS,
-    ) -> Tensor:
+        self, name: ModelName, subject: Subject, attacked_gate: Gate,
+        budget: int = PRESET_BUDGET, method: str = OURS, explained: int | str = TRUE_CLASS,
+    ) -> Tensor:  # fmt: skip
         """Heat maps (S + 1, N, 32, 32) on the way with one of the budgets, each summing to 1.
 
         method: one of CAM_METHODS. explained: the class they are for; TRUE_CLASS: the one asked
@@ -166,10 +160,8 @@ class Exploration:
         eps = torch.full((len(images),), float(self.settings.recipe.eps))
         attacked = self._attack(model, images, labels, attacked_gate, eps)[:, -1]
         with torch.no_grad():
-            before, after = (
-                verdicts(model.expert_outputs(seen), labels) for seen in (images, attacked)
-            )
-        return before, after
+            outputs = model.expert_outputs(images), model.expert_outputs(attacked)
+        return verdicts(outputs[0], labels), verdicts(outputs[1], labels)
 
     def broken(self, name: ModelName, attacked_gate: Gate) -> list[bool]:
         """For each image of the gallery, whether the plain ensemble is right before the attack, and
@@ -189,16 +181,6 @@ class Exploration:
             step_size=float(self.settings.recipe.step_size), steps=self.settings.steps,
         )  # fmt: skip
         return path.transpose(0, 1)
-
-
-def label_of(name: ModelName) -> str:
-    """A mixture as readers call it."""
-    return f"{MIXTURES[name.method]}, {name.regime} training"
-
-
-def budget_label(eps: Fraction) -> str:
-    """eps in 255ths, as the paper has it."""
-    return f"{float(eps * 255):g}/255"
 
 
 def own_subject(content: bytes, name: str) -> Subject:

@@ -5,8 +5,6 @@ network: in the explorer's widget as in the file that a reader takes home. The f
 ways with the same colours, on the same scale.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Sequence
@@ -25,15 +23,9 @@ from immunity_lib.heatmaps import GRID, is_empty
 from immunity_lib.moe import permutations
 from study.catalogue import DATA, ModelName
 from study.explorer.cam_methods import OURS
-from study.explorer.exploration import (
-    TRUE_CLASS,
-    Answers,
-    Exploration,
-    Subject,
-    budget_label,
-    label_of,
-)
+from study.explorer.exploration import TRUE_CLASS, Answers, Exploration, Subject
 from study.figures import COLOURS, SCREEN, literal
+from study.tables import budget_text
 
 COLOUR_MAP = "magma"  # rises evenly in lightness: readable without colours, and in print
 # Okabe and Ito's colours, told apart by colour-blind readers too
@@ -46,14 +38,9 @@ ATTACKED_GATES = {
 
 
 def explorer_page(
-    exploration: Exploration,
-    names: Sequence[ModelName],
-    subjects: Sequence[Subject],
-    attacked_gate: str,
-    budget: int,
-    method: str = OURS,
-    explained: int | str = TRUE_CLASS,
-) -> str:
+    exploration: Exploration, names: Sequence[ModelName], subjects: Sequence[Subject],
+    attacked_gate: str, budget: int, method: str = OURS, explained: int | str = TRUE_CLASS,
+) -> str:  # fmt: skip
     """HTML that steps through the attack on each model, image by image, and through the gate.
 
     budget: which of the exploration's budgets; the others as for `Exploration.maps`.
@@ -65,7 +52,7 @@ def explorer_page(
         top, models = scale_top(maps), []
         for name, of_model in zip(names, maps, strict=True):
             way = _way(exploration.answers(name, *key), of_model, subject.part_masks, budget, top)
-            models.append({"title": label_of(name)} | way)
+            models.append({"title": name.title} | way)
         parts = [mask.flatten().nonzero()[:, 0].tolist() for mask in subject.part_masks]
         shown.append({"title": escape(subject.title), "top": top, "parts": parts, "models": models})
     parts = zip(dataset.part_names, PART_COLOURS, strict=False)
@@ -77,11 +64,10 @@ def explorer_page(
         "ramp": plt.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3].tolist(),
         "subjects": shown,
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("study", "explorer"), autoescape=True
-    )
+    folder = jinja2.PackageLoader("study", "explorer")
+    environment = jinja2.Environment(loader=folder, autoescape=True)
     return environment.get_template("page.html").render(
-        attacked=ATTACKED_GATES[attacked_gate], eps=budget_label(exploration.budgets[budget]),
+        attacked=ATTACKED_GATES[attacked_gate], eps=budget_text(exploration.budgets[budget]),
         dataset=DATA[dataset.name], steps=exploration.settings.steps, method=method,
         explained=dataset.class_names[explained] if isinstance(explained, int) else explained,
         # Inside of a script element, nothing may close it
@@ -152,13 +138,9 @@ def gallery_figure(exploration: Exploration, columns: int = 10) -> Figure:
 
 
 def attack_figure(
-    exploration: Exploration,
-    names: Sequence[ModelName],
-    subject: Subject,
-    attacked_gate: str,
-    budget: int,
-    steps: Sequence[int],
-) -> Figure:
+    exploration: Exploration, names: Sequence[ModelName], subject: Subject, attacked_gate: str,
+    budget: int, steps: Sequence[int],
+) -> Figure:  # fmt: skip
     """A row for each model and step: the image with the answer of the mixture, and the map of every
     expert with its answer and weight, all maps on one scale, the true parts outlined."""
     maps = [exploration.maps(name, subject, attacked_gate, budget) for name in names]
@@ -172,7 +154,7 @@ def attack_figure(
         for panel, heat in zip(row[1:], of_model[step], strict=True):
             drawn = panel.imshow(brightness(heat, top), cmap=COLOUR_MAP, vmin=0, vmax=1)
         weights = [f"expert {k + 1}, weight {w:.2f}" for k, w in enumerate(answers.gate[at])]
-        titles = [f"{label_of(name).split(',')[0]}, step {step}", *weights]
+        titles = [f"{name.title.split(',')[0]}, step {step}", *weights]
         of_panels = [answers.mixtures[at][0], *answers.experts[at]]  # the gate as trained first
         for panel, title, said in zip(row, titles, of_panels, strict=True):
             answer = int(said.argmax())
@@ -195,7 +177,7 @@ def gates_figure(
 ) -> Figure:
     """Which gates are right at the attack's last step, a panel for each model: budgets down, states
     of the gate across, sorted by how many budgets they withstand."""
-    budgets = [budget_label(eps) for eps in exploration.budgets]
+    budgets = [budget_text(eps) for eps in exploration.budgets]
     figure, axes = plt.subplots(
         len(names), 1, figsize=(9.4, 0.28 * len(budgets) * len(names) + 1.1), dpi=SCREEN,
         squeeze=False, sharex=True, layout="constrained",
@@ -209,7 +191,7 @@ def gates_figure(
             panel.scatter(across + 1, down, 14, marker=marker, color=colour, linewidths=1)
         shares = [f"{e}  ({share:.0%})" for e, share in zip(budgets, right.mean(1), strict=True)]
         panel.set_yticks(range(len(shares)), shares, fontsize=8)
-        panel.set_title(label_of(name), fontsize=9)
+        panel.set_title(name.title, fontsize=9)
         panel.set(xlim=(0, right.shape[1] + 1), ylim=(len(shares) - 0.5, -0.5))
         panel.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("states of the gate (square: right, cross: wrong)")

@@ -5,8 +5,6 @@ Everything shown is computed by an `Exploration`, once: a new image, model, meth
 when it is chosen. The page's own sliders (step, gate, expert) then answer at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -21,11 +19,10 @@ from study.explorer.exploration import (
     TRUE_CLASS,
     Exploration,
     Subject,
-    budget_label,
-    label_of,
     own_subject,
-)
+)  # fmt: skip
 from study.explorer.page import ATTACKED_GATES, colours, data_address, explorer_page
+from study.tables import budget_text
 
 GALLERY_STYLE = """
 .explorer-gallery { flex-flow: row wrap; max-height: 132px; overflow: auto; }
@@ -37,6 +34,8 @@ GALLERY_STYLE = """
 """
 # tornado, Jupyter's web server, closes the connection on a message of more than 10 MiB
 UPLOAD_LIMIT = "PNG, JPEG, WebP, GIF, BMP or TIFF, at most 10 MB (Jupyter's limit)"
+FRAME = """<iframe title="heat maps under attack" scrolling="no"
+ style="width: 100%; height: 700px; border: 0" srcdoc="{}"></iframe>"""
 
 
 class Explorer(widgets.VBox):
@@ -44,30 +43,26 @@ class Explorer(widgets.VBox):
 
     def __init__(self, exploration: Exploration, subject: Subject | None = None):
         """subject: the image to begin with, by default the gallery's first."""
-        self.exploration, dataset = exploration, exploration.dataset
+        self.exploration = exploration
         regime = exploration.settings.regimes[0]
-        names = {label_of(name): name for name in exploration.models}
+        names = {name.title: name for name in exploration.models}
         alike = [name for name in exploration.models if name.regime == regime] or exploration.models
-        classes = {name: label for label, name in enumerate(dataset.class_names)}
-        budgets = {budget_label(eps): k for k, eps in enumerate(exploration.budgets)}
+        explained = {one: one for one in (TRUE_CLASS, ANSWER)}
+        explained |= {name: k for k, name in enumerate(exploration.dataset.class_names)}
+        budgets = {budget_text(eps): k for k, eps in enumerate(exploration.budgets)}
+        gates = {title: gate for gate, title in ATTACKED_GATES.items()}
         self.subject = subject or exploration.gallery[0]
         self.seen: list[Subject] = []
 
         self.upload = widgets.FileUpload(accept="image/*", description="own image")
         self.model = _chooser("model", names, alike[-1])
-        self.other = _chooser(
-            "compared with", {"none": None} | names, alike[0] if len(alike) > 1 else None
-        )
-        self.attacked_gate = _chooser(
-            "attack sees", {title: gate for gate, title in ATTACKED_GATES.items()}, "uniform"
-        )
+        other = alike[0] if len(alike) > 1 else None
+        self.other = _chooser("compared with", {"none": None} | names, other)
+        self.attacked_gate = _chooser("attack sees", gates, "uniform")
         self.method = _chooser("CAM method", CAM_METHODS, CAM_METHODS[0])
-        self.explained = _chooser(
-            "map is for", {one: one for one in (TRUE_CLASS, ANSWER)} | classes, TRUE_CLASS
-        )
-        self.budget = _chooser(
-            "eps", budgets, min(PRESET_BUDGET, len(budgets) - 1), widgets.SelectionSlider
-        )
+        self.explained = _chooser("map is for", explained, TRUE_CLASS)
+        budget = min(PRESET_BUDGET, len(budgets) - 1)
+        self.budget = _chooser("eps", budgets, budget, widgets.SelectionSlider)
         self.save = widgets.Button(
             description="take the session home", icon="download", layout={"width": "auto"},
             tooltip="write the images looked at, with their maps under attack, as one HTML file",
@@ -83,20 +78,12 @@ class Explorer(widgets.VBox):
             style += f".explorer-image-{number} {{ background-image: {picture}; }}\n"
         gallery = widgets.HBox(self.thumbnails)
         gallery.add_class("explorer-gallery")
-        super().__init__(
-            [
-                widgets.HTML(f"<style>{style}</style>"),
-                _line(self.upload, widgets.HTML(UPLOAD_LIMIT)),
-                gallery,
-                _line(self.model, self.other, self.attacked_gate),
-                _line(self.method, self.explained, self.budget, self.save),
-                self.status,
-                self.view,
-            ]
-        )
-        for control in (
-            self.model, self.other, self.attacked_gate, self.method, self.explained, self.budget,
-        ):  # fmt: skip
+        of_models = [self.model, self.other, self.attacked_gate]
+        of_maps = [self.method, self.explained, self.budget]
+        upload = _line(self.upload, widgets.HTML(UPLOAD_LIMIT))
+        lines = [upload, gallery, _line(*of_models), _line(*of_maps, self.save)]
+        super().__init__([widgets.HTML(f"<style>{style}</style>"), *lines, self.status, self.view])
+        for control in of_models + of_maps:
             control.observe(lambda _: self._look_at(self.subject), "value")
         self.upload.observe(lambda _: self._take_own_images(), "value")
         self.save.on_click(lambda _: self._save())
@@ -108,13 +95,9 @@ class Explorer(widgets.VBox):
 
     def _show(self, subject: Subject) -> None:
         """Show an image as the controls say."""
-        page = escape(self._page([subject]))
+        self.view.value = FRAME.format(escape(self._page([subject])))
         self.subject = subject
         self.seen = [*(one for one in self.seen if one is not subject), subject]
-        self.view.value = (
-            '<iframe title="heat maps under attack" scrolling="no" '
-            f'style="width: 100%; height: 700px; border: 0" srcdoc="{page}"></iframe>'
-        )
         for thumbnail, one in zip(self.thumbnails, self.exploration.gallery, strict=True):
             (thumbnail.add_class if one is subject else thumbnail.remove_class)("shown")
 
@@ -144,22 +127,17 @@ class Explorer(widgets.VBox):
             yield
         except Exception as error:  # a traceback in a widget's callback would not be seen
             self.status.value = f"<b>{type(error).__name__}:</b> {escape(str(error))}"
-        else:
-            self.status.value = "; ".join(filter(None, ("ready", escape(done), self._missing())))
-
-    def _missing(self) -> str:
-        missing = self.exploration.missing
-        if not missing:
-            return ""
-        titles, command = ", ".join(map(label_of, missing)), self.exploration.training_command()
-        return f"not trained yet: {titles}; the first is trained by <code>{escape(command)}</code>"
+            return
+        said = ["ready", *filter(None, [escape(done)])]
+        if missing := ", ".join(name.title for name in self.exploration.missing):
+            command = f"<code>{escape(self.exploration.training_command())}</code>"
+            said.append(f"not trained yet: {missing}; the first is trained by {command}")
+        self.status.value = "; ".join(said)
 
 
 def _chooser(description: str, options, value, kind=widgets.Dropdown) -> widgets.Widget:
-    return kind(
-        options=options, value=value, description=description,
-        style={"description_width": "100px"}, layout={"width": "340px"},
-    )  # fmt: skip
+    style = {"style": {"description_width": "100px"}, "layout": {"width": "340px"}}
+    return kind(options=options, value=value, description=description, **style)
 
 
 def _line(*controls: widgets.Widget) -> widgets.HBox:

@@ -6,8 +6,6 @@ kernel on SIGTERM and Ctrl-C, and ends when the graph that started it has been k
 that was stopped goes on from its last epoch.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import os
@@ -58,10 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = executed.with_suffix(".log")
     parameters = {
         "preset": options.preset, "data_folder": options.data, "output_folder": options.output,
-        "interactive": False, "pretrained": False,
+        "model": str(options.model or ""), "interactive": False, "pretrained": False,
     }  # fmt: skip
-    if options.model:
-        parameters["model"] = str(options.model)
 
     def report(state: str, error: str = "") -> None:
         """Say how the job stands, where other machines can read it too; times are in UTC."""

@@ -11,8 +11,6 @@ Memory is that of the larger phase, training or measuring: weights, in training 
 momentum, and what a batch keeps for its backward pass; a GPU's libraries take 1 to 2 GB beside it.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace

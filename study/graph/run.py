@@ -6,8 +6,6 @@ On a machine with several GPUs, each job takes one of its own; with the profile 
 Snakemake submits every job to its scheduler (profiles/).
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import signal
@@ -47,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "for a wildcard in the graph; choose another"
             )
         profile = options.profile and profile_folder(options.profile)
-        config = {"preset": options.preset, "data_folder": settings.data_folder}
-        config |= {"output_folder": settings.output_folder}
+        config = {"preset": options.preset} | {
+            folder: getattr(settings, folder) for folder in ("data_folder", "output_folder")
+        }
         if profile and submits(profile):
             config["requests"] = requests(settings, options.tflops)
         else:
@@ -141,15 +140,10 @@ def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: 
     described = settings.runs / "graph.yaml"
     write_atomically(described, yaml.safe_dump(config))
     arguments = [
-        "--snakefile", str(ROOT / "Snakefile"),
-        "--directory", str(settings.runs),
-        "--configfile", str(described),
-        "--workflow-profile", "none",
-        "--nolock",
-        "--rerun-incomplete",
-        "--rerun-triggers", "mtime", "params",
+        "--snakefile", str(ROOT / "Snakefile"), "--directory", str(settings.runs),
+        "--configfile", str(described), "--workflow-profile", "none", "--nolock",
+        "--quiet", "rules", "--rerun-incomplete", "--rerun-triggers", "mtime", "params",
         "--keep-incomplete",  # the executed part of a notebook that failed, to read
-        "--quiet", "rules",
     ]  # fmt: skip
     if profile:
         arguments += ["--profile", str(profile)]

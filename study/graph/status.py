@@ -4,8 +4,6 @@ Read from what the jobs write beside their results: `jobs/` says how each stands
 logs how long an epoch takes. The time to go is reckoned from measured epochs and jobs alone.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
@@ -28,9 +26,12 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
     (see `job`); of a training also the "network", "epochs" in all, those "trained", and their mean
     time, "epoch", in seconds. A job that says it runs but was not seen for `lost_after` seconds was
     killed: "lost"."""
-    named = [("02_training", name) for name in catalogue.trained_models(settings)]
-    named += [("03_attacks", name) for name in catalogue.attacked_models(settings)]
-    named += [("06_adaptive_attacks", name) for name in catalogue.adaptive_models(settings)]
+    per_model = {
+        "02_training": catalogue.trained_models(settings),
+        "03_attacks": catalogue.attacked_models(settings),
+        "06_adaptive_attacks": catalogue.adaptive_models(settings),
+    }
+    named = [(notebook, model) for notebook in per_model for model in per_model[notebook]]
     notebooks = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - {"02_training"}
     rows = {}
     for notebook, model in [*named, *((notebook, None) for notebook in sorted(notebooks))]:
@@ -42,10 +43,10 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
             if row["state"] == "running" and silence.total_seconds() > lost_after:
                 row["state"] = "lost"
         if notebook == "02_training":
-            times = epoch_seconds(settings, model)
+            times = pd.Series(epoch_seconds(settings, model), dtype=float)
             epochs = catalogue.recipe_of(settings, model).epochs
-            row |= {"network": model.expert, "epochs": epochs, "trained": len(times)}
-            row["epoch"] = pd.Series(times, dtype=float).mean()
+            row |= {"network": model.expert, "epochs": epochs}
+            row |= {"trained": len(times), "epoch": times.mean()}
         rows[job] = row
     return pd.DataFrame.from_dict(rows, orient="index").astype({"seconds": float})
 
