@@ -10,19 +10,7 @@ from immunity_lib.data import ImageSet
 from immunity_lib.evaluate import agreement, verdicts_over_gates, verdicts_under_attack
 from immunity_lib.moe import ConstantGate, permutations
 
-
-@pytest.fixture
-def five_experts(make_linear_model):
-    return make_linear_model(5, sharpness=3.0)
-
-
-@pytest.fixture(scope="module")
-def image_set(dataset):
-    return dataset.splits["test"]
-
-
-def as_batch(image_set):
-    return image_set.images.float() / 255, image_set.labels
+BUDGET = {"eps": 8 / 255, "step_size": 2 / 255, "batch_size": 7}
 
 
 def some_labels(model, images):
@@ -36,51 +24,49 @@ def some_labels(model, images):
     return own.mixture("trained").argmax(1)
 
 
-def test_exact_accuracy_is_that_of_120_forward_passes(five_experts, image_set):
-    images, _ = as_batch(image_set)
-    labels = some_labels(five_experts, images)
+def test_exact_accuracy_is_that_of_120_forward_passes(make_linear_model, images):
+    model = make_linear_model(5, sharpness=3.0)
+    labels = some_labels(model, images)
     with torch.no_grad():
-        answers = torch.stack([
-            five_experts(images, gate=order).argmax(1) for order in itertools.permutations(range(5))
-        ])  # fmt: skip
-        correct = (answers == labels).double()
-        alone = {gate: five_experts(images, gate=gate) for gate in ("trained", "uniform")}
-    batches = zip(images.split(10), labels.split(10), strict=True)
-    found = verdicts_over_gates(five_experts, batches).accuracy
-    assert len(correct) == 120
-    assert found.switched == pytest.approx(correct.mean().item())
-    assert found.best == pytest.approx(correct.mean(1).max().item())
-    assert found.worst == pytest.approx(correct.mean(1).min().item())
-    assert found.every == pytest.approx(correct.min(0).values.mean().item())
-    assert found.trained == correct[0].mean().item()  # the identity comes first
-    for gate, mixture in alone.items():
-        assert getattr(found, gate) == (mixture.argmax(1) == labels).double().mean().item()
-    agreed, alike = agreement(five_experts, images), answers[:, None] == answers[None]
+        passes = [model(images, gate=order) for order in itertools.permutations(range(5))]
+        ensemble = model(images, gate="uniform").argmax(1) == labels
+    answers = torch.stack(passes).argmax(-1)
+    correct = (answers == labels).double()
+    batches = zip(images.split(3), labels.split(3), strict=True)
+    found = verdicts_over_gates(model, batches).accuracy
+    assert found._asdict() == pytest.approx({
+        "switched": correct.mean().item(), "best": correct.mean(1).max().item(),
+        "worst": correct.mean(1).min().item(), "every": correct.min(0).values.mean().item(),
+        "trained": correct[0].mean().item(),  # the identity comes first
+        "uniform": ensemble.double().mean().item(),
+    })  # fmt: skip
+    agreed, alike = agreement(model, images), answers[:, None] == answers[None]
     assert agreed["pairs"] == pytest.approx(alike.double().mean().item())
     assert agreed["unanimous"] == alike.flatten(0, 1).all(0).double().mean().item()
 
 
-def test_experts_of_one_answer_each_win_with_the_largest_weight(five_experts, images):
+def test_experts_of_one_answer_each_win_with_the_largest_weight(make_linear_model, images):
     """Expert i says class i whatever it sees, and weights are 5 to 1: each class wins under a fifth
     of the gates, and all images of a class under the same ones."""
-    five_experts.gate = ConstantGate(5)
+    model = make_linear_model(5)
+    model.gate = ConstantGate(5)
     with torch.no_grad():
-        five_experts.gate.weights.copy_(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]).log())
-        for number, expert in enumerate(five_experts.experts):
+        model.gate.weights.copy_(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]).log())
+        for number, expert in enumerate(model.experts):
             expert.linear.weight.zero_()
             expert.linear.bias.copy_(1e3 * torch.eye(10)[number])
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 7, 7])
-    found = verdicts_over_gates(five_experts, [(images, labels)]).accuracy
+    found = verdicts_over_gates(model, [(images, labels)]).accuracy
     assert found.trained == found.best == 3 / 8
     assert found.worst == found.every == 0
     assert found.switched == pytest.approx((3 + 2 + 1) / 8 / 5)
-    assert agreement(five_experts, images) == {"unanimous": 0.0, "pairs": pytest.approx(1 / 5)}
+    assert agreement(model, images) == {"unanimous": 0.0, "pairs": pytest.approx(1 / 5)}
 
 
-def test_accuracy_over_drawn_gates_is_that_over_all_within_its_error(make_linear_model, image_set):
+def test_accuracy_over_drawn_gates_is_that_over_all_within_its_error(make_linear_model, dataset):
     """Against all 5,040 gates of seven experts, which is slow but can be counted."""
     permutations.cache_clear()
-    model, (images, _) = make_linear_model(7, sharpness=20.0), as_batch(image_set)
+    model, images = make_linear_model(7, sharpness=20.0), dataset.splits["test"].images / 255
     labels = some_labels(model, images)
     with pytest.warns(UserWarning, match="an estimate from 720 drawn"):
         found = verdicts_over_gates(model, [(images, labels)]).switched.double().mean(0)
@@ -94,20 +80,13 @@ def test_accuracy_over_drawn_gates_is_that_over_all_within_its_error(make_linear
     assert abs(found.mean() - right.double().mean()) < 4 * deviation
 
 
-def under_attack(model, image_set, attack, gate="uniform", seed=0, steps=3):
-    return verdicts_under_attack(
-        model, image_set, attack, gate, eps=8 / 255, step_size=2 / 255, steps=steps, seed=seed,
-        batch_size=7,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd"])
 def test_attacks_break_the_images_that_lie_within_eps(make_distant_images, attack):
     """Of a model whose images lie 0.5/255, 1.5/255 and so on from its boundary."""
     model, images, labels = make_distant_images([(k + 0.5) / 255 for k in range(16)])
     image_set = ImageSet((255 * images).round().byte(), labels)
-    assert verdicts_over_gates(model, [as_batch(image_set)]).trained.all()
-    found = under_attack(model, image_set, attack, gate="trained", steps=8)
+    assert verdicts_over_gates(model, [(image_set.images / 255, labels)]).trained.all()
+    found = verdicts_under_attack(model, image_set, attack, "trained", **BUDGET, steps=8)
     assert found.trained.tolist() == [False] * 8 + [True] * 8
     assert torch.equal(found.switched[:, 0], found.trained)
 
@@ -119,7 +98,9 @@ def test_attacks_are_drawn_from_the_seed_and_leave_the_random_state(make_distant
     image_set = ImageSet((255 * images).round().byte(), labels)
     state, found = torch.get_rng_state(), []
     for seed in (0, 0, 1, 2, 3, 4, 5):
-        verdicts = under_attack(model, image_set, "pgd", "switch", seed=seed, steps=2)
+        verdicts = verdicts_under_attack(
+            model, image_set, "pgd", "switch", **BUDGET, steps=2, seed=seed
+        )
         found.append(verdicts.trained.tolist())
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)
