@@ -122,33 +122,19 @@ def test_total_is_eq_12(outputs, maps, alpha, beta, gamma, coordinates):
     assert loss.position_stability.item() == pytest.approx(stability if gamma else 0)
 
 
-def test_eq_11_can_take_its_positions_from_other_maps(outputs, maps):
-    positions = maps.flip(0, 2)
-    loss = losses.immunity_loss(outputs, LABELS, maps, positions, alpha=1, beta=1, gamma=1)
-    assert loss.mutual_information == losses.mutual_information_loss(maps)
-    assert loss.position_stability == losses.position_stability_loss(positions)
-
-
-def test_A2_there_is_one_default_of_the_coordinates_and_of_gamma(outputs, maps, make_settings):
+def test_A2_there_is_one_default_of_the_coordinates_and_of_gamma(maps, make_settings):
     """Squared distances in pixels are 31^2 times larger, and eq (11) squares them again."""
-    for function in (
-        scores.centre_of_mass, scores.squared_distances, losses.position_stability_loss,
-        losses.immunity_loss,
-    ):  # fmt: skip
+    for function in (scores.centre_of_mass, scores.squared_distances, losses.immunity_loss):
         assert inspect.signature(function).parameters["coordinates"].default == "unit"
     for recipe in (Recipe(), make_settings().recipe):
         assert (recipe.coordinates, recipe.gamma) == ("unit", 100.0)
-    as_called, in_pixels = (
-        losses.immunity_loss(outputs, LABELS, maps, alpha=1, beta=1, gamma=100, **options)
-        for options in ({}, {"coordinates": "pixels"})
+    in_units, in_pixels = (
+        losses.position_stability_loss(maps, *named).item() for named in ((), ("pixels",))
     )
-    expected = pytest.approx(5**4 * as_called.position_stability.item())  # these maps are 6x6
-    assert in_pixels.position_stability.item() == expected
+    assert in_pixels == pytest.approx(5**4 * in_units)  # these maps are 6x6
 
 
-def test_only_heat_map_terms_need_maps(outputs):
-    loss = losses.immunity_loss(outputs, LABELS, None, alpha=1, beta=0, gamma=0)
-    assert loss.total == loss.cross_entropy
+def test_heat_map_terms_need_maps(outputs):
     for beta, gamma in ((0.5, 0.0), (0.0, 2.0)):
         with pytest.raises(ValueError, match=f"beta = {beta} and gamma = {gamma} need"):
             losses.immunity_loss(outputs, LABELS, None, alpha=1, beta=beta, gamma=gamma)
