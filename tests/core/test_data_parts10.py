@@ -27,6 +27,8 @@ def test_the_images_and_masks_of_a_seed_never_change(train):
     others = [("train", 1), ("test", 0), ("test-shifted", 0)]
     checksums = {parts10.generate(split, 300, seed).checksum for split, seed in others}
     assert len(checksums | {IMAGES_OF_SEED_0}) == 4
+    dataset = load_dataset("parts10", train_images=300, validation_images=50, test_images=20)
+    assert dataset.splits["validation"].checksum == train.rows(300, 350).checksum
 
 
 def test_no_two_parts_confuse_the_same_classes():
@@ -53,6 +55,23 @@ def test_each_part_alone_identifies_the_class(train, part):
     assert _accuracy(_cut_out(train, part), _cut_out(test, part)) > 0.65
 
 
+def _accuracy(known, asked):
+    """Of the nearest class mean; each of the two is features (B, F) and labels (B,)."""
+    means = torch.stack([known[0][known[1] == label].mean(dim=0) for label in range(10)])
+    return (torch.cdist(asked[0], means).argmin(dim=1) == asked[1]).float().mean()
+
+
+def _cut_out(image_set, part):
+    """Pixels of one part, black around it and centred, and the labels; where the part is seen."""
+    seen = image_set.part_masks[:, part].sum(dim=(1, 2)) >= 12
+    pictures = []
+    for picture, mask in zip(image_set.images[seen], image_set.part_masks[seen, part], strict=True):
+        down, right = (16 - mask.nonzero().double().mean(dim=0)).round().int().tolist()
+        centred = torch.roll(picture * mask / 255, (down, right), dims=(1, 2))
+        pictures.append(centred[:, 8:24, 8:24].flatten())
+    return torch.stack(pictures), image_set.labels[seen]
+
+
 @pytest.mark.parametrize("split, agreement", [("train", 0.8), ("test", 0.8), ("test-shifted", 0.1)])
 def test_the_habitat_agrees_with_the_class_as_often_as_stated(split, agreement):
     """The habitat is read off the generator: it is drawn right after the labels."""
@@ -74,29 +93,3 @@ def test_the_background_tells_the_class_unless_the_habitat_is_shifted(train):
     test, shifted = (parts10.generate(split, 1000, 0) for split in ("test", "test-shifted"))
     assert _accuracy(background_of(train), background_of(test)) > 0.25
     assert _accuracy(background_of(train), background_of(shifted)) < 0.15
-
-
-def test_as_a_data_set():
-    dataset = load_dataset("parts10", train_images=300, validation_images=50, test_images=20)
-    counts = {split: len(rows) for split, rows in dataset.splits.items()}
-    assert counts == {"train": 300, "validation": 50, "test": 20, "test-shifted": 20}
-    assert (dataset.source, dataset.part_names) == ("generated", parts10.PART_NAMES)
-    whole = parts10.generate("train", 350, seed=0)
-    assert dataset.splits["validation"].checksum == whole.rows(300, 350).checksum
-
-
-def _accuracy(known, asked):
-    """Of the nearest class mean; each of the two is features (B, F) and labels (B,)."""
-    means = torch.stack([known[0][known[1] == label].mean(dim=0) for label in range(10)])
-    return (torch.cdist(asked[0], means).argmin(dim=1) == asked[1]).float().mean()
-
-
-def _cut_out(image_set, part):
-    """Pixels of one part, black around it and centred, and the labels; where the part is seen."""
-    seen = image_set.part_masks[:, part].sum(dim=(1, 2)) >= 12
-    pictures = []
-    for picture, mask in zip(image_set.images[seen], image_set.part_masks[seen, part], strict=True):
-        down, right = (16 - mask.nonzero().double().mean(dim=0)).round().int().tolist()
-        centred = torch.roll(picture * mask / 255, (down, right), dims=(1, 2))
-        pictures.append(centred[:, 8:24, 8:24].flatten())
-    return torch.stack(pictures), image_set.labels[seen]
