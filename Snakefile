@@ -85,7 +85,7 @@ def drawn(*names, table=False):
 OF_TABLE1 = catalogue.table1_models(settings)
 SCORED_ALONE = [
     name
-    for name in catalogue.table3_models(settings) + catalogue.swept_models(settings)
+    for name in catalogue.table3_models(settings)
     if name not in OF_TABLE1
 ]
 ATTACKED = catalogue.attacked_models(settings)
@@ -211,7 +211,7 @@ rule attacks:
 
 rule ablation:
     input:
-        measured(catalogue.table3_models(settings) + catalogue.swept_models(settings), "attacks"),
+        measured(catalogue.table3_models(settings), "attacks"),
         measured([name for name in catalogue.table3_models(settings) if name in OF_TABLE1], "scores"),
         trained([catalogue.literal_model(settings)]),
         notebook=NOTEBOOKS / "04_ablation.ipynb",
@@ -219,7 +219,7 @@ rule ablation:
     output:
         drawn("table3", table=True),
         [update(path) for path in measured(SCORED_ALONE, "scores")],
-        drawn("ablation_curves", "loss_weights", "literal_maps"),
+        drawn("ablation_curves", "literal_maps"),
         notebook=RUNS / "notebooks/04_ablation.ipynb",
     params:
         asked=measure.question_of(settings, "scores"),

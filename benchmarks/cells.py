@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.timing import ratios, take_turns
 from immunity_lib import build_expert
-from immunity_lib.cells import Cell
+from immunity_lib.cells import UNRECTIFIED, Cell
 
 IMAGES, ROUNDS, WIDTH, LAYERS = 32, 7, 0.25, 8
 
@@ -26,7 +26,8 @@ def edge_by_edge(cell: Cell, outputs, absent_edges: bool):
         total = 0.0
         for source, operation in zip(sources, operations, strict=True):
             state = states[source]
-            total = total + operation(cell.relu(state) if operation.rectified else state)
+            read = state if isinstance(operation, UNRECTIFIED) else cell.relu(state)
+            total = total + operation(read)
         for source in set(range(len(states))) - set(sources) if absent_edges else ():
             stride = states[source].shape[2] // total.shape[2]
             total = total + 0.0 * states[source][:, :, ::stride, ::stride]

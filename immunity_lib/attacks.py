@@ -6,8 +6,6 @@ in units of [0, 1]. gate: what the attacker's forward passes use, see `ImmunityM
 a bare `model(images)`, so it is set as the model's `evaluation_gate`.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping

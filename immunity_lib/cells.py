@@ -24,29 +24,14 @@ from immunity_lib.experts import Expert, convolution, scale_channels
 # for the cells that keep the grid and the two that halve it, or one for each cell
 NETWORKS = json.loads(Path(__file__).with_name("designs.json").read_text("utf-8"))
 
-# The operations of a cell. Those that begin with a ReLU say so by `rectified` and leave it to the
-# cell, where all operations that read a state share the state's ReLU.
-
-
-class Convolutions(nn.Sequential):
-    """Convolutions and batch norms of an input behind its ReLU."""
-
-    rectified = True
-
-
-class Pool(nn.Sequential):
-    rectified = False
-
-
-class Skip(nn.Identity):
-    rectified = False
+# All other operations begin with a ReLU and leave it to the cell, where those that read a state
+# share the state's ReLU.
+UNRECTIFIED = (nn.Identity, nn.AvgPool2d, nn.MaxPool2d)
 
 
 class FactorizedReduce(nn.Module):
     """Two 1x1 convolutions, of the pixels with even and of those with odd coordinates: (B, in,
     u, v) behind its ReLU to (B, out, u / 2, v / 2)."""
-
-    rectified = True
 
     def __init__(self, in_channels: int, out_channels: int, affine: bool) -> None:
         super().__init__()
@@ -62,7 +47,7 @@ class FactorizedReduce(nn.Module):
 
 def pointwise(in_channels: int, out_channels: int, affine: bool) -> nn.Module:
     layer = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-    return Convolutions(layer, nn.BatchNorm2d(out_channels, affine=affine))
+    return nn.Sequential(layer, nn.BatchNorm2d(out_channels, affine=affine))
 
 
 def _separable(
@@ -74,18 +59,18 @@ def _separable(
         depthwise = channels, channels, size, step, padding, dilation, channels
         layers += [nn.ReLU(), nn.Conv2d(*depthwise, bias=False)]
         layers += pointwise(channels, channels, affine)
-    return Convolutions(*layers[1:])  # the first ReLU is the cell's
+    return nn.Sequential(*layers[1:])  # the first ReLU is the cell's
 
 
 def _skip(channels: int, stride: int, affine: bool) -> nn.Module:
-    return Skip() if stride == 1 else FactorizedReduce(channels, channels, affine)
+    return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
 
 
 # Each builds an operation from its channels, its stride, and whether batch norms have weights
 OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "skip_connect": _skip,
-    "avg_pool_3x3": lambda _, step, __: Pool(nn.AvgPool2d(3, step, 1, count_include_pad=False)),
-    "max_pool_3x3": lambda _, step, __: Pool(nn.MaxPool2d(3, step, 1)),
+    "avg_pool_3x3": lambda _, step, __: nn.AvgPool2d(3, step, 1, count_include_pad=False),
+    "max_pool_3x3": lambda _, step, __: nn.MaxPool2d(3, step, 1),
     "sep_conv_3x3": partial(_separable, size=3, times=2),
     "sep_conv_5x5": partial(_separable, size=5, times=2),
     "sep_conv_7x7": partial(_separable, size=7, times=2),
@@ -154,10 +139,13 @@ class Cell(nn.Module):
         for sources, operations in zip(self.sources, self.operations, strict=True):
             summands = []
             for source, operation in zip(sources, operations, strict=True):
-                if operation.rectified and source not in rectified:
-                    rectified[source] = self.relu(states[source])
-                summand = operation(rectified[source] if operation.rectified else states[source])
-                dropped = self.training and self.drop_path and not isinstance(operation, Skip)
+                state = states[source]
+                if not isinstance(operation, UNRECTIFIED):
+                    if source not in rectified:
+                        rectified[source] = self.relu(state)
+                    state = rectified[source]
+                summand = operation(state)
+                dropped = self.training and self.drop_path and type(operation) is not nn.Identity
                 summands.append(_drop_path(summand, self.drop_path) if dropped else summand)
             states.append(sum(summands[1:], summands[0]))
         return outputs[1], torch.cat(states[2:], 1)
@@ -192,8 +180,7 @@ class CellNetwork(Expert):
         second cell that halves the grid, for training alone. options: as in `Expert`."""
         halving = reduction_cells(len(designs))
         stem_channels = 3 * channels
-        stem = Stem(*convolution(3, stem_channels, 3, bias=False)[:2])
-        stages: dict[str, nn.Module] = {"stem": stem}
+        stages = {"stem": Stem(*convolution(3, stem_channels, 3, bias=False)[:2])}
         before_last = last = stem_channels
         for index, design in enumerate(designs):
             channels *= 2 if index in halving else 1
@@ -203,15 +190,14 @@ class CellNetwork(Expert):
             )  # fmt: skip
             stages[f"cell{index}"] = cell
             before_last, last = last, cell.out_channels
-            if index == halving[1]:
-                auxiliary_channels = last
         super().__init__(stages, last, **options)
         self.auxiliary_stages = 1 + halving[1] + 1  # the stem and the cells it stands behind
         self.auxiliary_classifier = None
-        if auxiliary:  # from the grid of 8x8
+        if auxiliary:
+            channels = self.stages[halving[1] + 1].out_channels  # on a grid of 8x8
             self.auxiliary_classifier = nn.Sequential(
                 nn.ReLU(), nn.AvgPool2d(5, stride=3, count_include_pad=False),
-                *convolution(auxiliary_channels, 128, 1, bias=False),
+                *convolution(channels, 128, 1, bias=False),
                 nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(),
                 nn.Flatten(), nn.Linear(768, self.num_classes),
             )  # fmt: skip

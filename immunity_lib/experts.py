@@ -1,8 +1,6 @@
 """The experts: CIFAR-sized CNNs with their normalisation inside, which also hand out the
 activations that their Grad-CAM heat map is made of; `as_expert` makes one of any other network."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -50,10 +48,8 @@ class Expert(nn.Module):
     activations (B, K, u, v), unless `activations_of` is overridden.
     """
 
-    def __init__(
-        self, stages: dict[str, nn.Module], channels: int, *, num_classes, mean, std, heatmap_layer
-    ) -> None:
-        """channels: of the last stage; the rest as in `build_expert`."""
+    def __init__(self, stages, channels: int, *, num_classes, mean, std, heatmap_layer) -> None:
+        """stages: by name; channels: of the last one; the rest as in `build_expert`."""
         super().__init__()
         self.num_classes = num_classes
         self.normalise = Normalise(mean, std)
@@ -284,6 +280,37 @@ def build_expert(
     return EXPERTS[name](width, **options)
 
 
+class NetworkExpert(nn.Module):
+    """A network of any make as an expert; `as_expert` makes it and checks that it is one."""
+
+    def __init__(self, network: nn.Module, layer: str, num_classes: int, normalise: Normalise):
+        super().__init__()
+        self.num_classes, self.normalise, self.network = num_classes, normalise, network
+        self.layer = layer
+        network.set_submodule(layer, Tap(network.get_submodule(layer)))
+
+    def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tap = self.network.get_submodule(self.layer)
+        logits = self.network(self.normalise(images))
+        activations, tap.output = tap.output, None
+        return activations, logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_with_features(images)[1]
+
+
+class Tap(nn.Module):
+    """A layer that keeps its last output until somebody takes it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.output = layer, None
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        self.output = self.layer(*inputs, **options)
+        return self.output
+
+
 def as_expert(
     network: nn.Module, layer: str, num_classes: int, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
 ) -> NetworkExpert:
@@ -310,38 +337,6 @@ def as_expert(
             if obstacle := _obstacle(trial.train(mode == "train")):
                 raise ValueError(f"layer {layer!r} in {mode} mode: {obstacle}")
     return expert
-
-
-class NetworkExpert(nn.Module):
-    """A network of any make as an expert; `as_expert` makes it and checks that it is one."""
-
-    def __init__(self, network: nn.Module, layer: str, num_classes: int, normalise: Normalise):
-        super().__init__()
-        self.num_classes, self.normalise, self.network = num_classes, normalise, network
-        self.layer = layer
-        network.set_submodule(layer, Tap(network.get_submodule(layer)))
-
-    def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As of an `Expert`."""
-        tap = self.network.get_submodule(self.layer)
-        logits = self.network(self.normalise(images))
-        activations, tap.output = tap.output, None
-        return activations, logits
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_with_features(images)[1]
-
-
-class Tap(nn.Module):
-    """A layer that keeps its last output until somebody takes it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.output = layer, None
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        self.output = self.layer(*inputs, **options)
-        return self.output
 
 
 def _obstacle(expert: NetworkExpert) -> str | None:

@@ -1,7 +1,5 @@
 """The mixture of experts and its random switch gate, eq (1) and section 4.1."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings
@@ -9,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +113,9 @@ class ImmunityMoE(nn.Module):
             raise ValueError("a mixture needs at least one expert; got none")
         for expert in experts:
             if missing := [name for name in EXPERT_NEEDS if not hasattr(expert, name)]:
+                lacks = f"a {type(expert).__name__} is no expert: it lacks {', '.join(missing)}"
                 raise TypeError(
-                    f"a {type(expert).__name__} is no expert: it lacks {', '.join(missing)}; "
-                    "build_expert makes experts, and as_expert makes one of any network"
+                    f"{lacks}; build_expert makes one, as_expert makes one of any network"
                 )
         self.experts = nn.ModuleList(experts)
         self.gate = ConvolutionalGate(len(experts)) if gate is None else gate
@@ -199,7 +197,7 @@ class GateVerdicts:
         )  # fmt: skip
 
     @classmethod
-    def join(cls, batches: Sequence[GateVerdicts]) -> GateVerdicts:
+    def join(cls, batches: Sequence[Self]) -> Self:
         """The verdicts on the images of all batches, in their order."""
         tensors = ([getattr(one, field.name) for one in batches] for field in fields(cls))
         return cls(*map(torch.cat, tensors))
@@ -239,10 +237,8 @@ def check_images(images: Tensor) -> None:
     """Raise ValueError unless the images lie in [0, 1]."""
     low, high = images.min().item(), images.max().item()
     if not (-ROUNDING <= low and high <= 1 + ROUNDING):  # so phrased that NaN fails
-        raise ValueError(
-            f"images must lie in [0, 1], found {low:g} to {high:g}: divide 8-bit images by 255, "
-            "and do not normalise them, since normalisation is the model's first layer"
-        )
+        remedy = "divide 8-bit images by 255, and do not normalise them: the model does that first"
+        raise ValueError(f"images must lie in [0, 1], found {low:g} to {high:g}: {remedy}")
 
 
 def check_labels(labels: Tensor, images: Tensor, classes: int) -> None:

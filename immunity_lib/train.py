@@ -6,17 +6,16 @@ that was killed or stopped goes on from there and ends where an undisturbed one 
 CPU, bit for bit).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -99,26 +98,27 @@ class Recipe:
             "train_images": 2, "validation_images": 1, "experts": 1, "layers": 3, "epochs": 1,
             "batch_size": 2, "adversary_steps": 1,
         }  # fmt: skip
-        for field in fields(self):
-            name, value, low = field.name, getattr(self, field.name), least.get(field.name, 0)
+        most = {"width": 4, "eps": 1, "step_size": 1, "seed": 2**63 - 1}
+        positive, below_1 = (
+            ("width", "learning_rate", "eps", "step_size"),
+            ("momentum", "drop_path"),
+        )
+        for name, value in vars(self).items():
             if value is None or isinstance(value, bool | str):
                 continue
-            if not low <= value < math.inf:  # so phrased that NaN fails
-                raise ValueError(f"{name} is {value}; it must be at least {low}")
-            if name in ("width", "learning_rate", "eps", "step_size") and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-            high = {"width": 4, "eps": 1, "step_size": 1, "seed": 2**63 - 1}.get(name, math.inf)
-            if value > high:
-                raise ValueError(f"{name} is {value}; it must be at most {high}")
-            if name in ("momentum", "drop_path") and value >= 1:
-                raise ValueError(f"{name} is {value}; it must be below 1")
+            low, high = least.get(name, 0), most.get(name, math.inf)
+            for holds, must in (
+                (low <= value < math.inf, f"at least {low}"),  # so phrased that NaN fails
+                (value > 0 or name not in positive, "above 0"),
+                (value <= high, f"at most {high}"),
+                (value < 1 or name not in below_1, "below 1"),
+            ):
+                if not holds:
+                    raise ValueError(f"{name} is {value}; it must be {must}")
 
     def as_json(self) -> dict[str, Any]:
         """The fields for a JSON file, fractions as text."""
-        return {
-            name: str(value) if isinstance(value, Fraction) else value
-            for name, value in asdict(self).items()
-        }
+        return json.loads(json.dumps(vars(self), default=str))
 
     def is_that_of(self, known: dict[str, Any]) -> bool:
         """Whether these are the fields that `as_json` once gave; fields that it did not have yet
@@ -143,19 +143,15 @@ def build_model(recipe: Recipe, dataset: Dataset) -> ImmunityMoE:
             )
             for _ in range(recipe.experts)
         ]  # fmt: skip
-        gates = {"convolutional": ConvolutionalGate, "constant": ConstantGate}
-        model = ImmunityMoE(experts, gates[recipe.gate_network](recipe.experts))
+        gate = {"convolutional": ConvolutionalGate, "constant": ConstantGate}[recipe.gate_network]
+        model = ImmunityMoE(experts, gate(recipe.experts))
     return model.to(memory_format=torch.channels_last)
 
 
 def train(
-    recipe: Recipe,
-    dataset: Dataset,
-    folder: Path,
-    *,
-    name: str = "",
-    device: torch.device | None = None,
-) -> tuple[ImmunityMoE, list[dict]]:
+    recipe: Recipe, dataset: Dataset, folder: Path, *,
+    name: str = "", device: torch.device | None = None,
+) -> tuple[ImmunityMoE, list[dict]]:  # fmt: skip
     """Train a recipe from its last checkpoint in `folder`, or from the start.
 
     Returns the model after the last epoch and its log, one entry an epoch as described in
@@ -178,16 +174,13 @@ def train(
             while len(log) < recipe.epochs:
                 started = time.perf_counter()
                 entry = {"epoch": len(log) + 1}
-                entry |= _train_epoch(
-                    model, loss, optimiser, recipe, dataset, len(log), name, device
-                )
-                entry |= diagnose(model, dataset.splits["validation"], recipe, device)
+                entry |= _train_epoch(model, loss, optimiser, recipe, dataset, len(log), name)
+                entry |= diagnose(model, dataset.splits["validation"], recipe)
                 entry["seconds"] = round(time.perf_counter() - started, 2)
-                longer = [*log, entry]
-                lines = "".join(json.dumps(one) + "\n" for one in longer)
+                lines = "".join(json.dumps(one) + "\n" for one in [*log, entry])
                 write_atomically(folder / "log.jsonl", lines)
-                _save(folder, source | {"log": longer}, model, optimiser)
-                log = longer
+                _save(folder, source | {"log": [*log, entry]}, model, optimiser)
+                log.append(entry)
                 print(progress_line(name, recipe.epochs, entry), flush=True)
         except (SystemExit, KeyboardInterrupt):
             kept = f"after epoch {len(log)} of {recipe.epochs}"
@@ -196,7 +189,7 @@ def train(
     return model, log
 
 
-def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name, device) -> dict[str, float]:
+def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name) -> dict[str, float]:
     """One epoch; means over its batches of the loss's parts and of their weighted total."""
     model.train()
     for expert in model.experts:
@@ -204,7 +197,7 @@ def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name, device) -
             expert.set_drop_path(recipe.drop_path * epoch / recipe.epochs)
     batches = training_batches(
         dataset.splits["train"], recipe.batch_size, torch.default_generator, recipe.augment,
-        device, rotation=recipe.rotation, cutout=recipe.cutout,
+        next(model.parameters()).device, rotation=recipe.rotation, cutout=recipe.cutout,
         fill=dataset.mean if recipe.normalise else (0.0,) * 3,
     )  # fmt: skip
     steps, sums = math.ceil(len(dataset.splits["train"]) / recipe.batch_size), defaultdict(float)
@@ -212,10 +205,9 @@ def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name, device) -
     shown = tqdm(batches, f"{name} {epoch + 1}/{recipe.epochs}", steps, leave=False)
     for number, (images, labels) in enumerate(shown, start=1):
         done = epoch + (number - 1) / steps
+        rate = recipe.learning_rate * learning_rate_factor(recipe.schedule, done / recipe.epochs)
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * learning_rate_factor(
-                recipe.schedule, done / recipe.epochs
-            )
+            group["lr"] = rate
         adversarial = adversarial_images(model, images, labels, recipe)
         parts = loss(model, images, labels, recipe, done, adversarial)
         optimiser.zero_grad()
@@ -223,13 +215,12 @@ def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name, device) -
         if recipe.gradient_clip:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimiser.step()
-        for part, value in {
-            "cross_entropy": parts.cross_entropy.item(),
-            "mutual_information_loss": parts.mutual_information.item(),
-            "position_stability_loss": parts.position_stability.item(),
-            "loss": parts.total.item(),
-        }.items():
-            if not math.isfinite(value):
+        losses = {
+            "cross_entropy": parts.cross_entropy, "mutual_information_loss": parts.mutual_information,
+            "position_stability_loss": parts.position_stability, "loss": parts.total,
+        }  # fmt: skip
+        for part, loss_value in losses.items():
+            if not math.isfinite(value := loss_value.item()):
                 where = f"in epoch {epoch + 1}, batch {number} of {steps}"
                 raise TrainingDiverged(f"{name}: {part} is {value} {where}; {remedy}")
             sums[part] += value
@@ -240,17 +231,11 @@ def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name, device) -
 
 
 def training_loss(
-    model: ImmunityMoE,
-    images: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    epochs_done: float,
+    model: ImmunityMoE, images: Tensor, labels: Tensor, recipe: Recipe, epochs_done: float,
     adversarial: Tensor | None = None,
-) -> ImmunityLoss:
-    """Eq (12) on one batch; beta and gamma rise linearly over the warm-up.
-
-    adversarial: the images under attack, where the recipe trains on them. The total also has what
-    the recipe's pairing and auxiliary classifier add.
+) -> ImmunityLoss:  # fmt: skip
+    """Eq (12) on one batch; beta and gamma rise linearly over the warm-up. The total also has what
+    the recipe's pairing and auxiliary classifier add. adversarial: the images under attack, if any.
     """
     warm = min(epochs_done / recipe.warmup_epochs, 1.0) if recipe.warmup_epochs else 1.0
     beta, gamma = warm * recipe.beta, warm * recipe.gamma
@@ -258,12 +243,11 @@ def training_loss(
     classified, other = (images, adversarial) if clean_is_classified else (adversarial, images)
     with mixed_precision(recipe, images.device):
         if recipe.auxiliary_weight:  # of a stand-alone network, which has no gate to ask
-            logits = [one.to(images.dtype) for one in
-                      model.experts[0].forward_with_auxiliary(classified)]  # fmt: skip
-            own, auxiliary_logits = logits
+            logits = model.experts[0].forward_with_auxiliary(classified)
+            own, auxiliary = (one.to(images.dtype) for one in logits)
             outputs = ExpertOutputs(own[:, None], own.new_zeros(len(images), 1), ())
         else:
-            outputs, auxiliary_logits = model.expert_outputs(classified), None
+            outputs = model.expert_outputs(classified)
         other_log_probs = model(other, gate="trained") if recipe.pairing != "none" else None
     maps = positions = None
     if beta or gamma:
@@ -275,17 +259,14 @@ def training_loss(
         outputs, labels, maps, positions, alpha=recipe.alpha, beta=beta, gamma=gamma,
         coordinates=recipe.coordinates,
     )  # fmt: skip
-    total = loss.total
+    total, mixture = loss.total, outputs.mixture()
     if recipe.pairing == "trades":  # its eq (5): KL(clean || adversarial)
-        total = total + recipe.pairing_weight * functional.kl_div(
-            other_log_probs, outputs.mixture(), reduction="batchmean", log_target=True
-        )
+        far = functional.kl_div(other_log_probs, mixture, reduction="batchmean", log_target=True)
+        total = total + recipe.pairing_weight * far
     if recipe.pairing == "alp":
-        distance = functional.mse_loss(outputs.mixture(), other_log_probs)
-        total = total + recipe.pairing_weight * distance
-    if auxiliary_logits is not None:
-        auxiliary = functional.cross_entropy(auxiliary_logits, labels)
-        total = total + recipe.auxiliary_weight * auxiliary
+        total = total + recipe.pairing_weight * functional.mse_loss(mixture, other_log_probs)
+    if recipe.auxiliary_weight:
+        total = total + recipe.auxiliary_weight * functional.cross_entropy(auxiliary, labels)
     return replace(loss, total=total)
 
 
@@ -295,20 +276,18 @@ def adversarial_images(
     """The images of a batch under the recipe's attack on the trained gate; None if it has none."""
     if recipe.adversary is None:
         return None
-    eps, step_size, steps = float(recipe.eps), float(recipe.step_size), recipe.adversary_steps
-    attack: str = recipe.adversary
+    eps, attack = float(recipe.eps), recipe.adversary
+    budget = {"step_size": float(recipe.step_size), "steps": recipe.adversary_steps}
     if recipe.pairing == "trades":
         # It ascends the divergence from the clean answer; FFGSM is that attack's one step of 1.25
         # eps for a cross entropy
-        attack, one_step = "tpgd", recipe.adversary == "ffgsm"
-        step_size, steps = (1.25 * eps, 1) if one_step else (step_size, steps)
+        budget = {"step_size": 1.25 * eps, "steps": 1} if attack == "ffgsm" else budget
+        attack = "tpgd"
     with mixed_precision(recipe, images.device):
-        return attack_images(
-            model, images, labels, attack, "trained", eps=eps, step_size=step_size, steps=steps
-        )
+        return attack_images(model, images, labels, attack, "trained", eps=eps, **budget)
 
 
-def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe, device=None) -> dict:
+def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
     """What the log says of the model, in eval mode, maps in the fixed reading; random numbers are
     left as they were.
 
@@ -318,7 +297,7 @@ def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe, device=No
     """
     model.eval()
     sums: dict[str, Tensor | float] = defaultdict(float)
-    for images, labels in evaluation_batches(validation, 250, device):
+    for images, labels in evaluation_batches(validation, 250, next(model.parameters()).device):
         images.requires_grad_()
         outputs = model.expert_outputs(images)
         mixture = outputs.mixture()
@@ -345,25 +324,25 @@ def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe, device=No
 
 def progress_line(name: str, epochs: int, entry: dict) -> str:
     """One epoch of the log as a line of text."""
-    robust = entry.get("robust_accuracy")
-    attacked = "" if robust is None else f", {robust:.1%} under its own attack"
-    return (
-        f"{name} epoch {entry['epoch']}/{epochs}: cross entropy {entry['cross_entropy']:.3f}, "
-        f"MI {entry['mutual_information_loss']:.3f}, PS {entry['position_stability_loss']:.3g}, "
-        f"accuracy {entry['accuracy']:.1%} (experts "
-        f"{min(entry['expert_accuracy']):.1%} to {max(entry['expert_accuracy']):.1%}){attacked}, "
-        f"gate entropy {entry['gate_entropy']:.2f}, empty maps {entry['empty_maps']:.1%}, "
-        f"input gradient {entry['input_gradient']:.3f}, {entry['seconds']:.0f} s"
+    attacked = ", {robust_accuracy:.1%} under its own attack" if "robust_accuracy" in entry else ""
+    line = (
+        "{name} epoch {epoch}/{epochs}: cross entropy {cross_entropy:.3f}, "
+        "MI {mutual_information_loss:.3f}, PS {position_stability_loss:.3g}, "
+        "accuracy {accuracy:.1%} (experts {lowest:.1%} to {highest:.1%})" + attacked + ", "
+        "gate entropy {gate_entropy:.2f}, empty maps {empty_maps:.1%}, "
+        "input gradient {input_gradient:.3f}, {seconds:.0f} s"
     )
+    experts = {"lowest": min(entry["expert_accuracy"]), "highest": max(entry["expert_accuracy"])}
+    return line.format(name=name, epochs=epochs, **experts, **entry)
 
 
 def make_optimiser(model: ImmunityMoE, recipe: Recipe) -> torch.optim.Optimizer:
     """Stochastic gradient descent on all weights of the model."""
-    groups: list[dict] = [{"params": list(model.parameters())}]
+    weights = list(model.parameters())
+    groups: list[dict] = [{"params": weights}]
     if recipe.decayed != "everything":  # biases and batch norms, which are vectors, are left alone
-        vectors = [one for one in model.parameters() if one.ndim < 2]
-        others = [one for one in model.parameters() if one.ndim >= 2]
-        groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
+        vectors = {"params": [one for one in weights if one.ndim < 2], "weight_decay": 0.0}
+        groups = [{"params": [one for one in weights if one.ndim >= 2]}, vectors]
     return torch.optim.SGD(
         groups, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
     )
@@ -387,9 +366,8 @@ def learning_rate_factor(schedule: str, done: float) -> float:
 
 def mixed_precision(recipe: Recipe, device: torch.device) -> AbstractContextManager:
     """Within it, convolutions and products are in bfloat16 if the recipe says so."""
-    if recipe.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    mixed = recipe.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
 
 
 @contextmanager
@@ -400,10 +378,7 @@ def _sigterm_stops() -> Iterator[None]:
         yield
         return
 
-    def stop(*_) -> None:
-        raise SystemExit(STOPPED)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     try:
         yield
     finally:
@@ -417,8 +392,7 @@ def _save(folder: Path, notes: dict, model: nn.Module, optimiser: torch.optim.Op
     """Write weights, momentum, random state and notes (recipe, data, log) as one file."""
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
-        if state.get("momentum_buffer") is not None:
-            tensors[f"momentum.{index}"] = state["momentum_buffer"]
+        tensors[f"momentum.{index}"] = state["momentum_buffer"]
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -430,7 +404,7 @@ def _restore(
 ) -> list[dict]:
     """Load the checkpoint, if there is one of this recipe and data; the log so far. Any other is
     set aside, and training starts from the beginning."""
-    path = folder / CHECKPOINT
+    path, weights = folder / CHECKPOINT, model.state_dict()
     if not path.exists():
         return []
     try:
@@ -439,7 +413,7 @@ def _restore(
         if any(notes[key] != value for key, value in source.items()):
             raise DamagedFile("it belongs to other settings or data")
         parameters = [one for group in optimiser.param_groups for one in group["params"]]
-        needed = {f"model.{key}": value.shape for key, value in model.state_dict().items()}
+        needed = {f"model.{key}": value.shape for key, value in weights.items()}
         possible = {f"momentum.{index}": one.shape for index, one in enumerate(parameters)}
         found = {key: one.shape for key, one in tensors.items() if not key.startswith("random.")}
         if not needed.items() <= found.items() <= (needed | possible).items():
@@ -447,13 +421,11 @@ def _restore(
     except (DamagedFile, KeyError) as error:
         set_aside(path, f"{error}; training starts anew")
         return []
-    model.load_state_dict(_under("model.", tensors))
-    # In the memory format of its weight, without which the next step is slow
-    state = {
-        int(index): {"momentum_buffer": torch.empty_like(parameters[int(index)]).copy_(buffer)}
-        for index, buffer in _under("momentum.", tensors).items()
-    }
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    model.load_state_dict({key: tensors[f"model.{key}"] for key in weights})
+    for index, weight in enumerate(parameters):
+        if (buffer := tensors.get(f"momentum.{index}")) is not None:
+            # In the memory format of its weight, without which the next step is slow
+            optimiser.state[weight]["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
     torch.set_rng_state(random_state)
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -461,7 +433,3 @@ def _restore(
     if len(log) < epochs:
         print(f"{folder.name} goes on after epoch {len(log)} of {epochs}", flush=True)
     return log
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}

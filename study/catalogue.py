@@ -1,8 +1,7 @@
 """Models by name: which there are in a preset, which each table needs, and how each is trained.
 
 A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; its variants are
-configurations of one model. With loss weights of its own the method has them behind it:
-`immunity-beta4-gamma0`.
+configurations of one model.
 """
 
 import re
@@ -49,10 +48,8 @@ NETWORKS = {
 ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD", "cw": "C&W",
                  "apgd": "APGD"}  # fmt: skip
 
-_WEIGHT = "[0-9]+(?:[.][0-9]+)?(?:e-?[0-9]+)?"
 _NAME = re.compile(
-    f"(?P<dataset>{{}})-(?P<method>{{}})(-beta(?P<beta>{_WEIGHT})-gamma(?P<gamma>{_WEIGHT}))?"
-    "-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
+    "(?P<dataset>{})-(?P<method>{})-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
         *("|".join(sorted(names, key=len, reverse=True)) for names in
           (DATASETS, METHODS, EXPERT_NAMES, REGIMES))
     )
@@ -69,14 +66,9 @@ class ModelName(BaseModel):
     expert: str
     regime: str
     seed: int
-    beta: float | None = None  # of eq (12); None: the preset's
-    gamma: float | None = None
 
     def __str__(self) -> str:
-        weights = ""
-        if self.beta is not None:
-            weights = f"-beta{_shortest(self.beta)}-gamma{_shortest(self.gamma)}"
-        return f"{self.dataset}-{self.method}{weights}-{self.expert}-{self.regime}-seed{self.seed}"
+        return f"{self.dataset}-{self.method}-{self.expert}-{self.regime}-seed{self.seed}"
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -93,11 +85,6 @@ class ModelName(BaseModel):
     def title(self) -> str:
         """A mixture as readers call it."""
         return f"{MIXTURES[self.method]}, {self.regime} training"
-
-
-def _shortest(weight: float) -> str:
-    """A weight as it is written in a name, from which it can be read again to the bit."""
-    return repr(float(weight)).removesuffix(".0").replace("e+", "e")
 
 
 def recipe_of(settings: Settings, name: ModelName) -> Recipe:
@@ -117,8 +104,6 @@ def recipe_of(settings: Settings, name: ModelName) -> Recipe:
         changes["beta"] = 0.0
     if name.method in ("standalone", "moe", "moe-mi"):
         changes["gamma"] = 0.0
-    if name.beta is not None:
-        changes |= {"beta": name.beta, "gamma": name.gamma}
     if name.method == "immunity-literal":
         changes |= {"floor": 0.0, "warmup_epochs": 0.0}
     weights = {"trades": settings.trades_weight, "alp": settings.pairing_weight}
@@ -191,26 +176,14 @@ def table3_models(settings: Settings) -> list[ModelName]:
     return _models(settings, *MIXTURES)
 
 
-def swept_models(settings: Settings) -> list[ModelName]:
-    """Immunity with one of its losses alone, its weight times each of the preset's factors. With
-    the factors 0 and 1, these are models of Table 3."""
-    weights = [(settings.recipe.beta * factor, 0.0) for factor in settings.weight_factors]
-    weights += [(0.0, settings.recipe.gamma * factor) for factor in settings.weight_factors]
-    return [
-        name.model_copy(update={"beta": beta, "gamma": gamma})
-        for beta, gamma in weights
-        for name in _models(settings, "immunity")
-    ]
-
-
 def literal_model(settings: Settings) -> ModelName:
     """The model that shows what the literal heat-map losses do."""
     return _models(settings, "immunity-literal")[0]
 
 
 def attacked_models(settings: Settings) -> list[ModelName]:
-    """Every model of Tables 2 and 3 and of the sweep of loss weights, once."""
-    every = table2_models(settings) + table3_models(settings) + swept_models(settings)
+    """Every model of Tables 2 and 3, once."""
+    every = table2_models(settings) + table3_models(settings)
     return list(dict.fromkeys(every))
 
 

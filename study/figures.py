@@ -260,23 +260,6 @@ def verdict_forest(verdicts: pd.DataFrame) -> Figure:
     return add_legend(figure, panel, 4)
 
 
-def weight_curves(sweep: pd.DataFrame) -> Figure:
-    """What each loss buys by its weight, a panel for each measure; points are seeds, lines means.
-    sweep: as `tables.weight_sweep` makes it."""
-    measures = sweep.columns.drop(["loss", "factor", "seed"])
-    figure, panels = make_panels(len(measures), 4, 2.9, 2.6)
-    factors = sorted(sweep["factor"].unique())
-    for panel, measure in zip(panels, measures, strict=True):
-        for (loss, own), colour in zip(sweep.groupby("loss"), COLOURS, strict=False):
-            panel.plot(own["factor"].map(factors.index), own[measure], ".", color=colour)
-            means = own.groupby("factor")[measure].mean()
-            panel.plot(means.index.map(factors.index), means, color=colour, label=loss)
-        panel.set(title=measure, ylim=(0, None))
-        panel.set_xticks(range(len(factors)), [f"{factor:g}" for factor in factors])
-    figure.supxlabel("weight of the loss, times the preset's; the other loss is off", fontsize=10)
-    return add_legend(figure, panels[0], 2, "upper")
-
-
 def architecture(model: ImmunityMoE) -> Figure:
     """Figure 1, from a model itself: every expert (of `build_expert`) with its stages, as high as
     their grids, the Grad-CAM layer, gate and switch, the mixture, and the losses on the maps."""

@@ -75,9 +75,6 @@ class Settings(BaseModel):
     seeds: list[Seed] = Field([0], min_length=1)
     trades_weight: Weight = Field(6.0, description="of the divergence that TRADES adds")
     pairing_weight: Weight = Field(0.5, description="of adversarial logit pairing (alp)")
-    weight_factors: list[Annotated[float, Field(gt=0)]] = Field(
-        [], description="on beta and on gamma, one at a time; 0 and 1 are in the ablation"
-    )
 
     # attacks, at the recipe's eps and step_size
     attacks: list[AttackName] = Field(["fgsm", "bim", "mim", "pgd"], min_length=1)
@@ -98,7 +95,7 @@ class Settings(BaseModel):
     def _consistent(self) -> Self:
         lists = (
             "seeds", "compared_experts", "baselines", "regimes", "attacks", "attack_gates",
-            "gate_samples", "weight_factors", "datasets",
+            "gate_samples", "datasets",
         )  # fmt: skip
         for field in lists:
             values = getattr(self, field)

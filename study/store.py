@@ -265,7 +265,7 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
     """The frames of a kind of these models, one under the other (see `measure`), and what each
-    model is: "data", "method", "expert", "regime", "seed", "beta" and "gamma".
+    model is: "data", "method", "expert", "regime" and "seed".
 
     Raises FileNotFoundError, with the command that makes it, where a model has none yet. One that
     is damaged is set aside, so that the graph makes it anew, and is a DamagedFile.

@@ -250,37 +250,6 @@ def budget_curves(settings: Settings, names: Names) -> pd.DataFrame:
     return found.groupby(by, sort=False, as_index=False).mean()
 
 
-# The sweep of the loss weights
-
-
-def weight_sweep(settings: Settings) -> pd.DataFrame:
-    """What each loss buys: a line for each loss, factor on its weight (0: without it) and seed.
-
-    Behind these the scores of the heat maps, where parts are known the heat of the expert that
-    looks at a part most (mean over parts) and on the background (mean over experts), and accuracy,
-    clean and under the strongest attack, expected over switches.
-    """
-    mi, ps, recipe = "mutual information", "position stability", settings.recipe
-    places = {"moe": [(mi, 0.0), (ps, 0.0)], "moe-mi": [(mi, 1.0)], "moe-ps": [(ps, 1.0)]}
-    strongest = min(settings.attacks, key=STRONGEST_FIRST.index)
-    lines = []
-    for name in catalogue.table3_models(settings) + catalogue.swept_models(settings):
-        own = places.get(name.method, [])
-        if name.beta is not None:
-            own = [(mi, name.beta / recipe.beta) if name.beta else (ps, name.gamma / recipe.gamma)]
-        line = score_cells(settings, [name]).set_index("header")["value"].to_dict()
-        summary = read_summary(settings, name, "scores")["test"]
-        if "part_coverage" in summary:
-            most = np.max(summary["part_coverage"], axis=0)
-            line["heat on the best covered part (%)"] = 100 * most.mean()
-            line["heat on the background (%)"] = 100 * np.mean(summary["background_heat"])
-        accuracy = attack_cells(settings, [name]).set_index("attack")["value"]
-        line["accuracy, clean (%)"] = accuracy["clean"]
-        line["accuracy under attack (%)"] = accuracy[strongest]
-        lines += [{"loss": one, "factor": factor, "seed": name.seed} | line for one, factor in own]
-    return pd.DataFrame(lines).sort_values(["loss", "factor", "seed"], ignore_index=True)
-
-
 # From tables to text and files
 
 

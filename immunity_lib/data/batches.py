@@ -102,9 +102,10 @@ def evaluation_batches(image_set: ImageSet, batch_size: int, device: Device = No
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     for start in range(0, len(image_set), batch_size):
-        batch = image_set.rows(start, min(start + batch_size, len(image_set)))
-        images = _as_floats(batch.images, device).contiguous(memory_format=torch.channels_last)
-        yield images, batch.labels.to(device)
+        batch = slice(start, start + batch_size)
+        images = _as_floats(image_set.images[batch], device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        yield images, image_set.labels[batch].to(device)
 
 
 def random_maps(count: int, generator: torch.Generator, rotation: float) -> Tensor:

@@ -40,10 +40,9 @@ def source(name: str, folder: Path) -> Source:
     where there are no images and the download fails.
     """
     from filelock import FileLock
-    from torchvision.datasets import CIFAR10, CIFAR100  # costs seconds to import
-    from torchvision.datasets.utils import check_integrity
+    from torchvision import datasets  # costs seconds to import
 
-    archive = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    archive = getattr(datasets, name.upper())
     packed, extracted = folder / archive.filename, folder / archive.base_folder
     found = packed.is_file() or extracted.is_dir()
     if not found and any((folder / name).glob("*.parquet")):
@@ -57,7 +56,7 @@ def source(name: str, folder: Path) -> Source:
         with lock if download and os.access(folder, os.W_OK) else nullcontext():
             data = {split: archive(folder, split == "train", download=download) for split in SPLITS}
     except (OSError, RuntimeError) as error:
-        if found and not check_integrity(packed, archive.tgz_md5):
+        if found and not datasets.utils.check_integrity(packed, archive.tgz_md5):
             damaged = packed if packed.is_file() else extracted
             remedy = "replace it by an intact copy, or move it away to have it downloaded"
             raise ValueError(f"{damaged} is incomplete or damaged ({error}); {remedy}") from error
@@ -110,8 +109,7 @@ def _read_parquet(file: Path, classes: int) -> tuple[list[tuple[str, BytesIO, in
         labels = columns.get("fine_label", columns.get("label"))
         if images is None or labels is None:
             raise ValueError("it needs a column img or image, of image files, and a column label")
-        wrong = [label for label in labels if label not in range(classes)]
-        if wrong:
+        if wrong := [label for label in labels if label not in range(classes)]:
             raise ValueError(f"label {wrong[0]!r} is not in 0 .. {classes - 1}")
         places = (f"{file} row {row}" for row in range(len(labels)))
         rows = list(zip(places, map(BytesIO, images), labels, strict=True))

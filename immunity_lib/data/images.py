@@ -58,11 +58,10 @@ def source(folder: Path) -> Source:
             rows[split].append((path, path, label))
     found = {f"{split}/{classes[label]}" for split in rows for *_, label in rows[split]}
     needed = [f"{split}/{name}" for split in rows for name in classes]
-    without = [name for name in needed if name not in found]
-    if without:
+    if without := [name for name in needed if name not in found]:
         raise ValueError(f"'{_text(folder)}' has no images for {_list(without)}; {LAYOUTS}")
     description = "image folder " + ("with train/ and test/" if chosen else "split by file names")
-    available = {split: len(found) for split, found in rows.items()}
+    available = {split: len(rows[split]) for split in rows}
     class_names = tuple(map(_text, classes))
     return Source(description, class_names, available, partial(read_images, rows, False))
 

@@ -92,13 +92,11 @@ def _draw_chunk(random: np.random.RandomState, split: str) -> tuple[np.ndarray, 
     leaves = np.max([_ellipse(x, y, *leaf) for leaf in LEAVES] * (there & ~seen), axis=0)
     wing_bars = 0.45 + 0.75 * _wave(np.where(variants[1], x, y + 0.25 * x) / 4)  # across or along
     layers = {  # from the bottom to the top
-        "tail": (shapes[2], colours[2]),
-        "feet": (shapes[3], colours[3]),
+        "tail": (shapes[2], colours[2]), "feet": (shapes[3], colours[3]),
         "body": (_ellipse(x, y, 0, 0, 7.0, 5.0), body_colour),
-        "wing": (shapes[1], colours[1] * wing_bars[:, None]),
-        "head": (shapes[0], colours[0]),
+        "wing": (shapes[1], colours[1] * wing_bars[:, None]), "head": (shapes[0], colours[0]),
         "leaves": (leaves * (1 - shapes[surely_seen]), leaf_colour),
-    }
+    }  # fmt: skip
     masks = {}
     for name, (shape, colour) in layers.items():
         _paint(image, shape, colour)

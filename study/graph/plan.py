@@ -172,7 +172,7 @@ def requests(settings: Settings, tflops: float) -> dict[str, dict[str, int]]:
     jobs = {f"{job}-{name}": macs for job in WORK[:-1] for name, macs in frame[job].items()}
     for job, names in {
         "01_expert_selection": catalogue.table1_models(settings),
-        "04_ablation": table3 + catalogue.swept_models(settings),
+        "04_ablation": table3,
         "05_heatmaps": table3,
     }.items():
         jobs[job] = frame["scores"][list(map(str, catalogue.single(settings, names)))].sum()

@@ -65,9 +65,7 @@ def test_C9_parquet_files_are_read_in_order_and_lossy_rows_are_told(folder):
     assert test.labels.tolist() == [0, 2, 3, 5]
     assert np.array_equal(test.images[1].numpy(), _pixels(6, seed=2)[2].transpose(2, 0, 1))
     assert dataset.source == "parquet files (2 lossy rows left out)"
-    with patch.object(
-        Image, "open", wraps=Image.open
-    ) as opened:  # for the rows asked for
+    with patch.object(Image, "open", wraps=Image.open) as opened:  # for the rows asked for
         load_dataset("cifar10", folder, train_images=8, validation_images=4, test_images=3)
     assert opened.call_count == 15
 

@@ -184,7 +184,7 @@ def test_data_removed_in_the_middle(tmp_path, gone):
     fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
     fields |= {"preset": "own", "dataset": "images", "data_folder": "data", "regimes": ["standard"]}
     fields |= {"train_images": 128, "validation_images": 32, "test_images": 64}
-    fields |= {"baselines": [], "weight_factors": []}
+    fields["baselines"] = []
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump(fields))
     outputs = [tmp_path / "undisturbed", tmp_path / "disturbed"]

@@ -38,7 +38,7 @@ class World:
                     rows.append(self.rows(name, "attacks", attacked, attack, "paper", gate))
             self.write(name, "attacks", rows, {"seconds": {}})
         of_tables = catalogue.table1_models(settings) + catalogue.table3_models(settings)
-        for name in dict.fromkeys(of_tables + catalogue.swept_models(settings)):
+        for name in dict.fromkeys(of_tables):
             rows = self.rows(name, "scores", settings.test_images)
             found = self.generator.random((len(rows), len(SCORES)))
             self.scores[name] = pd.DataFrame(found, columns=SCORES)

@@ -34,12 +34,7 @@ from study.explorer.exploration import (
     Subject,
     own_subject,
 )
-from study.explorer.page import (
-    attack_figure,
-    explorer_page,
-    gallery_figure,
-    gates_figure,
-)
+from study.explorer.page import attack_figure, explorer_page, gallery_figure, gates_figure
 from study.explorer.panel import Explorer
 from study.settings import PRESETS, load_preset
 from study.store import model_folder, trained_model
@@ -64,29 +59,6 @@ def subject(exploration):
     return exploration.gallery[0]
 
 
-@pytest.fixture
-def stubborn(exploration, dataset, monkeypatch):
-    """An exploration of models that answer one class whatever they see: 3 and 7."""
-
-    def model_of(settings, name, dataset):
-        model = trained_model(settings, name, dataset)
-        for expert in model.experts:
-            *_, last = (one for one in expert.modules() if isinstance(one, nn.Linear))
-            nn.init.zeros_(last.weight)
-            last.bias.data = 9.0 * nn.functional.one_hot(torch.tensor(3 + 4 * (name == MOE)), 10)
-        return model
-
-    monkeypatch.setattr(module, "trained_model", model_of)
-    return Exploration(exploration.settings, dataset)
-
-
-@pytest.fixture
-def closing_figures():
-    plt.switch_backend("agg")
-    yield
-    plt.close("all")
-
-
 def content_of(page):
     """The data in a page."""
     return json.loads(re.search(r'type="application/json">(.*?)</script>', page)[1])
@@ -99,25 +71,20 @@ def pixels_of(address):
 # What is computed
 
 
-def test_answers_are_the_model_s_own_at_every_point(exploration, subject):
-    answers = exploration.answers(IMMUNITY, subject, "uniform")
-    budgets, points = len(exploration.budgets), exploration.settings.steps + 1
-    assert answers.frames.shape == (budgets, points, 3, 32, 32)
-    assert torch.equal(answers.frames[:, 0], subject.image.expand(budgets, -1, -1, -1))
+def test_answers_are_the_model_s_own_at_every_point_within_the_budgets(exploration, subject):
+    answers, budgets = exploration.answers(IMMUNITY, subject, "uniform"), exploration.budgets
+    assert budgets[0] == 0 and budgets[PRESET_BUDGET] == exploration.settings.recipe.eps
+    points = exploration.settings.steps + 1
+    assert answers.frames.shape == (len(budgets), points, 3, 32, 32)
+    assert torch.equal(answers.frames[:, 0], subject.image.expand(len(budgets), -1, -1, -1))
+    for budget, way in zip(budgets, answers.frames, strict=True):
+        assert (way - subject.image).abs().max() <= float(budget) + 1e-6
     with torch.no_grad():
         outputs = exploration.model(IMMUNITY).expert_outputs(answers.frames[2])
     kept = {"rtol": 1e-3, "atol": 1e-4}  # the copy for attacks is folded
     torch.testing.assert_close(answers.experts[2], outputs.log_probs.exp(), **kept)
     torch.testing.assert_close(answers.mixtures[2], switched_probabilities(outputs), **kept)
     assert answers.asked == subject.label
-
-
-def test_budgets_bound_the_way_and_the_preset_s_eps_is_among_them(exploration, subject):
-    assert exploration.budgets[0] == 0
-    assert exploration.budgets[PRESET_BUDGET] == exploration.settings.recipe.eps
-    frames = exploration.answers(IMMUNITY, subject, "uniform").frames
-    for budget, way in zip(exploration.budgets, frames, strict=True):
-        assert (way - subject.image).abs().max() <= float(budget) + 1e-6
 
 
 def test_maps_are_those_of_eq_3_for_the_class_that_is_asked(exploration, subject):
@@ -166,14 +133,9 @@ def test_the_gallery_stays_small_whatever_the_number_of_classes(exploration):
     assert [subject.label for subject in gallery] == list(range(30))
 
 
-def test_without_any_model_it_says_how_to_train_one(make_settings, dataset, tmp_path):
-    with pytest.raises(ValueError, match="graph.job 02_training .*--model=parts10-moe-"):
-        Exploration(make_settings(output_folder=str(tmp_path)), dataset)
-
-
 @pytest.fixture
 def own_preset(tmp_path):
-    """A preset of the user's own, where a shell would stumble."""
+    """A preset of the user's own, where a shell would stumble; nothing is trained yet."""
     folder = tmp_path / "it's $HOME; mine"
     folder.mkdir()
     content = yaml.safe_load((PRESETS / "smoke.yaml").read_text())
@@ -182,22 +144,24 @@ def own_preset(tmp_path):
     return folder / "my preset.yaml"
 
 
+def told_command(preset, dataset):
+    with pytest.raises(ValueError, match="no mixture of preset mine is trained yet") as refused:
+        Exploration(load_preset(preset), dataset, preset)
+    return str(refused.value).partition("this trains one: ")[2]
+
+
 def test_B9_the_command_holds_for_a_preset_of_one_s_own(own_preset, dataset, monkeypatch):
     monkeypatch.chdir(own_preset.parent)
-    with pytest.raises(ValueError) as refused:
-        Exploration(load_preset("my preset.yaml"), dataset, "my preset.yaml")
-    program, *words = shlex.split(str(refused.value).partition("this trains one: ")[2])
+    program, *words = shlex.split(told_command("my preset.yaml", dataset))
     assert [program, *words[:3]] == [sys.executable, "-m", "study.graph.job", "02_training"]
     assert f"--preset={own_preset}" in words and f"--output={own_preset.parent}" in words
 
 
 @pytest.mark.slow
 def test_B9_the_command_works_as_pasted(own_preset, dataset, tmp_path):
-    settings = load_preset(str(own_preset))
-    with pytest.raises(ValueError) as refused:
-        Exploration(settings, dataset, str(own_preset))
-    command = str(refused.value).partition("this trains one: ")[2]
+    command = told_command(str(own_preset), dataset)
     subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path, timeout=600)
+    settings = load_preset(str(own_preset))
     assert (model_folder(settings, explored_models(settings)[0]) / "record.json").exists()
 
 
@@ -233,35 +197,40 @@ def test_the_page_s_numbers_give_every_mixture_by_eq_1(exploration, subject):
         assert of_model["answers"] == expected.argmax(-1).tolist()
 
 
-def test_own_images_are_led_away_from_what_each_model_answers(stubborn, subject):
-    """Formerly the first model's answer was asked of all."""
-    own = Subject("mine", subject.image, None)
-    (shown,) = content_of(explorer_page(stubborn, NAMES, [own], "uniform", 2))["subjects"]
+def test_own_images_are_led_away_from_what_each_model_answers(exploration, monkeypatch):
+    """Of models that answer one class whatever they see: 3 and 7. No gradient, no map."""
+
+    def stubborn(settings, name, dataset):
+        model = trained_model(settings, name, dataset)
+        for expert in model.experts:
+            *_, last = (one for one in expert.modules() if isinstance(one, nn.Linear))
+            nn.init.zeros_(last.weight)
+            last.bias.data = 9.0 * nn.functional.one_hot(torch.tensor(3 + 4 * (name == MOE)), 10)
+        return model
+
+    monkeypatch.setattr(module, "trained_model", stubborn)
+    fresh, own = (
+        Exploration(exploration.settings, exploration.dataset),
+        Subject("mine", exploration.gallery[0].image, None),
+    )
+    (shown,) = content_of(explorer_page(fresh, NAMES, [own], "uniform", 2))["subjects"]
     assert [of_model["asked"] for of_model in shown["models"]] == [3, 7]
-    assert all(np.all(of_model["empty"]) for of_model in shown["models"]), "no gradient, no map"
+    assert all(np.all(of_model["empty"]) for of_model in shown["models"])
 
 
-@pytest.fixture
-def hostile(exploration):
-    """An exploration whose classes have names of the kind that folders can have."""
+def test_C7_class_names_of_any_folder_stay_text(exploration, closing_figures):
     names = (HOSTILE, "US$ and A$", "</script>", *exploration.dataset.class_names[3:])
-    return Exploration(exploration.settings, replace(exploration.dataset, class_names=names))
-
-
-def test_C7_class_names_stay_text_on_the_page(hostile):
+    hostile = Exploration(exploration.settings, replace(exploration.dataset, class_names=names))
     page = explorer_page(hostile, NAMES, hostile.gallery[:8], "uniform", 2, OURS, 0)
     assert HOSTILE not in page and "</script>" not in content_of(page)["classes"]
     assert html.unescape(content_of(page)["classes"][0]) == HOSTILE
     assert f"for {html.escape(HOSTILE)}" in page
-
-
-def test_C7_class_names_are_drawn_as_text(hostile, closing_figures):
-    one = next(one for one in hostile.gallery if one.label == 1)
-    figure = attack_figure(hostile, NAMES, replace(one, label=1), "uniform", 0, [0])
+    subject = next(one for one in hostile.gallery if one.label == 1)
+    figure = attack_figure(hostile, NAMES, subject, "uniform", 0, [0])
     figure.canvas.draw()
-    said = [label.get_text() for panel in figure.axes for label in [panel.xaxis.label]]
-    names = [re.escape(name.replace("$", r"\$")) for name in hostile.dataset.class_names]
-    assert all(re.fullmatch(f"({'|'.join(names)}) \\d+%( x)?", text) for text in said if text)
+    drawn = "|".join(re.escape(name.replace("$", r"\$")) for name in names)
+    said = [text for panel in figure.axes if (text := panel.get_xlabel())]
+    assert said and all(re.fullmatch(f"({drawn}) \\d+%( x)?", text) for text in said)
 
 
 def test_stills_say_what_they_show(exploration, subject, closing_figures):
@@ -305,14 +274,18 @@ def encoded(picture, kind="PNG", **options):
     return content.getvalue()
 
 
-def test_it_shows_both_models_with_all_experts_and_gates(explorer):
+def test_it_shows_both_models_with_all_experts_and_names_those_that_are_missing(explorer):
     _, content = shown_by(explorer)
     (shown,) = content["subjects"]
     titles = [of_model["title"] for of_model in shown["models"]]
     assert titles == ["Immunity, standard training", "MoE, standard training"]
     assert sorted(content["gates"]) == [[0, 1], [1, 0]]
     assert pixels_of(shown["models"][0]["heat"]).shape == (4 * 32, 2 * 32)
+    missing, every = explorer.exploration.missing, explored_models(explorer.exploration.settings)
+    assert missing == [name for name in every if name not in NAMES]
     assert explorer.status.value.startswith("ready")
+    assert f"--model={missing[0]}" in html.unescape(explorer.status.value)
+    assert len(explorer.model.options) == 2, "those that are there are offered"
 
 
 @pytest.mark.parametrize(
@@ -339,28 +312,13 @@ def test_a_smaller_eps_moves_the_image_less(explorer):
         assert (moved > 0) == (label != "0/255")
 
 
-def test_a_thumbnail_shows_its_image(explorer):
-    explorer.thumbnails[3].click()
-    title = explorer.exploration.gallery[3].title
-    assert shown_by(explorer)[1]["subjects"][0]["title"] == title
-    assert "shown" in explorer.thumbnails[3]._dom_classes
-    assert "shown" not in explorer.thumbnails[0]._dom_classes
-
-
-def test_an_own_image_is_fitted_with_a_note_and_attacked(explorer):
-    upload(explorer, encoded(Image.new("RGB", (50, 40), "teal")), f"{HOSTILE}.png")
-    assert explorer.status.value.startswith("ready")
-    (shown,) = shown_by(explorer)[1]["subjects"]
-    note = "50x40 pixels, RGB, made to fit"
-    assert shown["title"].startswith(f"{html.escape(HOSTILE)}.png: {note}")
-    asked = shown["models"][0]["asked"]
-    assert asked == np.mean(shown["models"][0]["experts"][0], axis=0).argmax()
-
-
-def test_a_file_that_is_no_image_is_refused_and_the_view_stays(explorer):
+def test_what_goes_wrong_is_said_and_the_view_stays(explorer, monkeypatch):
     before = explorer.view.value
     upload(explorer, b"no image", "letter.txt")
     assert "letter.txt cannot be read as an image" in explorer.status.value
+    monkeypatch.setattr(widgets, "explorer_page", lambda *_: 1 / 0)
+    explorer.thumbnails[2].click()
+    assert "ZeroDivisionError" in explorer.status.value
     assert explorer.view.value == before
 
 
@@ -374,28 +332,23 @@ def test_B7_the_limit_of_an_upload_is_said_beside_its_button(explorer):
     assert 0.9 * _default_max_message_size < limit < _default_max_message_size - 100_000
 
 
-def test_missing_weights_are_named_with_the_command_that_makes_them(explorer):
-    missing, every = explorer.exploration.missing, explored_models(explorer.exploration.settings)
-    assert missing == [name for name in every if name not in NAMES]
-    assert f"--model={missing[0]}" in html.unescape(explorer.status.value)
-    assert len(explorer.model.options) == 2, "those that are there are offered"
-
-
-def test_what_goes_wrong_is_said(explorer, monkeypatch):
-    monkeypatch.setattr(widgets, "explorer_page", lambda *_: 1 / 0)
-    explorer.thumbnails[2].click()
-    assert "ZeroDivisionError" in explorer.status.value
-
-
-def test_the_session_is_taken_home_as_one_page(explorer):
+def test_what_was_looked_at_own_images_too_is_taken_home_as_one_page(explorer):
+    first, second = (one.title for one in explorer.exploration.gallery[:2])
     explorer.thumbnails[1].click()
-    upload(explorer, encoded(Image.new("RGB", (32, 32), "teal")), f"{HOSTILE}.png")
+    assert shown_by(explorer)[1]["subjects"][0]["title"] == second
+    marked = ["shown" in thumbnail._dom_classes for thumbnail in explorer.thumbnails[:3]]
+    assert marked == [False, True, False]
+    upload(explorer, encoded(Image.new("RGB", (50, 40), "teal")), f"{HOSTILE}.png")
+    (shown,) = shown_by(explorer)[1]["subjects"]
+    assert shown["title"].startswith(f"{html.escape(HOSTILE)}.png: 50x40 pixels, RGB, made to fit")
+    answer = np.mean(shown["models"][0]["experts"][0], axis=0).argmax()
+    assert shown["models"][0]["asked"] == answer
     explorer.save.click()
     path = explorer.exploration.settings.runs / "explorer" / "session.html"
-    assert str(path) in explorer.status.value
+    assert explorer.status.value.startswith("ready") and str(path) in explorer.status.value
     page = path.read_text()
     titles = [html.unescape(one["title"]) for one in content_of(page)["subjects"]]
-    assert titles == [*(one.title for one in explorer.exploration.gallery[:2]), f"{HOSTILE}.png"]
+    assert titles == [first, second, html.unescape(shown["title"])]
     assert HOSTILE not in page and not re.search(r"(src|href)=[\"']?http", page)
 
 
@@ -404,14 +357,11 @@ def test_the_session_is_taken_home_as_one_page(explorer):
 NOISE = np.random.RandomState(0).randint(0, 256, (48, 64, 4), np.uint8)
 
 
-def test_a_fitting_image_is_taken_as_it_is():
+def test_a_fitting_image_is_taken_as_it_is_and_any_other_is_converted_with_a_note():
     pixels = NOISE[:32, :32, :3]
     own = own_subject(encoded(Image.fromarray(pixels)), "mine.png")
     assert (own.title, own.label) == ("mine.png", None)
     assert torch.equal(own.image, torch.from_numpy(pixels.transpose(2, 0, 1) / 255).float())
-
-
-def test_another_size_or_mode_is_converted_with_a_note():
     for picture, kind, note in (
         (Image.fromarray(NOISE[..., :3]), "JPEG", "64x48 pixels, RGB"),
         (Image.fromarray(NOISE[:32, :32]), "PNG", "32x32 pixels, RGBA"),

@@ -191,18 +191,6 @@ def test_the_forest_shades_what_is_predicted_and_colours_by_verdict():
     assert points.containers[0][0].get_color() == figures.VERDICTS["holds"]
 
 
-def test_weight_curves_have_a_panel_for_each_measure_there_is():
-    sweep = pd.DataFrame([
-        {"loss": loss, "factor": factor, "seed": 0, "I(C,E) (nats)": factor, "clean (%)": 50}
-        for loss in ("mutual information", "position stability") for factor in (0.0, 1.0, 4.0)
-    ])  # fmt: skip
-    figure = figures.weight_curves(sweep)
-    assert [panel.get_title() for panel in figure.axes] == ["I(C,E) (nats)", "clean (%)"]
-    panel = figure.axes[0]
-    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["0", "1", "4"]
-    assert any(list(line.get_ydata()) == [0, 1, 4] for line in panel.get_lines())
-
-
 def test_saved_figure_is_the_same_bytes_again_and_names_its_records(make_settings, tmp_path):
     settings = make_settings(output_folder=str(tmp_path))
     record = settings.runs / "models" / "one" / "record.json"

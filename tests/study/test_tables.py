@@ -23,7 +23,7 @@ def world(request, make_settings, tmp_path_factory):
     settings = make_settings(
         compared_experts=["resnet18", "googlenet"], expert="googlenet", experts=3,
         baselines=["robnet-free"], test_images=40, attacked_images=20, adaptive_images=12,
-        attacks=["fgsm", "pgd"], weight_factors=[3.0], seeds=request.param,
+        attacks=["fgsm", "pgd"], seeds=request.param,
         output_folder=str(tmp_path_factory.mktemp("world")),
     )  # fmt: skip
     return World(settings)
@@ -289,22 +289,3 @@ def test_checks_and_budgets_are_those_of_the_summaries(settings):
     budget = tables.budget_curves(settings, names)
     assert list(budget["eps"][:2]) == [0, 0.5]
     assert list(budget["value"][:2]) == pytest.approx([90, 10 * mean(settings.seeds)])
-
-
-def test_the_sweep_begins_and_passes_through_the_ablation(world, settings):
-    sweep = tables.weight_sweep(settings)
-    assert [*sweep.columns[:3]] == ["loss", "factor", "seed"]
-    assert len(sweep) == 6 * len(settings.seeds) and sorted(set(sweep["factor"])) == [0, 1, 3]
-    table3 = tables.table3(settings).set_index(["model", "column"])["value"]
-    points = [("mutual information", 0, "MoE"), ("position stability", 0, "MoE"),
-              ("mutual information", 1, "MoE+MI"), ("position stability", 1, "MoE+PS")]  # fmt: skip
-    for loss, factor, model in points:
-        own = sweep[(sweep["loss"] == loss) & (sweep["factor"] == factor)].mean(numeric_only=True)
-        assert own["I(C,E) (nats)"] == pytest.approx(table3[model, "I(C,E)"])
-        assert own["accuracy, clean (%)"] == pytest.approx(table3[model, "clean"])
-        assert own["accuracy under attack (%)"] == pytest.approx(table3[model, "PGD"])
-    name = models(catalogue.table3_models(settings), "moe-ps")[0]
-    coverage = world.summaries[name, "scores"]["test"]["part_coverage"]
-    best = mean(max(of_expert[part] for of_expert in coverage) for part in range(4))
-    own = sweep[(sweep["loss"] == "position stability") & (sweep["factor"] == 1)].iloc[0]
-    assert own["heat on the best covered part (%)"] == pytest.approx(100 * best)
