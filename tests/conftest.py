@@ -195,3 +195,13 @@ def _heat_maps(draw):
 def heat_maps():
     """The strategy that draws heat maps."""
     return _heat_maps()
+
+
+@pytest.fixture
+def closing_figures():
+    """No window, and no figure left open behind the test."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
