@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from graph import wait_for
 
 from study.settings import ROOT, load_preset
 from study.store import read_json
@@ -34,22 +35,13 @@ def test_hadolint_finds_nothing():
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 
-def test_the_base_can_be_replaced_and_is_pinned():
+def test_the_base_is_pinned_the_user_not_root_and_nothing_secret():
     (base,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert re.findall(r"^FROM (.*)$", DOCKERFILE, re.MULTILINE) == ["${BASE_IMAGE}"]
     assert re.fullmatch(r"debian:\d+\.\d+-slim", base)
-
-
-def test_the_user_is_a_number_and_not_root():
     *_, user = re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE)
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
-
-
-def test_nothing_in_it_is_secret_or_bound_to_one_builder():
     assert not re.search(r"secret|password|token|://|<<|--link|--mount|--network", DOCKERFILE, re.I)
-
-
-def test_history_data_and_results_stay_out():
     left_out = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "data", "runs"} <= set(left_out)
 
@@ -62,17 +54,12 @@ def test_the_entry_starts_modules_that_exist():
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
 
 
-def test_help_lists_every_word():
-    outcome = entry("--help")
-    assert outcome.returncode == 0
-    assert set(re.findall(r"^  ([a-z]+) ", outcome.stdout, re.MULTILINE)) == WORDS
-
-
-def test_an_unknown_word_is_named_beside_the_known_ones():
-    outcome = entry("reproduze", "--preset", "smoke")
-    assert outcome.returncode == 2
-    assert outcome.stderr.startswith("error: unknown word 'reproduze'")
-    assert entry("--help").stdout in outcome.stderr
+def test_help_lists_every_word_and_an_unknown_one_is_named_beside_them():
+    known, unknown = entry("--help"), entry("reproduze", "--preset", "smoke")
+    assert (known.returncode, unknown.returncode) == (0, 2)
+    assert set(re.findall(r"^  ([a-z]+) ", known.stdout, re.MULTILINE)) == WORDS
+    assert unknown.stderr.startswith("error: unknown word 'reproduze'")
+    assert known.stdout in unknown.stderr
 
 
 @pytest.mark.skipif(Path("/results").exists(), reason="this machine has a folder /results")
@@ -108,9 +95,7 @@ class Image:
         }
 
     def podman(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["podman", *arguments], env=self.environment, capture_output=True, text=True
-        )
+        return subprocess.run(["podman", *arguments], env=self.environment, capture_output=True, text=True)
 
     def run(self, *arguments: str, options=()) -> subprocess.CompletedProcess[str]:
         done = self.podman(
@@ -145,19 +130,11 @@ def image(tmp_path_factory, request):
             shutil.rmtree(storage)
 
 
-def until(happened, seconds: float) -> bool:
-    """Whether it happened within that time."""
-    end = time.monotonic() + seconds
-    while not happened() and time.monotonic() < end:
-        time.sleep(0.5)
-    return bool(happened())
-
-
 @pytest.fixture(scope="module")
 def stopped(image):
     """A run that is asked to stop once a model is trained: its status, and how long that took."""
     image.start("stopped", "reproduce", "--preset", "smoke")
-    assert until(lambda: [*image.results.glob("runs/smoke/models/*/record.json")], 600)
+    wait_for(lambda: [*image.results.glob("runs/smoke/models/*/record.json")], 600)
     began = time.monotonic()
     image.podman("stop", "--time=60", "stopped")
     seconds = time.monotonic() - began
@@ -215,7 +192,7 @@ def test_lab_wants_its_token_and_serves_copies_that_run(image, finished):
     try:
         printed = r"http://127\.0\.0\.1:8888/lab/tree/notebooks/05_heatmaps\.ipynb\?token=(\w{48})"
         log = lambda: image.podman("logs", "lab")  # noqa: E731
-        assert until(lambda: re.search(printed, log().stdout + log().stderr), 120)
+        wait_for(lambda: re.search(printed, log().stdout + log().stderr), 120)
         (token,) = set(re.findall(printed, log().stdout + log().stderr))
 
         def status(page: str) -> str:
