@@ -43,16 +43,11 @@ def slurm_cluster(folder: Path, slots: int) -> Iterator[dict[str, str]]:
 
     def start(name: str, *options: str) -> None:
         with open(folder / "log" / f"{name}.out", "w") as output:
-            daemons.append(
-                subprocess.Popen(
-                    [name, *options],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )  # fmt: skip
-            )
+            daemon = subprocess.Popen(
+                [name, *options], env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        daemons.append(daemon)
 
     def said(*command: str) -> str:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10)
@@ -139,12 +134,11 @@ GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs={slots} RealMemory=32000 Gres=gpu:{slots} State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=60 DefaultTime=10 State=UP
 """)
-    devices = []
-    for number in range(slots):
-        device = folder / f"gpu{number}"
+    devices = [folder / f"gpu{number}" for number in range(slots)]
+    for device in devices:
         device.touch()
-        devices.append(f"NodeName={host} Name=gpu File={device}\n")
-    (folder / "gres.conf").write_text("".join(devices))
+    lines = (f"NodeName={host} Name=gpu File={device}\n" for device in devices)
+    (folder / "gres.conf").write_text("".join(lines))
     # Inside of a job, Snakemake's plugin drops SLURM_CONF before it calls srun
     srun = folder / "bin" / "srun"
     real = shutil.which("srun", path=SEARCHED)
