@@ -34,7 +34,11 @@ def often(count, usually):
     return [pytest.param(number, marks=mark) for number, mark in enumerate(marks)]
 
 
-def kill_after(command, seconds, victim=lambda run: os.killpg(run.pid, signal.SIGKILL)):
+def kill_all(run):
+    os.killpg(run.pid, signal.SIGKILL)
+
+
+def kill_after(command, seconds, victim=kill_all):
     """Run a command and kill it after some seconds, unless it has ended before."""
     run = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
@@ -81,12 +85,13 @@ def weights(output):
 def test_training_killed(smoke, tmp_path, number):
     """In a notebook of its own: the job, its kernel, or both at once."""
     command = job(tmp_path, "02_training")
-    victims = [
-        lambda run: os.killpg(run.pid, signal.SIGKILL),
-        lambda run: run.kill(),
-        lambda run: [one.kill() for one in psutil.Process(run.pid).children(recursive=True)],
-    ]
-    kill_after(command, moment("training", number, seconds=15), victims[number % 3])
+
+    def kill_kernel(run):
+        for one in psutil.Process(run.pid).children(recursive=True):
+            one.kill()
+
+    victim = [kill_all, subprocess.Popen.kill, kill_kernel][number % 3]
+    kill_after(command, moment("training", number, seconds=15), victim)
     finish(command)
     assert weights(tmp_path) == weights(smoke[0])
 
@@ -100,8 +105,7 @@ def test_evaluation_killed(smoke, tmp_path, number):
     kill_after(command, moment("evaluation", number, seconds=20))
     finish(command)
     found, expected = (
-        pd.read_parquet(record_path(settings, MODEL, kind).with_suffix(".parquet"))
-        for settings in (target, source)
+        pd.read_parquet(record_path(settings, MODEL, kind).with_suffix(".parquet")) for settings in (target, source)
     )
     pd.testing.assert_frame_equal(found, expected)
 
@@ -120,8 +124,7 @@ def test_graph_killed(smoke, tmp_path, number):
         shutil.rmtree(figures)
         seconds /= 4
     command = reproduce_command(output, "--jobs", "2")
-    victims = [lambda run: os.killpg(run.pid, signal.SIGKILL), lambda run: run.kill()]
-    kill_after(command, moment("graph", number, seconds), victims[number % 2])
+    kill_after(command, moment("graph", number, seconds), [kill_all, subprocess.Popen.kill][number % 2])
     finish(command, OMP_NUM_THREADS="2")  # which would change the last bits of every sum
     assert_same_tables(output, smoke[0])
 
@@ -134,10 +137,8 @@ def small_disk(tmp_path, request):
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a file system of its own size cannot be mounted here")
-    yield (
-        folder,
-        lambda: subprocess.run(["mount", "-o", "remount,size=500m", str(folder)], check=True),
-    )
+    larger = ["mount", "-o", "remount,size=500m", str(folder)]
+    yield folder, lambda: subprocess.run(larger, check=True)
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
@@ -193,11 +194,8 @@ def test_data_removed_in_the_middle(tmp_path, gone):
     victim = data / "test" / "class3"
     if gone == "one image":
         victim = sorted(victim.iterdir())[0]
-    aside = tmp_path / "aside"
-    run = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    models = outputs[1] / "runs/own/models"
+    aside, models = tmp_path / "aside", outputs[1] / "runs/own/models"
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while run.poll() is None and len(list(models.glob("*/record.json"))) < 2:
         time.sleep(0.2)
     victim.rename(aside)
