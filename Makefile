@@ -50,10 +50,10 @@ explorer: $(INSTALLED)  ## serve the explorer of notebook 05 as a page
 		--MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60
 
 site: reproduce  ## make what is missing of PRESET, and all of it as plain HTML
-	.venv/bin/python -m study.site $(WHAT) $(WHERE)
+	.venv/bin/python docs/build_site.py $(WHAT) $(WHERE)
 
 pretrained: $(INSTALLED)  ## write the weights that come with the project from those in runs/
-	.venv/bin/python -m study.pretrained $(WHAT)
+	.venv/bin/python pretrained/publish.py $(WHAT)
 
 test: $(INSTALLED)  ## check the style and run all tests but those of test-node
 	.venv/bin/python -m ruff check .

@@ -61,7 +61,7 @@ case $word in
         exec python -m study.graph.status --output "$results" "$@"
         ;;
     site)
-        exec python -m study.site --output "$results" "$@"
+        exec python "$project/docs/build_site.py" --output "$results" "$@"
         ;;
     plan)
         exec python -m study.graph.plan "$@"

@@ -1,5 +1,5 @@
-"""Draw docs/imports.svg from the code: each module above those that it imports when it is loaded.
-Arrows that a chain of others implies are left out. The same code gives the same bytes."""
+"""Draw docs/imports.svg from the code: each module above those that it imports when it is loaded. Arrows that a chain
+of others implies are left out. The same code gives the same bytes."""
 
 import ast
 from itertools import pairwise

@@ -1,7 +1,7 @@
 """Models by name: which there are in a preset, which each table needs, and how each is trained.
 
-A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; its variants are
-configurations of one model.
+A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; its variants are configurations of one
+model.
 """
 
 import re
@@ -50,10 +50,9 @@ ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD", "cw":
 
 _NAME = re.compile(
     "(?P<dataset>{})-(?P<method>{})-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
-        *("|".join(sorted(names, key=len, reverse=True)) for names in
-          (DATASETS, METHODS, EXPERT_NAMES, REGIMES))
+        *("|".join(sorted(names, key=len, reverse=True)) for names in (DATASETS, METHODS, EXPERT_NAMES, REGIMES))
     )
-)  # fmt: skip
+)
 
 
 class ModelName(BaseModel):
@@ -88,8 +87,8 @@ class ModelName(BaseModel):
 
 
 def recipe_of(settings: Settings, name: ModelName) -> Recipe:
-    """How this model is trained: the preset's recipe, what the method changes, and for a baseline
-    the recipe of its authors."""
+    """How this model is trained: the preset's recipe, what the method changes, and for a baseline the recipe of its
+    authors."""
     if name.method == "ensemble":
         raise ValueError(f"{name} is not trained; its members are: {members(settings, name)}")
     changes: dict[str, Any] = {"dataset": name.dataset, "expert": name.expert, "seed": name.seed}
@@ -123,8 +122,8 @@ def recipe_of(settings: Settings, name: ModelName) -> Recipe:
 
 
 def own_recipe(settings: Settings, name: ModelName) -> dict[str, Any] | None:
-    """The recipe of its authors ("source", "gaps" and the "fields" of a `Recipe`), for a
-    stand-alone baseline where the preset asks for it."""
+    """The recipe of its authors ("source", "gaps" and the "fields" of a `Recipe`), for a stand-alone baseline where
+    the preset asks for it."""
     wanted = name.method == "standalone" and settings.baseline_recipes == "own"
     if not (wanted and name.expert in BASELINES):
         return None
@@ -142,18 +141,13 @@ def members(settings: Settings, ensemble: ModelName) -> list[ModelName]:
     """The stand-alone networks that an ensemble is made of: N seeds of its own."""
     first = ensemble.seed * settings.recipe.experts
     return [
-        ensemble.model_copy(update={"method": "standalone", "seed": first + k})
-        for k in range(settings.recipe.experts)
+        ensemble.model_copy(update={"method": "standalone", "seed": first + k}) for k in range(settings.recipe.experts)
     ]
 
 
 def single(settings: Settings, names: list[ModelName]) -> list[ModelName]:
     """The trained models behind these names; an ensemble stands for its members."""
-    return [
-        one
-        for name in names
-        for one in (members(settings, name) if name.method == "ensemble" else [name])
-    ]
+    return [one for name in names for one in (members(settings, name) if name.method == "ensemble" else [name])]
 
 
 def table1_models(settings: Settings) -> list[ModelName]:
@@ -225,7 +219,5 @@ def _models(
     datasets = [settings.recipe.dataset] if datasets is None else datasets
     return [
         ModelName(dataset=dataset, method=method, expert=expert, regime=regime, seed=seed)
-        for dataset, regime, expert, method, seed in product(
-            datasets, regimes, experts, methods, settings.seeds
-        )
+        for dataset, regime, expert, method, seed in product(datasets, regimes, experts, methods, settings.seeds)
     ]

@@ -1,7 +1,7 @@
 """The paper's claims, and what our records say of each.
 
-The claims and the rule of the verdicts are data, in claims.yaml. A claim is about a difference
-between two models on the same images, or between the two sides of one.
+The claims and the rule of the verdicts are data, in claims.yaml. A claim is about a difference between two models on
+the same images, or between the two sides of one.
 """
 
 from collections.abc import Sequence
@@ -71,8 +71,7 @@ class Claim(BaseModel):
         bounds, testable = (self.at_least, self.at_most), self.measure is not None
         if testable == bool(self.untestable) or testable == (bounds == (None, None)):
             raise ValueError(
-                f"claim {self.id} needs a measure and at_least or at_most, or else only why it is "
-                "untestable"
+                f"claim {self.id} needs a measure and at_least or at_most, or else only why it is untestable"
             )
         return self
 
@@ -111,9 +110,8 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
 
 
 def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
-    """One line a claim: claim (its id), sentence, where, predicted, reading, effect, low, high
-    (95 %), unit, against (what it was held against), seeds, images, verdict, and reason where there
-    is none."""
+    """One line a claim: claim (its id), sentence, where, predicted, reading, effect, low, high (95 %), unit, against
+    (what it was held against), seeds, images, verdict, and reason where there is none."""
     columns = [
         "claim", "sentence", "where", "predicted", "reading", "effect", "low", "high", "unit",
         "against", "seeds", "images", "verdict", "reason",
@@ -178,11 +176,9 @@ def paired_differences(settings: Settings, measure: Measure) -> tuple[np.ndarray
     return (own - values[best]) / scale, best
 
 
-def by_image(
-    settings: Settings, measure: Measure, method: str, network: str, column: str
-) -> np.ndarray:
-    """A column of the long frame of a method with a network, (S, B): clean, the mean over the
-    attacks on the first of the preset's gates, or the worst case over adaptive attacks."""
+def by_image(settings: Settings, measure: Measure, method: str, network: str, column: str) -> np.ndarray:
+    """A column of the long frame of a method with a network, (S, B): clean, the mean over the attacks on the first of
+    the preset's gates, or the worst case over adaptive attacks."""
     data = measure.data or settings.recipe.dataset
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
@@ -202,15 +198,14 @@ def by_image(
 
 
 def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean of differences (S, B) between two models on the same B images, for S pairs of seeds, and
-    the ends of its 95 % interval.
+    """Mean of differences (S, B) between two models on the same B images, for S pairs of seeds, and the ends of its
+    95 % interval.
 
-    By statsmodels: the differences on a constant, with a covariance clustered by image and, with
-    more than one seed, by seed too (Cameron, Gelbach & Miller 2011), and Student's t with as many
-    degrees of freedom as the smaller of the two numbers allows. With one seed the interval tells
-    what other images would do, and not what another training would. Where all differences are
-    equal, so that none of the images says how far others may differ, the interval is widened by
-    what is compatible with no deviation in so many images (Wilson's).
+    By statsmodels: the differences on a constant, with a covariance clustered by image and, with more than one seed,
+    by seed too (Cameron, Gelbach & Miller 2011), and Student's t with as many degrees of freedom as the smaller of
+    the two numbers allows. With one seed the interval tells what other images would do, and not what another training
+    would. Where all differences are equal, so that none of the images says how far others may differ, the interval is
+    widened by what is compatible with no deviation in so many images (Wilson's).
     """
     import statsmodels.api as statsmodels  # costs seconds
     from scipy.stats import binomtest

@@ -34,13 +34,11 @@ CURVES = {  # entries of a training log, with their axes' names
 VERDICTS = {"holds": COLOURS[0], "does not hold": COLOURS[2], "undecided": COLOURS[3]}
 
 
-def save_figure(
-    settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]
-) -> list[Path]:
+def save_figure(settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]) -> list[Path]:
     """Write figures/<preset>/<name>.png, .pdf and .json (see `write_artefact`); returns the paths.
 
-    records: the files that the figure was drawn from. No date goes into the pictures, so the same
-    data give the same bytes.
+    records: the files that the figure was drawn from. No date goes into the pictures, so the same data give the same
+    bytes.
     """
     contents = {}
     for ending, metadata in {"png": {}, "pdf": {"CreationDate": None}}.items():
@@ -51,8 +49,8 @@ def save_figure(
 
 
 def literal(text: str) -> str:
-    """A name as matplotlib draws it letter by letter: dollars begin no formula, and bytes that are
-    no text, as a folder's name may have, become a replacement character."""
+    """A name as matplotlib draws it letter by letter: dollars begin no formula, and bytes that are no text, as a
+    folder's name may have, become a replacement character."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
 
 
@@ -61,9 +59,7 @@ def make_panels(count: int, columns: int, width: float, height: float, **options
     columns = min(columns, count)
     rows = -(-count // columns)
     size = (width * columns, height * rows + 0.4)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained", **options
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained", **options)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in axes.flat[count:]:
@@ -78,13 +74,10 @@ def add_legend(figure: Figure, panel: Axes, columns: int, side: str = "lower") -
     return figure
 
 
-def training_curves(
-    logs: Mapping[str, Sequence[Mapping]], curves: Sequence[str] = tuple(CURVES)
-) -> Figure:
+def training_curves(logs: Mapping[str, Sequence[Mapping]], curves: Sequence[str] = tuple(CURVES)) -> Figure:
     """Training logs (one entry an epoch) by model, a panel for each of the `curves`.
 
-    The accuracy of the mixture is the line, that of the weakest to the strongest expert the band.
-    """
+    The accuracy of the mixture is the line, that of the weakest to the strongest expert the band."""
     figure, panels = make_panels(len(curves), 4, 3.1, 2.6)
     for panel, curve in zip(panels, curves, strict=True):
         for (model, log), colour in zip(logs.items(), COLOURS, strict=False):
@@ -105,8 +98,8 @@ def heatmap_grid(
 ) -> Figure:
     """Images beside the heat map of every expert, as Figure 2.
 
-    images: (B, 3, 32, 32) in [0, 1]; maps: (B, N, 32, 32), drawn divided by their maxima on one
-    colour scale; an empty map is marked. titles: B; predictions: B x N, set below the maps.
+    images: (B, 3, 32, 32) in [0, 1]; maps: (B, N, 32, 32), drawn divided by their maxima on one colour scale; an
+    empty map is marked. titles: B; predictions: B x N, set below the maps.
     """
     rows, experts = maps.shape[:2]
     figure, axes = plt.subplots(
@@ -134,8 +127,8 @@ def heatmap_grid(
 def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Share of every expert's heat on each part and on the background, a panel for each model.
 
-    panels: by title, frames with a row an expert and a column a part, the last one "background",
-    shares in 0 .. 1. The parts share one colour scale; the background, in grey, has its own.
+    panels: by title, frames with a row an expert and a column a part, the last one "background", shares in 0 .. 1.
+    The parts share one colour scale; the background, in grey, has its own.
     """
     import seaborn as sns  # costs seconds, which only this figure should pay
 
@@ -155,9 +148,8 @@ def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def attack_bars(cells: pd.DataFrame) -> Figure:
-    """Accuracy under every attack, a panel for each data set and training: bars are the expectation
-    over the switched gate, whiskers reach from its worst to its best permutation (means over
-    seeds).
+    """Accuracy under every attack, a panel for each data set and training: bars are the expectation over the switched
+    gate, whiskers reach from its worst to its best permutation (means over seeds).
 
     cells: as `tables.gate_cells` makes them, of one attacked gate and clean.
     """
@@ -168,9 +160,7 @@ def attack_bars(cells: pd.DataFrame) -> Figure:
     figure, panels = make_panels(len(groups), columns, width, 3.6, sharey=True)
     for panel, ((data, training), own) in zip(panels, groups, strict=True):
         by = own.groupby(["header", "attack", "model"])["value"].mean().unstack()
-        right, low, high = (
-            by.loc[DEFENCES[state]].loc[attacks, models] for state in ("switched", "worst", "best")
-        )
+        right, low, high = (by.loc[DEFENCES[state]].loc[attacks, models] for state in ("switched", "worst", "best"))
         reach = np.clip([(right - low).T, (high - right).T], 0, None).swapaxes(0, 1)
         right.index = [ATTACK_TITLES.get(attack, attack) for attack in attacks]
         style = {"width": 0.8, "color": COLOURS, "capsize": 2, "rot": 0, "legend": False}
@@ -183,8 +173,8 @@ def attack_bars(cells: pd.DataFrame) -> Figure:
 
 
 def attack_dots(suite: pd.DataFrame, model: str) -> Figure:
-    """Accuracy of one model under every attack, a panel for each training, for each of the gates
-    that could defend. suite: as `tables.suite_table` makes it."""
+    """Accuracy of one model under every attack, a panel for each training, for each of the gates that could defend.
+    suite: as `tables.suite_table` makes it."""
     own = suite[suite["model"] == model]
     kinds = own.drop_duplicates("attack").set_index("attack")["kind"]
     rows = pd.Series(-np.arange(len(kinds)), kinds.index)
@@ -208,8 +198,8 @@ def attack_dots(suite: pd.DataFrame, model: str) -> Figure:
 
 
 def strength_curves(suite: pd.DataFrame, budget: pd.DataFrame) -> Figure:
-    """Left: accuracy by the number of gates sampled for each gradient, up to all of them exactly.
-    Right: accuracy by eps. suite, budget: as `tables.suite_table` and `budget_curves` make them."""
+    """Left: accuracy by the number of gates sampled for each gradient, up to all of them exactly. Right: accuracy by
+    eps. suite, budget: as `tables.suite_table` and `budget_curves` make them."""
     sampled = suite["attack"].str.match("eotpgd-|exact-expected")
     suite = suite[sampled & (suite["column"] == "expected over switches")]
     samples = suite["attack"].str.replace("eotpgd-|-expected", "", regex=True)
@@ -232,8 +222,8 @@ def strength_curves(suite: pd.DataFrame, budget: pd.DataFrame) -> Figure:
 
 
 def verdict_forest(verdicts: pd.DataFrame) -> Figure:
-    """Every claim's effect and 95 % interval beside what it predicts (shaded), coloured by verdict;
-    a panel for each unit. Claims that cannot be tested are left out.
+    """Every claim's effect and 95 % interval beside what it predicts (shaded), coloured by verdict; a panel for each
+    unit. Claims that cannot be tested are left out.
 
     verdicts: as `claims.verdicts` makes them.
     """
@@ -261,8 +251,8 @@ def verdict_forest(verdicts: pd.DataFrame) -> Figure:
 
 
 def architecture(model: ImmunityMoE) -> Figure:
-    """Figure 1, from a model itself: every expert (of `build_expert`) with its stages, as high as
-    their grids, the Grad-CAM layer, gate and switch, the mixture, and the losses on the maps."""
+    """Figure 1, from a model itself: every expert (of `build_expert`) with its stages, as high as their grids, the
+    Grad-CAM layer, gate and switch, the mixture, and the losses on the maps."""
     plain, heat, switch, output = (COLOURS[k] for k in (8, 1, 4, 0))
     experts = len(model.experts)
     figure, axes = plt.subplots(figsize=(13, 2.8 + 0.9 * experts), dpi=SCREEN, layout="constrained")

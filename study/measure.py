@@ -11,8 +11,8 @@ A measurement is one long frame, with a row for each split, attack and image:
     (scores alone)        independence_score, causality_score, mutual_information, and empty_maps,
                           the share of the image's maps that are empty
 
-It is made once: found again, it is kept if its record answers the same question about the same
-weights, and set aside and made anew otherwise.
+It is made once: found again, it is kept if its record answers the same question about the same weights, and set aside
+and made anew otherwise.
 """
 
 import time
@@ -52,8 +52,8 @@ def question_of(settings: Settings, kind: str) -> dict[str, Any]:
 
 
 def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> None:
-    """A model on all test images as they are, and on the first `attacked_images` of them under
-    every attack of the preset, on each of the gates that it attacks."""
+    """A model on all test images as they are, and on the first `attacked_images` of them under every attack of the
+    preset, on each of the gates that it attacks."""
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         device, seconds, frames = store.chosen_device(), {}, []
@@ -69,9 +69,7 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
         for gate in gates:
             for attack in settings.attacks:
                 started = time.perf_counter()
-                found = evaluate.verdicts_under_attack(
-                    model, target, attack, gate, **budget, device=device
-                )
+                found = evaluate.verdicts_under_attack(model, target, attack, gate, **budget, device=device)
                 took = seconds[f"{attack} on {gate}"] = round(time.perf_counter() - started, 1)
                 print(
                     f"{name}: {found.accuracy.switched:.1%} expected under {attack} on the {gate} "
@@ -87,9 +85,9 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
 def measure_scores(settings: Settings, name: ModelName, dataset: Dataset) -> None:
     """Clean accuracy and heat-map scores on all test images, in the one fixed reading.
 
-    The summary has for each test split "expert_accuracy" (N); on Parts-10 also "part_coverage"
-    (N, P), an expert's share of heat on each part where that part is visible, and
-    "background_heat" (N), its share of heat off the object.
+    The summary has for each test split "expert_accuracy" (N); on Parts-10 also "part_coverage" (N, P), an expert's
+    share of heat on each part where that part is visible, and "background_heat" (N), its share of heat off the
+    object.
     """
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
@@ -139,8 +137,8 @@ def part_coverage(maps: Tensor, part_masks: Tensor) -> Tensor:
 def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> None:
     """A model under every adaptive attack, on the first `adaptive_count` test images.
 
-    The summary is that of `evaluate_adaptively`, with "attacks", what is told of each. What a run
-    that was stopped had finished is kept beside the record, and used again.
+    The summary is that of `evaluate_adaptively`, with "attacks", what is told of each. What a run that was stopped
+    had finished is kept beside the record, and used again.
     """
     others = catalogue.surrogates(settings, name)
     surrogates = {one.method: store.trained_model(settings, one, dataset) for one in others}
@@ -239,8 +237,8 @@ def _measure_once(
     kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict[str, Any],
     measure: Callable[[ImmunityMoE], tuple[pd.DataFrame, dict]],
 ) -> None:  # fmt: skip
-    """Leave a kind of measurement of a trained model on disk, unless it is there. further: what the
-    answer depends on beside the settings."""
+    """Leave a kind of measurement of a trained model on disk, unless it is there. further: what the answer depends on
+    beside the settings."""
     path = store.record_path(settings, name, kind)
     model = store.trained_model(settings, name, dataset)
     question = _question(kind, settings, name, dataset, further)

@@ -1,7 +1,7 @@
 """What a preset and a notebook's parameters may say, checked strictly before any computing.
 
-A preset is a flat YAML file: the study's own fields, which `Settings` lists, and the training
-fields of `immunity_lib.train.Recipe`.
+A preset is a flat YAML file: the study's own fields, which `Settings` lists, and the training fields of
+`immunity_lib.train.Recipe`.
 """
 
 import ast
@@ -43,13 +43,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: str = Field(
-        description="its name; results lie under it in runs/ and figures/",
-        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="its name; results lie under it in runs/ and figures/", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$"
     )
     model: str = Field("", description="one model of the preset by name; empty: all of them")
-    data_folder: str = Field(
-        "", description="where CIFAR (empty: data/, it is downloaded) or the own images lie"
-    )
+    data_folder: str = Field("", description="where CIFAR (empty: data/, it is downloaded) or the own images lie")
     output_folder: str = Field("", description="where runs/ and figures/ go; empty: the project")
     interactive: bool = Field(True, description="show widgets; batch runs set this to false")
     pretrained: bool = Field(
@@ -84,9 +81,8 @@ class Settings(BaseModel):
         None, description="of the test images, for adaptive attacks; null: those of all attacks"
     )
     gate_samples: list[Count] = Field(
-        [1, 2, 5, 10, 20], min_length=1,
-        description="of the gate for each gradient of EOTPGD, an attack for each",
-    )  # fmt: skip
+        [1, 2, 5, 10, 20], min_length=1, description="of the gate for each gradient of EOTPGD, an attack for each"
+    )
     auto_attack_steps: Count = Field(
         100, description="of AutoAttack; Square has 50 queries and random noise 100 draws for each"
     )
@@ -115,8 +111,7 @@ class Settings(BaseModel):
             count = getattr(self, field)
             if None not in (self.test_images, count) and count > self.test_images:
                 raise ValueError(
-                    f"{field} is {count}, but test_images only {self.test_images}; lower the one "
-                    "or raise the other"
+                    f"{field} is {count}, but test_images only {self.test_images}; lower the one or raise the other"
                 )
         return self
 
@@ -149,16 +144,15 @@ def preset_names() -> list[str]:
 def load_preset(preset: str, **changes: Any) -> Settings:
     """Settings of a preset, by its name or by the path of a YAML file, with some fields changed.
 
-    A relative folder in the file starts from where the file is. Raises ValueError that names what
-    is wrong and what would be right.
+    A relative folder in the file starts from where the file is. Raises ValueError that names what is wrong and what
+    would be right.
     """
     path = PRESETS / f"{preset}.yaml"
     if not path.exists():
         path = Path(preset).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"unknown preset {preset!r}; valid names: {', '.join(preset_names())}, "
-            "or the path of a YAML file"
+            f"unknown preset {preset!r}; valid names: {', '.join(preset_names())}, or the path of a YAML file"
         )
     content = read_yaml(path)
     for field in ("data_folder", "output_folder"):
@@ -193,10 +187,10 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
             content = {**content, field: str(Path(folder).expanduser())}
     # What regimes under attack use; 0.031 means 31/1000, not the nearest binary fraction
     recipe = {"adversary": "pgd"} | {
-        name: Fraction(str(value)) if isinstance(value, float) and name.startswith(("eps", "step"))
-        else value
-        for name, value in content.items() if name in TRAINING
-    }  # fmt: skip
+        name: Fraction(str(value)) if isinstance(value, float) and name.startswith(("eps", "step")) else value
+        for name, value in content.items()
+        if name in TRAINING
+    }
     own = {name: value for name, value in content.items() if name not in TRAINING}
     try:
         return Settings.model_validate({**own, "recipe": recipe})
@@ -227,18 +221,15 @@ PARAMETERS = "# Parameters"  # how a cell of parameters begins, the notebook's a
 def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
     """Settings from a notebook's `globals()`, called in the cell right below its parameters.
 
-    The preset that `preset` names, and on top every parameter that was set: in the notebook's own
-    cell of parameters, as it ran last, and in the one that papermill puts behind it. Other names of
-    the kernel do not count. A parameter that is no field is an error, since papermill passes
-    unknown ones on without one.
+    The preset that `preset` names, and on top every parameter that was set: in the notebook's own cell of parameters,
+    as it ran last, and in the one that papermill puts behind it. Other names of the kernel do not count. A parameter
+    that is no field is an error, since papermill passes unknown ones on without one.
     """
     cells = [cell for cell in namespace.get("In", []) if cell.startswith(PARAMETERS)]
     names: set[str] = set()
     for cell in cells:
         found = {
-            one.id
-            for one in ast.walk(ast.parse(cell))
-            if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+            one.id for one in ast.walk(ast.parse(cell)) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
         }
         # The notebook's own cell names its preset first, and begins anew
         names = found if not cell.startswith(f"{PARAMETERS}\n") else names | found

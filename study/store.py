@@ -109,9 +109,7 @@ def load_data(settings: Settings, name: str = "") -> Dataset:
     for field in ("attacked_images", "adaptive_images"):
         count = getattr(settings, field)
         if count is not None and count > available:
-            raise ValueError(
-                f"{field} is {count}, but {dataset.name} has only {available} test images; lower it"
-            )
+            raise ValueError(f"{field} is {count}, but {dataset.name} has only {available} test images; lower it")
     return dataset
 
 
@@ -126,8 +124,8 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
 
 
 def model_folder(settings: Settings, name: ModelName) -> Path:
-    """Where all about a model lies: what was trained here goes before what came with the project,
-    which counts where it was trained with these settings."""
+    """Where all about a model lies: what was trained here goes before what came with the project, which counts where
+    it was trained with these settings."""
     own, shipped = own_folder(settings, name), pretrained_folder(settings, name)
     if (own / "record.json").exists() or not settings.pretrained:
         return own
@@ -149,8 +147,8 @@ def training_record(settings: Settings, name: ModelName) -> dict[str, Any]:
 def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
     """A model of the preset, in eval mode; trained first if it is not there yet.
 
-    Weights that are damaged, or were trained with other settings or data, are set aside and made
-    anew. An ensemble is put together from its members, with equal weights.
+    Weights that are damaged, or were trained with other settings or data, are set aside and made anew. An ensemble is
+    put together from its members, with equal weights.
     """
     if name.method == "ensemble":
         networks = [trained_model(settings, one, dataset) for one in members(settings, name)]
@@ -174,8 +172,8 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
 
 
 def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE | None:
-    """The model that was trained here, else the one that comes with the project; None where there
-    is none that can be used. Of the two, the former is set aside then."""
+    """The model that was trained here, else the one that comes with the project; None where there is none that can be
+    used. Of the two, the former is set aside then."""
     recipe, own = recipe_of(settings, name), own_folder(settings, name)
     files = [own / WEIGHTS, own / "record.json"]
     if all(path.exists() for path in files):
@@ -264,11 +262,11 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
-    """The frames of a kind of these models, one under the other (see `measure`), and what each
-    model is: "data", "method", "expert", "regime" and "seed".
+    """The frames of a kind of these models, one under the other (see `measure`), and what each model is: "data",
+    "method", "expert", "regime" and "seed".
 
-    Raises FileNotFoundError, with the command that makes it, where a model has none yet. One that
-    is damaged is set aside, so that the graph makes it anew, and is a DamagedFile.
+    Raises FileNotFoundError, with the command that makes it, where a model has none yet. One that is damaged is set
+    aside, so that the graph makes it anew, and is a DamagedFile.
     """
     frames = []
     for name in names:
@@ -309,21 +307,17 @@ def set_record_aside(path: Path, reason: str) -> None:
 
 
 def write_artefact(
-    settings: Settings, name: str, contents: Mapping[str, str | bytes], caption: str,
-    records: Sequence[Path],
-) -> list[Path]:  # fmt: skip
+    settings: Settings, name: str, contents: Mapping[str, str | bytes], caption: str, records: Sequence[Path]
+) -> list[Path]:
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
 
-    The latter holds the caption, the settings, the checksum of each file, and of every record its
-    copy in the folder records/ beside it and its provenance. The same records give the same bytes.
-    The paths are printed and returned.
+    The latter holds the caption, the settings, the checksum of each file, and of every record its copy in the folder
+    records/ beside it and its provenance. The same records give the same bytes. The paths are printed and returned.
     """
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):
         trained = record.name == "record.json"
-        copy = (
-            f"records/{record.parent.name}.training.json" if trained else f"records/{record.name}"
-        )
+        copy = f"records/{record.parent.name}.training.json" if trained else f"records/{record.name}"
         write_atomically(folder / copy, record.read_bytes())
         made = read_json(record)["provenance"]
         made = {key: made[key] for key in made if key != "finished"}
@@ -333,9 +327,7 @@ def write_artefact(
         files[f"{name}.{ending}"] = checksum(folder / f"{name}.{ending}")
     sidecar = {"kind": "artefact", "name": name, "caption": caption}
     asked = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
-    write_json(
-        folder / f"{name}.json", sidecar | {"settings": asked, "files": files, "records": sources}
-    )
+    write_json(folder / f"{name}.json", sidecar | {"settings": asked, "files": files, "records": sources})
     paths = [folder / file for file in (*files, f"{name}.json")]
     shown = [path.relative_to(folder.parents[1]).as_posix() for path in paths]
     print("saved", ", ".join(shown))

@@ -1,8 +1,8 @@
 """The tables of the paper and of notebooks 03, 04 and 06: filters and pivots of the long frame.
 
-The long frame (see `measure`) has a row for each model, attack and image. From it come cells: what
-labels their row, header ("column (unit)"), value and images; and from cells tidy tables, a line for
-each cell, its value the mean of `count` numbers, one a seed or one a network.
+The long frame (see `measure`) has a row for each model, attack and image. From it come cells: what labels their row,
+header ("column (unit)"), value and images; and from cells tidy tables, a line for each cell, its value the mean of
+`count` numbers, one a seed or one a network.
 """
 
 import math
@@ -47,8 +47,8 @@ Names = Sequence[ModelName]
 
 
 def read_rows(settings: Settings, names: Names, kind: str) -> pd.DataFrame:
-    """The long frame's rows of the split "test", by name and, for readers, by data, training and
-    model: MoE, Immunity, P-DARTS, stand-alone GoogLeNet."""
+    """The long frame's rows of the split "test", by name and, for readers, by data, training and model: MoE,
+    Immunity, P-DARTS, stand-alone GoogLeNet."""
     frame = read_frame(settings, names, kind).rename(columns={"model": "name"})
     network = frame["expert"].map(NETWORKS)
     alone = network.where(frame["expert"].isin(BASELINES), "stand-alone " + network)
@@ -115,9 +115,8 @@ def summarise(cells: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
 def table1(settings: Settings) -> pd.DataFrame:
     """Table 1: networks trained independently of each other, and the same as experts of Immunity.
 
-    "accuracy" is what the paper compares: a single network (mean over all of them), and Immunity
-    under its switched gate. "experts alone" and "ensemble" (equal weights) compare like with like.
-    """
+    "accuracy" is what the paper compares: a single network (mean over all of them), and Immunity under its switched
+    gate. "experts alone" and "ensemble" (equal weights) compare like with like."""
     cells = []
     for name in catalogue.table1_models(settings):
         mixture = gate_cells(settings, [name], "scores").set_index("header")["value"]
@@ -162,8 +161,8 @@ def gates_table(settings: Settings) -> pd.DataFrame:
 def beside_paper(settings: Settings, table: pd.DataFrame, artefact: str) -> pd.DataFrame:
     """A table with the numbers that the paper reports, on CIFAR-10 for data that it does not have.
 
-    They lie in reported.csv, as far as our source of the paper shows them; who has the printed
-    tables can add lines. Raises ValueError for a file that has no numbers, or two for a cell.
+    They lie in reported.csv, as far as our source of the paper shows them; who has the printed tables can add lines.
+    Raises ValueError for a file that has no numbers, or two for a cell.
     """
     cell = ["table", "data", "training", "model", "column"]
     data = table.get("data", pd.Series(DATA[settings.recipe.dataset], table.index))
@@ -184,8 +183,8 @@ def beside_paper(settings: Settings, table: pd.DataFrame, artefact: str) -> pd.D
 
 
 def worst_case(rows: pd.DataFrame, families: Collection[str] = tuple(FAMILIES)) -> pd.DataFrame:
-    """The least of what is right under each gate over the attacks of some families: switched,
-    uniform and trained, by training, model, name and image. rows: as `read_rows` gives them."""
+    """The least of what is right under each gate over the attacks of some families: switched, uniform and trained, by
+    training, model, name and image. rows: as `read_rows` gives them."""
     attacked = rows[rows["family"].isin(families)]
     groups = attacked.groupby(["training", "model", "name", "image"], sort=False)
     return groups[["switched", "uniform", "trained"]].min()
@@ -194,10 +193,9 @@ def worst_case(rows: pd.DataFrame, families: Collection[str] = tuple(FAMILIES)) 
 def worth_of_the_gate(settings: Settings, names: Names) -> pd.DataFrame:
     """The headline: a row for each mixture, image by image the worst case over all attacks.
 
-    "same answer": share of images to which all gates give one answer, unattacked. Then accuracies:
-    unattacked; under the paper's attacks; and under all of them, by what defends. Last, how often
-    an attacker succeeds who may try k times: 1 - (1 - q)^k where a try fools with probability q.
-    """
+    "same answer": share of images to which all gates give one answer, unattacked. Then accuracies: unattacked; under
+    the paper's attacks; and under all of them, by what defends. Last, how often an attacker succeeds who may try k
+    times: 1 - (1 - q)^k where a try fools with probability q."""
     rows, by = read_rows(settings, names, "adaptive"), ["training", "model", "name"]
     left = worst_case(rows)
     same = {str(one): read_summary(settings, one, "adaptive")["agreement"] for one in names}
@@ -227,8 +225,8 @@ def suite_table(settings: Settings, names: Names) -> pd.DataFrame:
 
 
 def checks_table(settings: Settings, names: Names) -> pd.DataFrame:
-    """One line a check: how many of the models pass, the evidence of those that do not (or of the
-    first), why it matters and who says so."""
+    """One line a check: how many of the models pass, the evidence of those that do not (or of the first), why it
+    matters and who says so."""
     told = [read_summary(settings, name, "adaptive")["checks"] for name in names]
     lines = []
     for found in zip(*told, strict=True):  # one check of all models
@@ -254,8 +252,8 @@ def budget_curves(settings: Settings, names: Names) -> pd.DataFrame:
 
 
 def table_text(table: pd.DataFrame) -> pd.DataFrame:
-    """A table as text, one line a row of ours and, where we know numbers of the paper, one of its
-    own. Several numbers are printed as "mean ± standard deviation (count)"."""
+    """A table as text, one line a row of ours and, where we know numbers of the paper, one of its own. Several
+    numbers are printed as "mean ± standard deviation (count)"."""
     labels = [field for field in table if field not in FIELDS]
     rows: dict[tuple, dict[str, str]] = {}
     for cell in table.to_dict("records"):
@@ -274,8 +272,8 @@ def table_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def evidence(settings: Settings, table: pd.DataFrame) -> str:
-    """What a table rests on, in words: data, seeds, images and the error that those leave (the 95 %
-    Wilson interval; an upper bound for expectations over gates, as each image then varies less)."""
+    """What a table rests on, in words: data, seeds, images and the error that those leave (the 95 % Wilson interval;
+    an upper bound for expectations over gates, as each image then varies less)."""
     from statsmodels.stats.proportion import proportion_confint  # costs a second
 
     seeds = "one seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
@@ -306,9 +304,9 @@ def write_table(
     settings: Settings, table: pd.DataFrame, name: str, caption: str, records: Sequence[Path],
     text: pd.DataFrame | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Write figures/<preset>/<name>.csv (the numbers), .md, .tex and .json (see `write_artefact`);
-    returns the paths. records: the files that the table was read from. text: what is printed of a
-    table that is not tidy; what a tidy one rests on is added to its caption."""
+    """Write figures/<preset>/<name>.csv (the numbers), .md, .tex and .json (see `write_artefact`); returns the paths.
+    records: the files that the table was read from. text: what is printed of a table that is not tidy; what a tidy
+    one rests on is added to its caption."""
     if text is None:
         text, caption = table_text(table), f"{caption} {evidence(settings, table)}"
     escaped = re.sub(r"([%&_#$])", r"\\\1", caption)

@@ -34,8 +34,8 @@ TRUE_CLASS, ANSWER = "its true class", "what the plain ensemble answers"
 class Subject:
     """An image to look at.
 
-    image: (3, 32, 32) in [0, 1]. label: its class, or None where nobody knows it (an own image).
-    part_masks: (P, 32, 32) bool, the true parts; P is 0 where they are not known.
+    image: (3, 32, 32) in [0, 1]. label: its class, or None where nobody knows it (an own image). part_masks: (P, 32,
+    32) bool, the true parts; P is 0 where they are not known.
     """
 
     title: str
@@ -48,8 +48,8 @@ class Subject:
 class Answers:
     """What a model says on its way: E budgets, S + 1 points, N experts, C classes, G gates.
 
-    asked: the class that the attack leads away from: the true one where it is known, else what the
-    plain ensemble of this model answers.
+    asked: the class that the attack leads away from: the true one where it is known, else what the plain ensemble of
+    this model answers.
     """
 
     frames: Tensor  # (E, S + 1, 3, 32, 32)
@@ -60,8 +60,8 @@ class Answers:
 
 
 def _kept(method: Callable) -> Callable:
-    """A method that computes each result once, and one at a time: JupyterLab can serve widgets in a
-    thread beside the cells that still run."""
+    """A method that computes each result once, and one at a time: JupyterLab can serve widgets in a thread beside the
+    cells that still run."""
     cached = lru_cache(KEPT)(method)
 
     @wraps(method)
@@ -75,25 +75,21 @@ def _kept(method: Callable) -> Callable:
 class Exploration:
     """The mixtures of a preset on single images, each attacked by PGD on itself.
 
-    preset: its name or path, as the reader gave it. models: those that are trained or come with the
-    project; missing: the others. budgets: values of eps, E of them, 0 first. Raises ValueError if
-    there is no model at all.
+    preset: its name or path, as the reader gave it. models: those that are trained or come with the project; missing:
+    the others. budgets: values of eps, E of them, 0 first. Raises ValueError if there is no model at all.
     """
 
     def __init__(self, settings: Settings, dataset: Dataset, preset: str = ""):
         self.settings, self.dataset = settings, dataset
         self._preset = preset or settings.preset
-        self.budgets = [
-            settings.recipe.eps * factor for factor in BUDGETS if settings.recipe.eps * factor <= 1
-        ]
+        self.budgets = [settings.recipe.eps * factor for factor in BUDGETS if settings.recipe.eps * factor <= 1]
         self.models, self.missing = [], []
         for name in explored_models(settings):
             there = (model_folder(settings, name) / "record.json").exists()
             (self.models if there else self.missing).append(name)
         if not self.models:
             raise ValueError(
-                f"no mixture of preset {settings.preset} is trained yet; this trains one: "
-                f"{self.training_command()}"
+                f"no mixture of preset {settings.preset} is trained yet; this trains one: {self.training_command()}"
             )
         test, self.gallery = dataset.splits["test"], []
         per_class = max(1, GALLERY // len(dataset.class_names))
@@ -141,8 +137,8 @@ class Exploration:
     ) -> Tensor:  # fmt: skip
         """Heat maps (S + 1, N, 32, 32) on the way with one of the budgets, each summing to 1.
 
-        method: one of CAM_METHODS. explained: the class they are for; TRUE_CLASS: the one asked
-        for; ANSWER: what the plain ensemble answers at each point.
+        method: one of CAM_METHODS. explained: the class they are for; TRUE_CLASS: the one asked for; ANSWER: what the
+        plain ensemble answers at each point.
         """
         answers, device = self.answers(name, subject, attacked_gate), chosen_device()
         labels = answers.experts[budget].mean(1).argmax(-1)
@@ -164,8 +160,8 @@ class Exploration:
         return verdicts(outputs[0], labels), verdicts(outputs[1], labels)
 
     def broken(self, name: ModelName, attacked_gate: Gate) -> list[bool]:
-        """For each image of the gallery, whether the plain ensemble is right before the attack, and
-        wrong after it."""
+        """For each image of the gallery, whether the plain ensemble is right before the attack, and wrong after
+        it."""
         before, after = self.verdicts(name, attacked_gate)
         return (before.uniform & ~after.uniform).tolist()
 

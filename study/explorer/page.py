@@ -1,8 +1,8 @@
 """What the explorer shows, once computed: as a page to step through, and as still figures.
 
-`page.html` draws the page, with a few lines of plain JavaScript that ask nothing of a kernel or a
-network: in the explorer's widget as in the file that a reader takes home. The figures show the same
-ways with the same colours, on the same scale.
+`page.html` draws the page, with a few lines of plain JavaScript that ask nothing of a kernel or a network: in the
+explorer's widget as in the file that a reader takes home. The figures show the same ways with the same colours, on
+the same scale.
 """
 
 import base64
@@ -31,10 +31,7 @@ COLOUR_MAP = "magma"  # rises evenly in lightness: readable without colours, and
 # Okabe and Ito's colours, told apart by colour-blind readers too
 PART_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
-ATTACKED_GATES = {
-    "uniform": "all gates alike (the plain ensemble)",
-    "trained": "the gate as trained",
-}
+ATTACKED_GATES = {"uniform": "all gates alike (the plain ensemble)", "trained": "the gate as trained"}
 
 
 def explorer_page(
@@ -98,15 +95,15 @@ def _rounded(numbers: Tensor) -> list:
 
 
 def scale_top(maps: Sequence[Tensor]) -> float:
-    """Where one scale for all these maps, each summing to 1, ends: 0.1 % of their pixels lie above.
-    In units of an even spread."""
+    """Where one scale for all these maps, each summing to 1, ends: 0.1 % of their pixels lie above. In units of an
+    even spread."""
     pixels = torch.cat([one.flatten() for one in maps]) * GRID**2
     return max(pixels.kthvalue(int(0.999 * len(pixels))).values.item(), 1.0)
 
 
 def brightness(heat: Tensor, top: float) -> np.ndarray:
-    """0 .. 1 of maps that each sum to 1: the square root of their heat over that of `top`, which is
-    in units of an even spread. So wide maps can be seen beside those of a few bright pixels."""
+    """0 .. 1 of maps that each sum to 1: the square root of their heat over that of `top`, which is in units of an
+    even spread. So wide maps can be seen beside those of a few bright pixels."""
     return np.sqrt(np.clip(heat.numpy() * (GRID**2 / top), 0, 1))
 
 
@@ -141,14 +138,12 @@ def attack_figure(
     exploration: Exploration, names: Sequence[ModelName], subject: Subject, attacked_gate: str,
     budget: int, steps: Sequence[int],
 ) -> Figure:  # fmt: skip
-    """A row for each model and step: the image with the answer of the mixture, and the map of every
-    expert with its answer and weight, all maps on one scale, the true parts outlined."""
+    """A row for each model and step: the image with the answer of the mixture, and the map of every expert with its
+    answer and weight, all maps on one scale, the true parts outlined."""
     maps = [exploration.maps(name, subject, attacked_gate, budget) for name in names]
     columns, rows, top = maps[0].shape[1] + 1, len(names) * len(steps), scale_top(maps)
     figure, axes = _grid(rows, columns, (1.5 * columns + 1, 2 * rows))
-    for row, ((name, of_model), step) in zip(
-        axes, product(zip(names, maps, strict=True), steps), strict=True
-    ):
+    for row, ((name, of_model), step) in zip(axes, product(zip(names, maps, strict=True), steps), strict=True):
         answers, at = exploration.answers(name, subject, attacked_gate), (budget, step)
         row[0].imshow(colours(answers.frames[at]))
         for panel, heat in zip(row[1:], of_model[step], strict=True):
@@ -172,11 +167,9 @@ def attack_figure(
     return figure
 
 
-def gates_figure(
-    exploration: Exploration, names: Sequence[ModelName], subject: Subject, attacked_gate: str
-) -> Figure:
-    """Which gates are right at the attack's last step, a panel for each model: budgets down, states
-    of the gate across, sorted by how many budgets they withstand."""
+def gates_figure(exploration: Exploration, names: Sequence[ModelName], subject: Subject, attacked_gate: str) -> Figure:
+    """Which gates are right at the attack's last step, a panel for each model: budgets down, states of the gate
+    across, sorted by how many budgets they withstand."""
     budgets = [budget_text(eps) for eps in exploration.budgets]
     figure, axes = plt.subplots(
         len(names), 1, figsize=(9.4, 0.28 * len(budgets) * len(names) + 1.1), dpi=SCREEN,

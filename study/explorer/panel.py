@@ -1,8 +1,7 @@
-"""The explorer's widgets: what the kernel must compute is chosen here, and the page below moves by
-itself.
+"""The explorer's widgets: what the kernel must compute is chosen here, and the page below moves by itself.
 
-Everything shown is computed by an `Exploration`, once: a new image, model, method, class or budget
-when it is chosen. The page's own sliders (step, gate, expert) then answer at once.
+Everything shown is computed by an `Exploration`, once: a new image, model, method, class or budget when it is chosen.
+The page's own sliders (step, gate, expert) then answer at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +12,7 @@ import ipywidgets as widgets
 
 from immunity_lib.files import write_atomically
 from study.explorer.cam_methods import CAM_METHODS
-from study.explorer.exploration import (
-    ANSWER,
-    PRESET_BUDGET,
-    TRUE_CLASS,
-    Exploration,
-    Subject,
-    own_subject,
-)  # fmt: skip
+from study.explorer.exploration import ANSWER, PRESET_BUDGET, TRUE_CLASS, Exploration, Subject, own_subject
 from study.explorer.page import ATTACKED_GATES, colours, data_address, explorer_page
 from study.tables import budget_text
 

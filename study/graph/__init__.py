@@ -1,5 +1,5 @@
-"""The graph of the study as commands: `run` makes a preset's tables and figures, each by a `job`;
-`status` says how far it is, and `plan` what it costs. What they share is about a preset."""
+"""The graph of the study as commands: `run` makes a preset's tables and figures, each by a `job`; `status` says how
+far it is, and `plan` what it costs. What they share is about a preset."""
 
 import argparse
 import os
@@ -11,29 +11,24 @@ from study.settings import Settings, load_preset, preset_names
 def preset_parser(
     command: str, description: str, *, default: str = "demo", output: bool = True
 ) -> argparse.ArgumentParser:
-    """A parser of `python -m study.<command>` with --preset, --data and, unless the command neither
+    """A parser of `python <command>` with --preset, --data and, unless the command neither
     reads nor writes results, --output."""
-    parser = argparse.ArgumentParser(prog=f"python -m study.{command}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python {command}", description=description)
     names = ", ".join(preset_names())
     parser.add_argument(
-        "--preset", default=default,
-        help=f"one of {names}, or the path of a YAML file (default: {default})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data", default="", help="folder of CIFAR (default: data/) or of your own images"
+        "--preset", default=default, help=f"one of {names}, or the path of a YAML file (default: {default})"
     )
+    parser.add_argument("--data", default="", help="folder of CIFAR (default: data/) or of your own images")
     if output:
-        parser.add_argument(
-            "--output", default="", help="where runs/ and figures/ are (default: the project)"
-        )
+        parser.add_argument("--output", default="", help="where runs/ and figures/ are (default: the project)")
     return parser
 
 
 def parse_options(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, Settings]:
-    """The options and the settings of their preset; one that cannot be used ends the command with
-    status 2 and words. Paths become absolute: kernels are started elsewhere than the command."""
+    """The options and the settings of their preset; one that cannot be used ends the command with status 2 and words.
+    Paths become absolute: kernels are started elsewhere than the command."""
     options = parser.parse_args(arguments)
     if options.preset not in preset_names() and os.path.isfile(options.preset):
         options.preset = os.path.abspath(options.preset)
@@ -46,9 +41,7 @@ def parse_options(
         for name in ("jobs", "tflops"):
             if (number := getattr(options, name, None)) is not None and not number > 0:
                 raise ValueError(f"--{name} is {number}; it must be above 0")
-        settings = load_preset(
-            options.preset, data_folder=options.data, output_folder=options.output
-        )
+        settings = load_preset(options.preset, data_folder=options.data, output_folder=options.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return options, settings

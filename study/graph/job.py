@@ -1,9 +1,8 @@
 """One notebook of the graph, run in batch: what every job of the Snakefile starts.
 
-papermill runs the notebook. Beside that, this gives it an interpreter and surroundings of its own,
-takes a free GPU where the machine has several, tells `make status` how the job stands, stops the
-kernel on SIGTERM and Ctrl-C, and ends when the graph that started it has been killed. A training
-that was stopped goes on from its last epoch.
+papermill runs the notebook. Beside that, this gives it an interpreter and surroundings of its own, takes a free GPU
+where the machine has several, tells `make status` how the job stands, stops the kernel on SIGTERM and Ctrl-C, and
+ends when the graph that started it has been killed. A training that was stopped goes on from its last epoch.
 """
 
 import itertools
@@ -34,8 +33,8 @@ LOOK_AGAIN, REFRESHED = 1, 20  # seconds between two looks, and between two sign
 LONGEST_FOLDER = 60  # characters, of a kernel's sockets: their paths have 107 at most
 
 # The same whoever starts the job: a sum's last bits depend on the number of threads.
-# One thread each: models that train beside each other use the cores better than one with several.
-# The allocator keeps its memory instead of handing it back after every layer.
+# One thread each: models that train beside each other use the cores better than one with several. The allocator keeps
+# its memory instead of handing it back after every layer.
 SURROUNDINGS = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
@@ -46,7 +45,7 @@ SURROUNDINGS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a notebook; returns 0, 1 where a cell failed, 143 or 130 where it was asked to stop."""
     parent, started = os.getppid(), datetime.now(UTC)
-    parser = preset_parser("graph.job", "One notebook of the graph, run in batch.")
+    parser = preset_parser("-m study.graph.job", "One notebook of the graph, run in batch.")
     parser.add_argument("notebook", choices=NOTEBOOKS)
     parser.add_argument("--model", type=ModelName.parse, help="one of the preset; default: all")
     parser.add_argument("--gpus", default="", help="GPUs to choose one from, as in 0,1,2,3")
@@ -86,9 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(notebook, executed, parameters, shown, report: Callable, parent: int) -> tuple[str, int]:
     """What went wrong, in a line, empty if nothing did; and the signal that asked to stop, or 0.
 
-    papermill hands no signal on to its kernel (github.com/nteract/papermill/issues/508). It runs in
-    a thread, where it hears of none; the main thread stops the kernel, and with that papermill.
-    """
+    papermill hands no signal on to its kernel (github.com/nteract/papermill/issues/508). It runs in a thread, where
+    it hears of none; the main thread stops the kernel, and with that papermill."""
     failures: list[str] = []
     signals: list[int] = []
 
@@ -130,8 +128,8 @@ def _run(notebook, executed, parameters, shown, report: Callable, parent: int) -
 
 @contextmanager
 def own_kernel() -> Iterator[str]:
-    """Within it, the kernel "python3" is this interpreter, whatever other one is installed under
-    that name, and reads none of the user's start-up files; gives a folder for its sockets."""
+    """Within it, the kernel "python3" is this interpreter, whatever other one is installed under that name, and reads
+    none of the user's start-up files; gives a folder for its sockets."""
     folder = tempfile.gettempdir()
     folder = folder if len(folder) <= LONGEST_FOLDER else "/tmp"
     with tempfile.TemporaryDirectory(prefix="immunity-", dir=folder) as own:
@@ -144,12 +142,11 @@ def own_kernel() -> Iterator[str]:
 
 @contextmanager
 def free_gpu(gpus: str) -> Iterator[str]:
-    """Hold one of the GPUs "0,1,2,...", numbers or UUIDs, that no other job of this user holds on
-    this machine, and give its name as CUDA_VISIBLE_DEVICES takes it; waits until one is free.
+    """Hold one of the GPUs "0,1,2,...", numbers or UUIDs, that no other job of this user holds on this machine, and
+    give its name as CUDA_VISIBLE_DEVICES takes it; waits until one is free.
 
-    Snakemake counts GPUs but tells no job which is its own
-    (github.com/snakemake/snakemake/issues/281). It is held by a lock, which ends with the job.
-    """
+    Snakemake counts GPUs but tells no job which is its own (github.com/snakemake/snakemake/issues/281). It is held by
+    a lock, which ends with the job."""
     folder = Path(tempfile.gettempdir(), f"immunity-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:
@@ -161,8 +158,8 @@ def free_gpu(gpus: str) -> Iterator[str]:
 
 
 def _show_only_prints(log: Path):
-    """Send what this process and its kernel say to the log, and return where their notebook's own
-    prints go: to where all of it went before."""
+    """Send what this process and its kernel say to the log, and return where their notebook's own prints go: to where
+    all of it went before."""
     shown = os.fdopen(os.dup(2), "w", buffering=1)
     with open(log, "w") as file:
         for output in (1, 2):

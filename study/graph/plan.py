@@ -1,15 +1,13 @@
 """What a preset costs, before anything runs: `make plan PRESET=paper`.
 
-Arithmetic is multiply-accumulates of convolutions and products, which PyTorch counts on shapes
-alone in an expert's real forward pass, training step, heat maps and gradient of the images; a step
-of an attack is such a gradient. Adaptive attacks are counted as if every image resisted, which few
-do. Left out: the gate, batch norms, losses, augmentation, the small held-out split. Hours are this
-arithmetic over an assumed sustained speed, the same for all. On a CPU, measured epochs (`make
-bench`) keep to the proportions within a third for networks of plain convolutions, ResNet18 at half
-its bill aside; networks of cells, with their depthwise convolutions, take 4 to 5 times theirs.
-Memory is that of the larger phase, training or measuring: weights, in training also gradients and
-momentum, and what a batch keeps for its backward pass; a GPU's libraries take 1 to 2 GB beside it.
-"""
+Arithmetic is multiply-accumulates of convolutions and products, which PyTorch counts on shapes alone in an expert's
+real forward pass, training step, heat maps and gradient of the images; a step of an attack is such a gradient.
+Adaptive attacks are counted as if every image resisted, which few do. Left out: the gate, batch norms, losses,
+augmentation, the small held-out split. Hours are this arithmetic over an assumed sustained speed, the same for all.
+On a CPU, measured epochs (`make bench`) keep to the proportions within a third for networks of plain convolutions,
+ResNet18 at half its bill aside; networks of cells, with their depthwise convolutions, take 4 to 5 times theirs.
+Memory is that of the larger phase, training or measuring: weights, in training also gradients and momentum, and what
+a batch keeps for its backward pass; a GPU's libraries take 1 to 2 GB beside it."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -31,8 +29,8 @@ from study.graph import parse_options, preset_parser
 from study.settings import Settings
 
 ASSUMED_TFLOPS = 10.0  # sustained; a guess for one data-centre GPU on images this small
-# Of what a cluster is asked for: the speed is a guess, and a job that waits in a queue a little
-# longer loses less than one that is ended
+# Of what a cluster is asked for: the speed is a guess, and a job that waits in a queue a little longer loses less
+# than one that is ended
 MARGIN = 2.0
 STARTING = 10  # minutes, for the kernel, the libraries and the data
 LIBRARIES = 4000  # MB of a process that has loaded them
@@ -40,10 +38,9 @@ WORK = ["02_training", "03_attacks", "06_adaptive_attacks", "scores"]
 
 
 def plan(settings: Settings) -> pd.DataFrame:
-    """A row for each model that the preset trains, by its name: its `cost_of`, and the
-    multiply-accumulates of all that is done with it in the notebooks of WORK; "scores" are heat
-    maps and accuracy on all test images. Nothing is computed and no data are read, but for the
-    names of the files of your own images."""
+    """A row for each model that the preset trains, by its name: its `cost_of`, and the multiply-accumulates of all
+    that is done with it in the notebooks of WORK; "scores" are heat maps and accuracy on all test images. Nothing is
+    computed and no data are read, but for the names of the files of your own images."""
     attacked, adaptive = catalogue.attacked_models(settings), catalogue.adaptive_models(settings)
     gradients, queries = adaptive_passes(settings)
     steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
@@ -74,20 +71,17 @@ def adaptive_passes(settings: Settings) -> tuple[int, int]:
     arc = 1  # a gradient of every expert, and an answer after each
     checks = len(BUDGETS) + 2
     gradients = settings.steps * (of_pgd + arc + checks + sum(settings.gate_samples))
-    # AutoAttack on two fixed gates: APGD, on nine targets too, FAB on nine and Square; on the
-    # switched one, two APGD with 20 draws; then Square alone and noise
+    # AutoAttack on two fixed gates: APGD, on nine targets too, FAB on nine and Square; on the switched one, two APGD
+    # with 20 draws; then Square alone and noise
     gradients += settings.auto_attack_steps * (2 * (1 + 9 + 9) + 2 * DRAWS)
     queries = 2 * (9 + QUERIES_PER_STEP) + QUERIES_PER_STEP + DRAWS_PER_STEP
-    return (
-        gradients,
-        settings.steps * settings.recipe.experts + settings.auto_attack_steps * queries,
-    )
+    return (gradients, settings.steps * settings.recipe.experts + settings.auto_attack_steps * queries)
 
 
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
-    """What a recipe's experts cost, from shapes alone: "parameters", bytes of "memory", and for one
-    image multiply-accumulates of a "forward" pass, the "gradient" of the image, heat "maps" and a
-    training "step" without its attack."""
+    """What a recipe's experts cost, from shapes alone: "parameters", bytes of "memory", and for one image
+    multiply-accumulates of a "forward" pass, the "gradient" of the image, heat "maps" and a training "step" without
+    its attack."""
     alike = replace(
         recipe, experts=1, gate_network="constant", precision="float32", seed=0, epochs=1,
         alpha=0.0, beta=float(recipe.beta + recipe.gamma > 0), gamma=0.0, floor=0.0,
@@ -163,8 +157,8 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
 
 
 def requests(settings: Settings, tflops: float) -> dict[str, dict[str, int]]:
-    """What each job that computes asks a cluster for: minutes ("runtime") and MB ("mem_mb"). One
-    that ran out of either is tried again with more.
+    """What each job that computes asks a cluster for: minutes ("runtime") and MB ("mem_mb"). One that ran out of
+    either is tried again with more.
 
     tflops: sustained speed of a GPU of the cluster, or of a core where it has none.
     """
@@ -218,7 +212,7 @@ at an assumed {tflops:g} TFLOP/s sustained (--tflops)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan of a preset; returns the exit status."""
-    parser = preset_parser("graph.plan", "What a preset costs.", default="paper", output=False)
+    parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper", output=False)
     told = f"sustained speed of the machine, TFLOP/s (default: {ASSUMED_TFLOPS:g})"
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)
     options, settings = parse_options(parser, arguments)

@@ -1,9 +1,9 @@
 """One command from a preset to its tables and figures: what `make reproduce` runs.
 
-Checks the preset and the data before anything is computed, lets Snakemake make what is missing, and
-ends with a list of what there is and what it shows. Killed at any moment, the same command goes on.
-On a machine with several GPUs, each job takes one of its own; with the profile of a cluster,
-Snakemake submits every job to its scheduler (profiles/).
+Checks the preset and the data before anything is computed, lets Snakemake make what is missing, and ends with a list
+of what there is and what it shows. Killed at any moment, the same command goes on. On a machine with several GPUs,
+each job takes one of its own; with the profile of a cluster, Snakemake submits every job to its scheduler
+(profiles/).
 """
 
 import os
@@ -31,7 +31,7 @@ PROFILES = ROOT / "profiles"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the graph of a preset; returns the exit status."""
-    parser = preset_parser("graph.run", "Make what is missing of a preset's tables and figures.")
+    parser = preset_parser("-m study.graph.run", "Make what is missing of a preset's tables and figures.")
     parser.add_argument("--jobs", type=int, help="notebooks beside each other (default: all cores)")
     parser.add_argument("--profile", default="", help="a folder of profiles/, as slurm, or a path")
     told = f"sustained speed of a cluster's GPU in TFLOP/s, for time limits ({ASSUMED_TFLOPS:g})"
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sources = "; ".join(f"{dataset.name} from {dataset.source}" for dataset in data)
         print(f"preset {settings.preset} on {chosen_device()}; {sources}", flush=True)
         settings.runs.mkdir(parents=True, exist_ok=True)
-        # Held until this process ends, however it ends: so Snakemake's own lock, which a kill
-        # would leave behind, is not needed
+        # Held until this process ends, however it ends: so Snakemake's own lock, which a kill would leave behind, is
+        # not needed
         with FileLock(lock, timeout=0):
             touch_future_files(settings)
             status = _run_snakemake(settings, config, profile, options.jobs)
@@ -107,8 +107,8 @@ def visible_gpus() -> list[str]:
 
 
 def touch_future_files(settings: Settings) -> None:
-    """Give files that are dated in the future the present's date: Snakemake would take all that is
-    made from them for older, and fail. Raises ValueError that names one that cannot be touched."""
+    """Give files that are dated in the future the present's date: Snakemake would take all that is made from them for
+    older, and fail. Raises ValueError that names one that cannot be touched."""
     code = (ROOT / name for name in ("immunity_lib", "study", "notebooks"))
     for path in (p for one in (*code, settings.runs, settings.figures) for p in one.rglob("*")):
         if path.lstat().st_mtime > time.time():
@@ -163,12 +163,12 @@ def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: 
 
 
 def hand_on_signals() -> list[int]:
-    """From now on, SIGTERM and Ctrl-C end the running jobs of the graph too; their numbers land in
-    the list. On a cluster the jobs are cancelled, and its scheduler tells them.
+    """From now on, SIGTERM and Ctrl-C end the running jobs of the graph too; their numbers land in the list. On a
+    cluster the jobs are cancelled, and its scheduler tells them.
 
     Snakemake's own answer to SIGTERM is to start no further job and to wait for those that run
-    (github.com/snakemake/snakemake/issues/448), which takes hours; Ctrl-C it takes from a terminal,
-    which tells the jobs too.
+    (github.com/snakemake/snakemake/issues/448), which takes hours; Ctrl-C it takes from a terminal, which tells the
+    jobs too.
     """
     from snakemake.scheduling.job_scheduler import JobScheduler
 

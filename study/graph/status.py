@@ -1,7 +1,7 @@
 """How far the graph of a preset is: `make status`, from any machine that sees its results.
 
-Read from what the jobs write beside their results: `jobs/` says how each stands, and the training
-logs how long an epoch takes. The time to go is reckoned from measured epochs and jobs alone.
+Read from what the jobs write beside their results: `jobs/` says how each stands, and the training logs how long an
+epoch takes. The time to go is reckoned from measured epochs and jobs alone.
 """
 
 import json
@@ -22,10 +22,9 @@ TOLD = ["running", "failed", "stopped", "lost", "waiting"]  # states beside "don
 
 
 def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd.DataFrame:
-    """A row for each job of the graph, by its name: "notebook", "state", and what its record says
-    (see `job`); of a training also the "network", "epochs" in all, those "trained", and their mean
-    time, "epoch", in seconds. A job that says it runs but was not seen for `lost_after` seconds was
-    killed: "lost"."""
+    """A row for each job of the graph, by its name: "notebook", "state", and what its record says (see `job`); of a
+    training also the "network", "epochs" in all, those "trained", and their mean time, "epoch", in seconds. A job
+    that says it runs but was not seen for `lost_after` seconds was killed: "lost"."""
     per_model = {
         "02_training": catalogue.trained_models(settings),
         "03_attacks": catalogue.attacked_models(settings),
@@ -52,8 +51,8 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
 
 
 def epoch_seconds(settings: Settings, model: catalogue.ModelName) -> list[float]:
-    """Seconds of every epoch that a model has been trained for so far; none if its log is damaged,
-    which the training writes anew."""
+    """Seconds of every epoch that a model has been trained for so far; none if its log is damaged, which the training
+    writes anew."""
     log = own_folder(settings, model) / "log.jsonl"
     try:
         return [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
@@ -62,8 +61,8 @@ def epoch_seconds(settings: Settings, model: catalogue.ModelName) -> list[float]
 
 
 def seconds_to_go(jobs: pd.DataFrame) -> tuple[float, list[str]]:
-    """Work that is left, in seconds of one job after the other, and the notebooks that are not in
-    it because none of their jobs has been measured yet.
+    """Work that is left, in seconds of one job after the other, and the notebooks that are not in it because none of
+    their jobs has been measured yet.
 
     An epoch takes what the model's own took, else those of the same network, else those of any;
     a job of another notebook the mean of those that are done.
@@ -102,7 +101,7 @@ def format_status(settings: Settings, now: datetime, lost_after: float = LOST) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print how far a preset is; returns the exit status."""
-    _, settings = parse_options(preset_parser("graph.status", "How far a preset is."), arguments)
+    _, settings = parse_options(preset_parser("-m study.graph.status", "How far a preset is."), arguments)
     if settings.runs.is_dir():
         print(format_status(settings, datetime.now(UTC)))
     else:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from immunity_lib import ImmunityMoE, build_expert, expert_heatmaps, losses
-from immunity_lib.experts import BASELINES
+from immunity_lib.experts import BASELINES, EXPERT_NAMES
 from immunity_lib.heatmaps import (
     empty_share,
     grad_cam,
@@ -147,7 +147,7 @@ def test_A4_maps_for_looking_change_nothing_and_do_not_depend_on_the_batch(
 @pytest.mark.parametrize(
     ("expert", "explained"),
     [("resnet18", "logit"), ("resnet18", "log-probability"), ("resnet18", "mixture")]
-    + [(expert, "logit") for expert in ("googlenet", "densenet121", "pdarts", "robnet-free")],
+    + [(expert, "logit") for expert in EXPERT_NAMES[1:]],
 )
 def test_training_gradient_is_the_slope_of_the_loss(images, labels, expert, explained):
     """Along a random direction through all parameters, in float64, with smooth functions in place

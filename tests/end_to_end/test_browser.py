@@ -13,12 +13,12 @@ from io import BytesIO
 
 import psutil
 import pytest
+from build_site import build_site
 from PIL import Image
 
 from study.explorer.exploration import PRESET_BUDGET, Exploration
 from study.explorer.page import explorer_page
 from study.settings import ROOT, load_preset
-from study.site import build_site
 from study.store import load_data, provenance, write_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -165,9 +165,7 @@ def shown(page, view=FRAME):
     while True:
         frame.locator("text=under this gate").first.wait_for()
         try:
-            pictures = frame.locator("canvas").evaluate_all(
-                "all => all.map(one => one.toDataURL())"
-            )
+            pictures = frame.locator("canvas").evaluate_all("all => all.map(one => one.toDataURL())")
             return frame.locator("#view").inner_text(), pictures
         except Error as error:
             if "detached" not in str(error):
@@ -281,9 +279,9 @@ def test_the_explorer_moves_in_jupyterlab(theme, width, tmp_path, state, pytestc
         assert not any(map(errors, wait_for_the_end(page, notebook)))
         use_the_explorer(page)
         colour = "element => getComputedStyle(element).color"
-        assert page.frame_locator(FRAME).locator("body").evaluate(colour) == page.locator(
-            FRAME
-        ).evaluate(colour), "words are in the theme's colour"
+        assert page.frame_locator(FRAME).locator("body").evaluate(colour) == page.locator(FRAME).evaluate(colour), (
+            "words are in the theme's colour"
+        )
         take_picture(page, pictures / f"explorer-{theme.lower()}.png")
         print(f"explorer used after {time.monotonic() - started:.1f} s")
 

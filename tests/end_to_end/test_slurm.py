@@ -76,16 +76,12 @@ def test_the_smoke_graph_through_sbatch(profile, smoke, tmp_path):
     on_gpu = [job for job in shown.stdout.splitlines() if measuring.search(job)]
     assert on_gpu and all("TresPerJob=gres:gpu:1" in job for job in on_gpu)
     assert at_once(ended) == 2
-    here, there = (
-        tables(load_preset("smoke", output_folder=str(one)).figures) for one in (smoke[0], output)
-    )
+    here, there = (tables(load_preset("smoke", output_folder=str(one)).figures) for one in (smoke[0], output))
     assert here.keys() == there.keys()
     assert not [name for name in here if here[name] != there[name]]
 
 
 def at_once(ended):
     """The largest number of jobs that ran at the same time."""
-    spans = [
-        [datetime.fromisoformat(job[when]) for when in ("StartTime", "EndTime")] for job in ended
-    ]
+    spans = [[datetime.fromisoformat(job[when]) for when in ("StartTime", "EndTime")] for job in ended]
     return max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)

@@ -100,9 +100,7 @@ def test_D12_every_field_of_training_is_the_preset_s(make_settings, make_recipe)
 
 def test_ensembles_have_members_of_their_own(make_settings):
     settings = make_settings(experts=3, seeds=[0, 1])
-    ensembles = [
-        ModelName.parse(f"parts10-ensemble-resnet18-standard-seed{seed}") for seed in (0, 1)
-    ]
+    ensembles = [ModelName.parse(f"parts10-ensemble-resnet18-standard-seed{seed}") for seed in (0, 1)]
     seeds = [[one.seed for one in members(settings, ensemble)] for ensemble in ensembles]
     assert seeds == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(ValueError, match="is not trained; its members are"):
@@ -110,9 +108,7 @@ def test_ensembles_have_members_of_their_own(make_settings):
 
 
 def test_every_model_of_every_table_is_trained_once(make_settings):
-    settings = make_settings(
-        seeds=[0, 2], compared_experts=["resnet18", "densenet121"], expert="googlenet"
-    )
+    settings = make_settings(seeds=[0, 2], compared_experts=["resnet18", "densenet121"], expert="googlenet")
     trained = trained_models(settings)
     assert len(set(trained)) == len(trained)
     needed = [*table2_models(settings), *table3_models(settings), literal_model(settings)]
@@ -130,14 +126,8 @@ def test_table_2_crosses_methods_regimes_and_seeds(make_settings):
 
 def test_table_2_has_every_baseline_on_every_data_set_under_every_regime(make_settings):
     networks = ["pdarts", "robnet-free", "advrush"]
-    settings = make_settings(
-        baselines=networks, further_datasets=["cifar10"], regimes=["standard", "trades"]
-    )
-    found = [
-        (name.dataset, name.regime, name.expert)
-        for name in table2_models(settings)
-        if name.expert in BASELINES
-    ]
+    settings = make_settings(baselines=networks, further_datasets=["cifar10"], regimes=["standard", "trades"])
+    found = [(name.dataset, name.regime, name.expert) for name in table2_models(settings) if name.expert in BASELINES]
     assert found == list(product(("parts10", "cifar10"), ("standard", "trades"), networks))
     assert set(table2_models(settings)) <= set(trained_models(settings))
     for name in table2_models(settings):

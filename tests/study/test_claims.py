@@ -70,9 +70,9 @@ def test_an_effect_is_the_difference_of_means_to_the_strongest(world):
             world.accuracy(name, attack, "switch")
             for name in names if name.method == method for attack in settings.attacks
         ])  # fmt: skip
-    (line,) = verdicts(
-        settings, [c for c in read_claims() if c.id == "mutual-information-attacked"]
-    )[["effect", "against"]].to_dict("records")
+    (line,) = verdicts(settings, [c for c in read_claims() if c.id == "mutual-information-attacked"])[
+        ["effect", "against"]
+    ].to_dict("records")
     best = max("moe", "moe-ps", key=means.get)
     assert line["against"] == {"moe": "MoE", "moe-ps": "MoE+PS"}[best]
     assert line["effect"] == pytest.approx(means["moe-mi"] - means[best])
@@ -81,9 +81,7 @@ def test_an_effect_is_the_difference_of_means_to_the_strongest(world):
 def test_relative_scores_are_in_shares_of_the_other_s(world):
     found, against = paired_differences(world.settings, measure("experts-differ"))
     seed = world.settings.seeds[-1]
-    of = {
-        name.method: name for name in catalogue.table3_models(world.settings) if name.seed == seed
-    }
+    of = {name.method: name for name in catalogue.table3_models(world.settings) if name.seed == seed}
     own, other = (world.scores[of[method]]["mutual_information"] for method in ("moe-mi", "moe"))
     every = [
         world.scores[name]["mutual_information"].mean()

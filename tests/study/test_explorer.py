@@ -38,9 +38,7 @@ from study.explorer.panel import Explorer
 from study.settings import PRESETS, load_preset
 from study.store import model_folder, trained_model
 
-IMMUNITY, MOE = NAMES = [
-    ModelName.parse(f"parts10-{method}-resnet18-standard-seed0") for method in ("immunity", "moe")
-]
+IMMUNITY, MOE = NAMES = [ModelName.parse(f"parts10-{method}-resnet18-standard-seed0") for method in ("immunity", "moe")]
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 

@@ -86,9 +86,7 @@ def training(tmp_path):
     thousand; and the settings."""
 
     def start(command_of, models=1):
-        preset, settings = smoke_preset(
-            tmp_path, preset="long", epochs=10_000, train_images=128, batch_size=32
-        )
+        preset, settings = smoke_preset(tmp_path, preset="long", epochs=10_000, train_images=128, batch_size=32)
         started = subprocess.Popen(
             command_of(preset, settings.output_folder), cwd=ROOT, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True,
@@ -124,9 +122,7 @@ def test_a_job_that_is_asked_to_stop_keeps_the_last_epoch_and_ends_at_once(train
 def test_a_job_ends_with_the_graph_that_started_it(training):
     """Killed without a word, the graph leaves nothing behind that trains on."""
     start = "import subprocess, sys; subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL)"
-    graph, below, settings = training(
-        lambda *given: [sys.executable, "-c", start, *training_job(*given)]
-    )
+    graph, below, settings = training(lambda *given: [sys.executable, "-c", start, *training_job(*given)])
     assert len(below) >= 2, "the job and its kernel"
     graph.kill()
     graph.wait()
@@ -137,9 +133,7 @@ def test_a_job_ends_with_the_graph_that_started_it(training):
 @pytest.mark.slow
 @SIGNALS
 def test_a_signal_to_the_graph_stops_its_jobs(training, number):
-    graph, below, _ = training(
-        lambda preset, output: reproduce_command(output, "--jobs", "2", preset=str(preset)), 2
-    )
+    graph, below, _ = training(lambda preset, output: reproduce_command(output, "--jobs", "2", preset=str(preset)), 2)
     graph.send_signal(number)
     _, printed = graph.communicate(timeout=60)
     assert graph.returncode == 128 + number and "the same command goes on" in printed

@@ -51,9 +51,7 @@ def measurements(monkeypatch):
     return seen
 
 
-KINDS = pytest.mark.parametrize(
-    ("make", "kind"), [(measure_attacks, "attacks"), (measure_scores, "scores")]
-)
+KINDS = pytest.mark.parametrize(("make", "kind"), [(measure_attacks, "attacks"), (measure_scores, "scores")])
 
 
 @KINDS
@@ -66,9 +64,7 @@ def test_what_was_measured_is_used_again(settings, dataset, measurements, make, 
 
 @KINDS
 @pytest.mark.parametrize("ending", [".json", ".parquet"])
-def test_truncated_files_are_set_aside_and_remade(
-    settings, dataset, measurements, capsys, make, kind, ending
-):
+def test_truncated_files_are_set_aside_and_remade(settings, dataset, measurements, capsys, make, kind, ending):
     path = record_path(settings, NAME, kind)
     before = read_frame(settings, [NAME], kind)
     spoilt = path.with_suffix(ending)
@@ -81,9 +77,7 @@ def test_truncated_files_are_set_aside_and_remade(
 
 
 @KINDS
-def test_a_record_about_other_weights_is_remade(
-    settings, make_settings, dataset, measurements, capsys, make, kind
-):
+def test_a_record_about_other_weights_is_remade(settings, make_settings, dataset, measurements, capsys, make, kind):
     path = record_path(settings, NAME, kind)
     before = read_json(path)
     changed = SMALL | {"learning_rate": 0.01, "output_folder": settings.output_folder}

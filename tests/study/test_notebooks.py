@@ -45,9 +45,7 @@ def test_parameters_are_plain_literals_with_an_explanation(notebook):
 
 def test_parameters_are_validated_right_below(notebook):
     code = cells(notebook, "code")
-    position = next(
-        k for k, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", [])
-    )
+    position = next(k for k, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", []))
     assert position == 0
     assert "settings = notebook_settings(globals())" in source(code[1])
 

@@ -61,15 +61,11 @@ def test_heat_maps_add_the_tail_behind_their_layer(make_recipe):
     assert plain["forward"] == regularised["forward"]
     tail = regularised["maps"] - regularised["forward"]
     assert 0 < tail < regularised["forward"]
-    assert regularised["step"] - plain["step"] == pytest.approx(
-        3 * tail, rel=0.05
-    )  # and the resizing
+    assert regularised["step"] - plain["step"] == pytest.approx(3 * tail, rel=0.05)  # and the resizing
 
 
 def test_a_pair_of_images_is_trained_on_twice(make_recipe):
-    single, pair = (
-        plan.cost_of(make_recipe("moe", regime), 10) for regime in ("adversarial", "trades")
-    )
+    single, pair = (plan.cost_of(make_recipe("moe", regime), 10) for regime in ("adversarial", "trades"))
     assert pair["step"] == pytest.approx(2 * single["step"], rel=0.02)
 
 

@@ -12,6 +12,7 @@ import tarfile
 import pytest
 import torch
 import yaml
+from build_site import build_site
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from immunity_lib.data import load_dataset
@@ -22,7 +23,6 @@ from study.catalogue import ModelName
 from study.explorer.exploration import own_subject
 from study.graph import run, status
 from study.settings import ROOT, load_preset
-from study.site import build_site
 from study.store import own_folder, read_json, trained_model, write_json
 
 NAME = "parts10-moe-resnet18-standard-seed0"
@@ -122,8 +122,7 @@ def test_parquet_files(pickled, tmp_path):
 def test_the_unpacked_archive_of_cifar(pickled, tmp_path):
     """Its authors pickled it: it is opened only with the published checksums."""
     for folder, names in {
-        "cifar-10-batches-py": [f"data_batch_{k}" for k in range(1, 6)]
-        + ["test_batch", "batches.meta"],
+        "cifar-10-batches-py": [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch", "batches.meta"],
         "cifar-100-python": ["train", "test", "meta"],
     }.items():
         (tmp_path / folder).mkdir()
@@ -214,9 +213,7 @@ def test_a_presets_name_is_one_folder_below_the_results(preset, tmp_path):
         load_preset(str(path))
 
 
-@pytest.mark.parametrize(
-    "name", ["../../outside", f"../{NAME}", f"{NAME}; touch x", f"{NAME}\n", "$(touch x)", "."]
-)
+@pytest.mark.parametrize("name", ["../../outside", f"../{NAME}", f"{NAME}; touch x", f"{NAME}\n", "$(touch x)", "."])
 def test_a_models_name_is_made_of_its_parts(name):
     with pytest.raises(ValueError, match="is no model's name"):
         ModelName.parse(name)

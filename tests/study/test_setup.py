@@ -30,9 +30,7 @@ EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run make as from a shell, free of the make that may have started these tests."""
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
-    return subprocess.run(
-        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def is_locked(requirement: Requirement) -> bool:
@@ -166,9 +164,7 @@ def test_wrong_python_is_named(fresh_checkout):
 
 def test_D15_the_makefile_passes_its_variables_on_with_their_spaces(fresh_checkout):
     given = ("PRESET=my presets/mine.yaml", "DATA=my data", "OUTPUT=my out", "JOBS=3")
-    asked = make(
-        "--dry-run", "reproduce", *given, "PROFILE=my profile", folder=fresh_checkout
-    ).stdout
+    asked = make("--dry-run", "reproduce", *given, "PROFILE=my profile", folder=fresh_checkout).stdout
     command = " ".join(asked[asked.index("-m study.graph.run") :].replace("\\", "").split())
     assert command == (
         '-m study.graph.run --preset "my presets/mine.yaml" --data "my data" --output "my out" '

@@ -4,8 +4,8 @@ import re
 
 import nbformat
 import pytest
+from build_site import build_site, main
 
-from study.site import build_site, main
 from study.store import write_artefact
 
 PROSE = r"""# A chapter

@@ -52,9 +52,7 @@ def test_independent_networks_stand_for_themselves_and_immunity_for_its_mixture(
     independent = models(names, "ensemble", expert="resnet18")
     immunity = models(names, "immunity", expert="resnet18")
     alone = [
-        100 * share
-        for name in independent
-        for share in world.summaries[name, "scores"]["test"]["expert_accuracy"]
+        100 * share for name in independent for share in world.summaries[name, "scores"]["test"]["expert_accuracy"]
     ]
     ours = cell(table, model="ResNet18", column="accuracy")
     assert ours["value"] == pytest.approx(mean(alone))
@@ -83,9 +81,7 @@ def test_table2_is_the_expectation_over_switches_with_the_first_gate_attacked(wo
     assert ours["count"] == len(expected) == len(settings.seeds)
 
 
-def test_table2_of_several_data_sets_is_held_against_the_paper_s_own_rows(
-    make_settings, tmp_path, monkeypatch
-):
+def test_table2_of_several_data_sets_is_held_against_the_paper_s_own_rows(make_settings, tmp_path, monkeypatch):
     settings = make_settings(
         dataset="cifar10", further_datasets=["cifar100"], baselines=["robnet-free"],
         attacks=["pgd", "cw"], output_folder=str(tmp_path),

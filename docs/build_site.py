@@ -1,8 +1,7 @@
 """Everything a preset has made, as plain HTML to read and to hand on: what `make site` builds.
 
-Executed notebooks, figures, tables and the stepper lie in one folder, with an index. The pages ask
-nothing of a network: equations are MathML, which browsers draw by themselves, and no script is
-loaded from elsewhere.
+Executed notebooks, figures, tables and the stepper lie in one folder, with an index. The pages ask nothing of a
+network: equations are MathML, which browsers draw by themselves, and no script is loaded from elsewhere.
 """
 
 import re
@@ -67,8 +66,7 @@ def build_site(settings: Settings) -> Path:
     executed = sorted((settings.runs / "notebooks").glob("*.ipynb"))
     if not executed:
         raise ValueError(
-            f"preset {settings.preset} has no executed notebooks; "
-            f"`make reproduce PRESET={settings.preset}` makes them"
+            f"preset {settings.preset} has no executed notebooks; `make reproduce PRESET={settings.preset}` makes them"
         )
     site, exporter = settings.runs / "site", _PageExporter()
     shutil.rmtree(site, ignore_errors=True)
@@ -77,9 +75,7 @@ def build_site(settings: Settings) -> Path:
         try:
             page, _ = exporter.from_filename(str(path))
         except ValueError as error:
-            raise ValueError(
-                f"{path} is no whole notebook ({error}); `make reproduce` makes it anew"
-            ) from error
+            raise ValueError(f"{path} is no whole notebook ({error}); `make reproduce` makes it anew") from error
         write_atomically(site / "notebooks" / f"{path.stem}.html", _link(page, pages))
     shutil.copytree(settings.figures, site / "figures", ignore=shutil.ignore_patterns("records"))
     artefacts = []
@@ -92,7 +88,7 @@ def build_site(settings: Settings) -> Path:
             "table": exporter.markdown2html({}, "\n".join(r for r in rows if r.startswith("|"))),
         })  # fmt: skip
     chapters = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("study", "."), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     index = environment.get_template("site.html").render(
         preset=settings.preset, artefacts=artefacts,
         chapters=[page for page in pages if page in chapters],
@@ -103,8 +99,8 @@ def build_site(settings: Settings) -> Path:
 
 
 def _link(page: str, pages: Sequence[str]) -> str:
-    """Make links from notebook to notebook links from page to page. Of a notebook that runs once
-    for each model, and not by itself, the first page is taken."""
+    """Make links from notebook to notebook links from page to page. Of a notebook that runs once for each model, and
+    not by itself, the first page is taken."""
 
     def to_page(link: re.Match) -> str:
         name = link[1]
@@ -116,7 +112,7 @@ def _link(page: str, pages: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build the site of a preset; one that cannot be built ends the command with status 2."""
-    parser = preset_parser("site", "Everything a preset has made, as plain HTML.")
+    parser = preset_parser("docs/build_site.py", "Everything a preset has made, as plain HTML.")
     _, settings = parse_options(parser, arguments)
     try:
         print(f"open {build_site(settings)} in a browser")

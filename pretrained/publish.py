@@ -1,7 +1,7 @@
 """The small weights that come with the project, made from trained models: `make pretrained`.
 
-They let a notebook show its models before anything is trained. Half precision halves their size;
-each record says which weights they were rounded from and what that changed.
+They let a notebook show its models before anything is trained. Half precision halves their size; each record says
+which weights they were rounded from and what that changed.
 """
 
 import torch
@@ -61,4 +61,4 @@ def publish_all(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    publish_all(parse_options(preset_parser("pretrained", __doc__, output=False))[1])
+    publish_all(parse_options(preset_parser("pretrained/publish.py", __doc__, output=False))[1])
