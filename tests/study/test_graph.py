@@ -17,7 +17,6 @@ from filelock import FileLock
 from graph import job_command, reproduce_command, wait_for
 from snakemake.scheduling.job_scheduler import JobScheduler
 
-from study import site
 from study.catalogue import adaptive_models, attacked_models, trained_models
 from study.graph import job, plan, run, status
 from study.settings import ROOT, load_preset
@@ -250,7 +249,6 @@ def assert_told(told, capsys):
         (plan, ["--preset=large"], "unknown preset 'large'; valid names: .*paper"),
         (plan, ["--tflops", "0"], "--tflops is 0.0; it must be above 0"),
         (status, ["--preset=nosuch"], "valid names"),
-        (site, ["--output", "/dev/null"], "make reproduce PRESET=smoke"),
     ],
 )
 def test_C6_a_wrong_option_is_told_before_anything_runs(command, options, told, capsys):
