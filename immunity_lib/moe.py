@@ -48,7 +48,7 @@ class ExpertOutputs:
 
 def _switch(log_gate: Tensor, gate: Gate) -> Tensor:
     """Log gate weights (B, N) as the experts get them: expert i gets weight gate[i]."""
-    images, experts = log_gate.shape
+    experts = log_gate.shape[1]
     if gate == "trained":
         return log_gate
     if gate == "uniform":
@@ -59,25 +59,21 @@ def _switch(log_gate: Tensor, gate: Gate) -> Tensor:
         return log_gate.gather(1, torch.rand_like(log_gate).argsort(1))
     if isinstance(gate, Sequence) and sorted(gate) == list(range(experts)):
         return log_gate[:, list(gate)]
-    raise ValueError(
-        f"gate must be one of {', '.join(GATES)} or a permutation of 0..{experts - 1}; got {gate!r}"
-    )
+    valid = f"one of {', '.join(GATES)} or a permutation of 0..{experts - 1}"
+    raise ValueError(f"gate must be {valid}; got {gate!r}")
 
 
 class ConvolutionalGate(nn.Module):
-    """Gate weights that depend on the image: convolution, pooling, a linear layer to N.
+    """Gate weights that depend on the image: convolution, pooling, a linear layer to N. Permuting
+    its N rows permutes the N weights: so is the random switch gate carried out, on the weights."""
 
-    Permuting the N rows of the linear layer permutes the N weights: that is how the random switch
-    gate is carried out, on the weights.
-    """
-
-    def __init__(self, experts: int, channels: int = 16):
+    def __init__(self, experts: int):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, channels, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(),
         )  # fmt: skip
-        self.linear = nn.Linear(channels, experts)
+        self.linear = nn.Linear(16, experts)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, 32, 32) normalised images to (B, N) log gate weights."""
