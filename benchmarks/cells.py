@@ -53,9 +53,7 @@ def main() -> None:
             network(images).sum().backward()
 
         def published(call, absent_edges=absent_edges) -> None:
-            with patch.object(
-                Cell, "forward", lambda cell, state: edge_by_edge(cell, state, absent_edges)
-            ):
+            with patch.object(Cell, "forward", lambda cell, state: edge_by_edge(cell, state, absent_edges)):
                 call()
 
         seconds = take_turns(
@@ -67,12 +65,8 @@ def main() -> None:
             },
             ROUNDS,
         )
-        found = [
-            ratios(seconds[f"published {what}"], seconds[what]) for what in ("forward", "step")
-        ]
-        print(
-            f"{name}, width {WIDTH}, {LAYERS} cells: edge by edge, a forward pass takes {found[0]}"
-        )
+        found = [ratios(seconds[f"published {what}"], seconds[what]) for what in ("forward", "step")]
+        print(f"{name}, width {WIDTH}, {LAYERS} cells: edge by edge, a forward pass takes {found[0]}")
         print(f"    our time, a training step {found[1]}")
 
 

@@ -52,9 +52,7 @@ def main() -> None:
     transformed = TransformedImages(image_set)
 
     def loader(workers: int) -> Iterable:
-        return DataLoader(
-            transformed, BATCH_SIZE, shuffle=True, num_workers=workers, generator=generator
-        )
+        return DataLoader(transformed, BATCH_SIZE, shuffle=True, num_workers=workers, generator=generator)
 
     ours = "immunity_lib"
     epochs: dict[str, Callable[[], Iterable]] = {
