@@ -64,9 +64,9 @@ def test_activations_and_logits_come_from_one_pass_of_every_parameter(expert, im
 def test_channels_last_is_kept_and_changes_nothing(expert, images):
     with torch.no_grad():
         logits = expert(images)
-        activations, channels_last_logits = expert.to(
-            memory_format=torch.channels_last
-        ).forward_with_features(images.contiguous(memory_format=torch.channels_last))
+        activations, channels_last_logits = expert.to(memory_format=torch.channels_last).forward_with_features(
+            images.contiguous(memory_format=torch.channels_last)
+        )
     assert activations.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(channels_last_logits, logits, rtol=1e-4, atol=1e-5)
 

@@ -83,9 +83,7 @@ def test_maps_agree_with_pytorch_grad_cam_up_to_scaling(model, images):
 @pytest.mark.parametrize(("signs", "floor"), [([+1, -1], 0.0), ([-1, -1], 0.0), ([-1, -1], 0.1)])
 def test_empty_map_is_uniform_counted_and_harmless(signs, floor):
     outputs = outputs_with_weights(signs)  # negative weights: the ReLU leaves nothing
-    maps = heatmaps_from_outputs(
-        outputs, torch.zeros(4, dtype=torch.int64), create_graph=True, floor=floor
-    )
+    maps = heatmaps_from_outputs(outputs, torch.zeros(4, dtype=torch.int64), create_graph=True, floor=floor)
     assert torch.equal(maps[:, 1], torch.full((4, 32, 32), 1 / 1024))
     empty = [sign < 0 for sign in signs]
     assert is_empty(maps).tolist() == [empty] * 4 and empty_share(maps).tolist() == empty
@@ -125,9 +123,7 @@ def test_constant_share_of_the_floor_changes_no_value_and_rewards_no_shrinking(f
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_A4_maps_for_looking_change_nothing_and_do_not_depend_on_the_batch(
-    model, images, labels, train
-):
+def test_A4_maps_for_looking_change_nothing_and_do_not_depend_on_the_batch(model, images, labels, train):
     model, images = model.double().train(train), images.double()
     model.experts[1].eval()
     modes = [module.training for module in model.modules()]
