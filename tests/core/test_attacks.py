@@ -89,28 +89,33 @@ def test_attacks_walk_uphill_until_the_border(make_linear_model, images, name, s
             torch.testing.assert_close(other, adversarial)
 
 
-@pytest.mark.parametrize("name", ["fgsm", "cw"])
-def test_a_step_is_along_the_gradient_of_the_mixture(make_linear_model, images, labels, name):
-    """Of five experts under a permuted gate, against the gradient of eq (1)'s cross entropy by
-    hand; for C&W, of its margin, at the random start."""
-    model, order = make_linear_model(5), (3, 1, 4, 0, 2)
+@pytest.mark.parametrize("name", ["fgsm", "cw", "expected", "weakest"])
+def test_a_step_is_along_the_gradient_of_what_is_raised(make_linear_model, images, labels, name):
+    """From a random start, save FGSM's; under a permuted gate, or exactly over all of them."""
+    model, order, gates = make_linear_model(4), (3, 1, 0, 2), list(permutations(range(4)))
     torch.manual_seed(0)
     start = images.clone()
-    if name == "cw":
+    if name != "fgsm":
         start = (start + torch.empty_like(images).uniform_(-EPS, EPS)).clamp(0, 1)
-    start.requires_grad_()
-    outputs = model.expert_outputs(start)
-    mixture = (outputs.gate[:, order, None] * outputs.logits.softmax(-1)).sum(1).log()
-    raised = -mixture[torch.arange(len(labels)), labels]
-    if name == "cw":
-        others = mixture.masked_fill(functional.one_hot(labels, 10).bool(), -100)
-        raised = others.max(1).values + raised
-        assert torch.equal(margin(mixture, labels), raised)
+    outputs = model.expert_outputs(start.requires_grad_())
+    shares = [outputs.gate[:, gate, None] * outputs.logits.softmax(-1) for gate in gates]
+    mixtures = torch.stack([share.sum(1).log() for share in shares])
+    losses, own = -mixtures[:, torch.arange(8), labels], gates.index(order)
+    torch.testing.assert_close(cross_entropy_by_gate(outputs, labels), losses.T)
+    others = mixtures[own].masked_fill(functional.one_hot(labels, 10).bool(), -100).amax(1)
+    torch.testing.assert_close(margin(mixtures[own], labels), others + losses[own])
+    raised = {
+        "fgsm": losses[own], "cw": others + losses[own],
+        "expected": losses.mean(0), "weakest": losses.amax(0),
+    }[name]  # fmt: skip
     (gradient,) = torch.autograd.grad(raised.sum(), start)
     length = EPS if name == "fgsm" else STEP
     moved = (start.detach() + length * gradient.sign()).clamp(images - EPS, images + EPS)
     torch.manual_seed(0)
-    found = attack(model, images, labels, name, gate=order, steps=1)
+    if name in ATTACKS:
+        found = attack(model, images, labels, name, gate=order, steps=1)
+    else:
+        found = exact_pgd(model, images, labels, aim=name, **BUDGET | {"steps": 1})
     assert_same_points(found, moved.clamp(0, 1))
 
 
@@ -229,21 +234,6 @@ def test_a_path_has_every_shorter_attack_and_each_image_its_own_budget(model, im
         assert_same_points(path[-1, one], alone)
 
 
-@pytest.mark.parametrize("aim", ["expected", "weakest"])
-def test_an_exact_step_is_along_the_gradient_over_all_gates(make_linear_model, images, labels, aim):
-    """Of the cross entropy of a pass for each gate."""
-    model, moved = make_linear_model(4), images.clone().requires_grad_()
-    passes = [model(moved, gate) for gate in permutations(range(4))]
-    losses = torch.stack([functional.nll_loss(one, labels, reduction="none") for one in passes])
-    together = cross_entropy_by_gate(model.expert_outputs(images), labels)
-    torch.testing.assert_close(together, losses.T)
-    raised = losses.mean(0) if aim == "expected" else losses.amax(0)
-    (gradient,) = torch.autograd.grad(raised.sum(), moved)
-    expected = (images + STEP * gradient.sign()).clamp(0, 1)
-    found = exact_pgd(model, images, labels, aim=aim, **FROM_IMAGES | {"steps": 1})
-    assert_same_points(found, expected)
-
-
 def test_a_probability_of_zero_is_no_nan(make_linear_model, images, labels):
     model, moved = make_linear_model(3, sharpness=1e4), images.clone().requires_grad_()
     losses = cross_entropy_by_gate(model.expert_outputs(moved), labels)
@@ -313,7 +303,8 @@ def test_folded_copy_is_the_same_function_with_fewer_norms(name, images):
     layers = 4 if name in BASELINES else None
     model = ImmunityMoE([build_expert(name, 10, 0.0625, layers=layers) for _ in range(2)])
     model = draw_norms(model).double()
-    folded, found = fold(model), []
+    state, folded, found = copy.deepcopy(model.state_dict()), fold(model), []
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     for one in (model, folded):
         moved = images[:2].double().requires_grad_()
         log_probs = one(moved, gate="trained")
@@ -342,18 +333,14 @@ def test_each_norm_is_folded_into_its_own_convolution_or_stays(images):
         torch.testing.assert_close(folded(images), network(images))
 
 
-def test_folding_leaves_the_model_alone(model, images):
+def test_a_folded_copy_is_its_own_and_for_evaluation_alone(model, images):
     model.train().to(memory_format=torch.channels_last)
-    state = copy.deepcopy(model.state_dict())
     folded = fold(model)
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     for one, training in ((model, True), (folded, False)):
         assert all(module.training == training for module in one.modules())
         assert all(parameter.requires_grad == training for parameter in one.parameters())
     weights = [one.weight for one in folded.modules() if isinstance(one, nn.Conv2d)]
     assert all(one.is_contiguous(memory_format=torch.channels_last) for one in weights)
     before = folded(images, gate="uniform")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
+    model.requires_grad_(False).apply(lambda one: [p.zero_() for p in one.parameters()])
     assert torch.equal(folded(images, gate="uniform"), before)
