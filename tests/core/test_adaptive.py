@@ -128,9 +128,7 @@ def test_what_is_done_is_not_made_again_and_what_is_made_is_kept(make_linear_mod
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_C1_with_few_classes_auto_attack_is_left_out_and_the_rest_works(
-    make_linear_model, many_images, classes
-):
+def test_C1_with_few_classes_auto_attack_is_left_out_and_the_rest_works(make_linear_model, many_images, classes):
     model = make_linear_model(2, classes=classes)
     results, summary = evaluate(model, many_images, SMALL)
     assert {told["family"] for _, told in results.values()} == set(FAMILIES) - {"judges"}
@@ -170,9 +168,7 @@ def test_square_and_auto_attack_break_the_gate_they_see(make_linear_model, many_
     model = make_linear_model(3, sharpness=3.0)
     with torch.no_grad():
         labels = model(many_images, "uniform").argmax(1)
-    adversarial, _ = auto_attack(
-        model, many_images, labels, "uniform", eps=0.03, steps=20 if only else 5, only=only
-    )
+    adversarial, _ = auto_attack(model, many_images, labels, "uniform", eps=0.03, steps=20 if only else 5, only=only)
     check_budget(many_images, adversarial, 0.03)
     found = verdicts(model.expert_outputs(adversarial), labels)
     assert found.uniform.double().mean() < 0.7

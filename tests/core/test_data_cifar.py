@@ -123,9 +123,7 @@ def test_an_unusable_file_is_named_with_the_remedy_and_left_alone(folder, damage
     file = folder / "cifar10" / "train-00000-of-00002.parquet"
     content = damage(file.read_bytes())
     file.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=f"(?s)^(?=.*{file.name}).*cannot be used.*{reason}.*replace"
-    ):
+    with pytest.raises(ValueError, match=f"(?s)^(?=.*{file.name}).*cannot be used.*{reason}.*replace"):
         load_dataset("cifar10", folder, validation_images=1)
     assert file.read_bytes() == content
 

@@ -175,9 +175,7 @@ def test_C3_the_formats_named_are_decoded_whatever_the_ending(tmp_path, kind):
 def test_C4_too_many_pixels_are_refused_before_they_are_decoded(size):
     """As they are, or as they would be: a strip becomes 32 times as long."""
     header = b"P6 %d %d 255 " % size  # of a PPM file, whose pixels do not even follow
-    with pytest.raises(
-        ValueError, match="x".join(map(str, size)) + " pixels, over 50,000,000 or too long"
-    ):
+    with pytest.raises(ValueError, match="x".join(map(str, size)) + " pixels, over 50,000,000 or too long"):
         pixels(io.BytesIO(header))
 
 

@@ -98,9 +98,7 @@ def test_attacks_are_drawn_from_the_seed_and_leave_the_random_state(make_distant
     image_set = ImageSet((255 * images).round().byte(), labels)
     state, found = torch.get_rng_state(), []
     for seed in (0, 0, 1, 2, 3, 4, 5):
-        verdicts = verdicts_under_attack(
-            model, image_set, "pgd", "switch", **BUDGET, steps=2, seed=seed
-        )
+        verdicts = verdicts_under_attack(model, image_set, "pgd", "switch", **BUDGET, steps=2, seed=seed)
         found.append(verdicts.trained.tolist())
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)

@@ -128,9 +128,7 @@ def test_A2_there_is_one_default_of_the_coordinates_and_of_gamma(maps, make_sett
         assert inspect.signature(function).parameters["coordinates"].default == "unit"
     for recipe in (Recipe(), make_settings().recipe):
         assert (recipe.coordinates, recipe.gamma) == ("unit", 100.0)
-    in_units, in_pixels = (
-        losses.position_stability_loss(maps, *named).item() for named in ((), ("pixels",))
-    )
+    in_units, in_pixels = (losses.position_stability_loss(maps, *named).item() for named in ((), ("pixels",)))
     assert in_pixels == pytest.approx(5**4 * in_units)  # these maps are 6x6
 
 

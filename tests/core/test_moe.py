@@ -57,10 +57,7 @@ def test_switching_draws_each_permutation_equally_often(gate):
     known = {order: outputs.mixture(order) for order in itertools.permutations(range(3))}
     for _ in range(600):
         mixture = outputs.mixture(gate)
-        orders = [
-            next(order for order, one in known.items() if torch.equal(one[q], mixture[q]))
-            for q in range(4)
-        ]
+        orders = [next(order for order, one in known.items() if torch.equal(one[q], mixture[q])) for q in range(4)]
         drawn[orders[0]] += 1
         differ += len(set(orders)) > 1
     assert len(drawn) == 6

@@ -31,10 +31,7 @@ def assert_same_run(folder, expected):
     """The same weights, momentum, random state and log, to the bit."""
     ours, theirs = (read_tensors(checkpoint(one))[0] for one in (folder, expected))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    ours, theirs = (
-        pd.read_json(one / "log.jsonl", lines=True).drop(columns="seconds")
-        for one in (folder, expected)
-    )
+    ours, theirs = (pd.read_json(one / "log.jsonl", lines=True).drop(columns="seconds") for one in (folder, expected))
     pd.testing.assert_frame_equal(ours, theirs, check_exact=True, check_like=True)
 
 
@@ -92,9 +89,7 @@ def test_D17_ctrl_c_and_sigterm_alike_end_training_at_once_and_it_goes_on(
     assert [entry["epoch"] for entry in log] == [1, 2]
 
 
-def test_adversarial_training_goes_on_where_it_stopped_too(
-    make_recipe, dataset, tmp_path, monkeypatch
-):
+def test_adversarial_training_goes_on_where_it_stopped_too(make_recipe, dataset, tmp_path, monkeypatch):
     """Attacks draw random numbers within the batches."""
     recipe = make_recipe(regime="adversarial", epochs=2)
     train(recipe, dataset, tmp_path / "uninterrupted")
@@ -112,9 +107,7 @@ def test_what_a_full_disk_leaves_is_not_in_the_way(recipe, dataset, tmp_path, un
     assert_same_run(folder, uninterrupted)
 
 
-def test_G10_momentum_goes_on_in_the_memory_format_of_its_weight(
-    recipe, dataset, tmp_path, monkeypatch
-):
+def test_G10_momentum_goes_on_in_the_memory_format_of_its_weight(recipe, dataset, tmp_path, monkeypatch):
     """Contiguous beside channels_last, every step after a resume would be slow."""
     stop_training(recipe, dataset, tmp_path / "run", monkeypatch, STEPS + 1)
     made, make = [], training.make_optimiser
@@ -132,9 +125,7 @@ def test_G10_momentum_goes_on_in_the_memory_format_of_its_weight(
     assert not all(checked)  # the test is not vacuous
 
 
-def test_training_outside_the_main_thread_handles_no_signal(
-    recipe, dataset, tmp_path, uninterrupted
-):
+def test_training_outside_the_main_thread_handles_no_signal(recipe, dataset, tmp_path, uninterrupted):
     folder, handler = tmp_path / "thread", signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=train, args=(recipe, dataset, folder))
     thread.start()

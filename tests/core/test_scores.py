@@ -49,9 +49,7 @@ def test_relabelling_the_experts_changes_neither_scores_nor_losses(heat_maps, da
         losses.mutual_information_loss, losses.position_stability_loss,
     ):  # fmt: skip
         torch.testing.assert_close(score(permuted), score(maps), rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(
-        scores.centre_of_mass(permuted), scores.centre_of_mass(maps)[:, order]
-    )
+    torch.testing.assert_close(scores.centre_of_mass(permuted), scores.centre_of_mass(maps)[:, order])
 
 
 @given(data=st.data())

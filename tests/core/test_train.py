@@ -98,9 +98,7 @@ def batch(dataset):
     return dataset.splits["train"].images[:8].float() / 255, dataset.splits["train"].labels[:8]
 
 
-def test_heat_map_losses_warm_up_linearly_from_no_maps_at_all(
-    make_recipe, dataset, batch, monkeypatch
-):
+def test_heat_map_losses_warm_up_linearly_from_no_maps_at_all(make_recipe, dataset, batch, monkeypatch):
     recipe = make_recipe(beta=2.0, gamma=5.0, warmup_epochs=2.0)
     model = build_model(recipe, dataset).eval()
     extra = []
@@ -137,9 +135,7 @@ def test_eq_11_rewards_no_map_for_shrinking_into_its_floor(make_recipe, dataset,
 
 
 @pytest.mark.parametrize("part", ["cross_entropy", "mutual_information", "position_stability"])
-def test_loss_that_is_not_finite_stops_the_run_and_is_named(
-    make_recipe, dataset, tmp_path, monkeypatch, part
-):
+def test_loss_that_is_not_finite_stops_the_run_and_is_named(make_recipe, dataset, tmp_path, monkeypatch, part):
     calls = []
 
     def loss(*arguments):
@@ -229,12 +225,8 @@ def eval_model(recipe, dataset):
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    ("method", "regime"), [("moe", "trades"), ("immunity", "trades"), ("moe", "alp")]
-)
-def test_pairing_adds_how_far_the_answers_under_attack_are(
-    make_recipe, dataset, batch, method, regime
-):
+@pytest.mark.parametrize(("method", "regime"), [("moe", "trades"), ("immunity", "trades"), ("moe", "alp")])
+def test_pairing_adds_how_far_the_answers_under_attack_are(make_recipe, dataset, batch, method, regime):
     """TRADES adds a divergence to the clean images' loss, ALP a distance to the attacked's."""
     recipe = make_recipe(method, regime, trades_weight=3.0, pairing_weight=0.5)
     model, (images, labels) = eval_model(recipe, dataset), batch
@@ -259,10 +251,7 @@ def test_inner_attack_of_trades_raises_the_divergence(make_recipe, dataset, batc
     attacked = adversarial_images(model, images, labels, recipe)
     noise = images + float(recipe.eps) * (2 * torch.rand_like(images) - 1).sign()
     clean = model(images, "trained")
-    found, of_noise = (
-        (clean.exp() * (clean - model(one, "trained"))).sum()
-        for one in (attacked, noise.clamp(0, 1))
-    )
+    found, of_noise = ((clean.exp() * (clean - model(one, "trained"))).sum() for one in (attacked, noise.clamp(0, 1)))
     assert found > 2 * of_noise
 
 
