@@ -20,17 +20,19 @@ from study.settings import read_settings
 
 torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-hypothesis_settings.register_profile(
-    "reproducible", deadline=None, max_examples=40, derandomize=True, database=None
-)
+hypothesis_settings.register_profile("reproducible", deadline=None, max_examples=40, derandomize=True, database=None)
 hypothesis_settings.load_profile("reproducible")
 
 
 def pytest_collection_modifyitems(items):
-    """What takes minutes to an hour is slow, too."""
+    """What takes minutes to an hour is slow, too. Of tests beside each other (pytest-xdist), those of the smoke preset
+    come first and stay together, since they share a run of it, and so do those of each other file."""
+    items.sort(key=lambda item: "smoke" not in item.fixturenames)
     for item in items:
         if item.get_closest_marker("node"):
             item.add_marker("slow")
+        of_smoke = "smoke" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("smoke" if of_smoke else item.path.name))
 
 
 def pytest_addoption(parser):
@@ -39,12 +41,8 @@ def pytest_addoption(parser):
         help="what the shared models and the random numbers of tests are drawn from; every test "
         "passes with every N",
     )  # fmt: skip
-    parser.addoption(
-        "--screenshots", type=Path, help="folder for the pictures that the browser tests take"
-    )
-    parser.addoption(
-        "--image-storage", type=Path, help="folder that keeps the container image between tests"
-    )
+    parser.addoption("--screenshots", type=Path, help="folder for the pictures that the browser tests take")
+    parser.addoption("--image-storage", type=Path, help="folder that keeps the container image between tests")
 
 
 @pytest.fixture(scope="session")
