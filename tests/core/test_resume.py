@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 import torch
 from spoiling import spoil
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from immunity_lib import files
 from immunity_lib import train as training
 from immunity_lib.files import read_tensors, write_tensors
-from immunity_lib.train import STOPPED, train, training_loss
+from immunity_lib.train import STOPPED, train
 
 STEPS = 3  # of each of two epochs: 48 images in batches of 16
 SIGNALS = {signal.SIGTERM: SystemExit, signal.SIGINT: KeyboardInterrupt}  # SIGINT is Ctrl-C
@@ -48,8 +49,7 @@ def uninterrupted(recipe, dataset, tmp_path_factory):
     return folder
 
 
-def stop_training(recipe, dataset, folder, monkeypatch, call, number=signal.SIGTERM,
-                  name="training_loss"):  # fmt: skip
+def stop_training(recipe, dataset, folder, call, number=signal.SIGTERM, name="training_loss"):
     """Train until a signal comes in the middle of this call of a function that training calls."""
     handler, function, calls = signal.getsignal(signal.SIGTERM), getattr(training, name), count(1)
 
@@ -58,8 +58,7 @@ def stop_training(recipe, dataset, folder, monkeypatch, call, number=signal.SIGT
             os.kill(os.getpid(), number)
         return function(*arguments)
 
-    with monkeypatch.context() as patched, pytest.raises(SIGNALS[number]) as stopped:
-        patched.setattr(training, name, interrupted)
+    with patch.object(training, name, interrupted), pytest.raises(SIGNALS[number]) as stopped:
         train(recipe, dataset, folder)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert number != signal.SIGTERM or stopped.value.code == STOPPED == 143
@@ -75,11 +74,11 @@ def stop_training(recipe, dataset, folder, monkeypatch, call, number=signal.SIGT
     ],
 )  # fmt: skip
 def test_D17_ctrl_c_and_sigterm_alike_end_training_at_once_and_it_goes_on(
-    recipe, dataset, tmp_path, monkeypatch, uninterrupted, capsys, name, call, number
+    recipe, dataset, tmp_path, uninterrupted, capsys, name, call, number
 ):
     """It costs an epoch at most, also where the log has that already."""
     folder, done = tmp_path / "run", (call - 1) // (STEPS if name == "training_loss" else 1)
-    stop_training(recipe, dataset, folder, monkeypatch, call, number, name)
+    stop_training(recipe, dataset, folder, call, number, name)
     assert checkpoint(folder).exists() == (done > 0)
     assert f"run stopped; the same command goes on after epoch {done}" in capsys.readouterr().out
     torch.rand(5)  # the caller's random state is none of its business
@@ -89,11 +88,11 @@ def test_D17_ctrl_c_and_sigterm_alike_end_training_at_once_and_it_goes_on(
     assert [entry["epoch"] for entry in log] == [1, 2]
 
 
-def test_adversarial_training_goes_on_where_it_stopped_too(make_recipe, dataset, tmp_path, monkeypatch):
+def test_adversarial_training_goes_on_where_it_stopped_too(make_recipe, dataset, tmp_path):
     """Attacks draw random numbers within the batches."""
     recipe = make_recipe(regime="adversarial", epochs=2)
     train(recipe, dataset, tmp_path / "uninterrupted")
-    stop_training(recipe, dataset, tmp_path / "stopped", monkeypatch, STEPS + 2)
+    stop_training(recipe, dataset, tmp_path / "stopped", STEPS + 2)
     train(recipe, dataset, tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "uninterrupted")
 
@@ -107,21 +106,18 @@ def test_what_a_full_disk_leaves_is_not_in_the_way(recipe, dataset, tmp_path, un
     assert_same_run(folder, uninterrupted)
 
 
-def test_G10_momentum_goes_on_in_the_memory_format_of_its_weight(recipe, dataset, tmp_path, monkeypatch):
+def test_G10_momentum_goes_on_in_the_memory_format_of_its_weight(recipe, dataset, tmp_path):
     """Contiguous beside channels_last, every step after a resume would be slow."""
-    stop_training(recipe, dataset, tmp_path / "run", monkeypatch, STEPS + 1)
-    made, make = [], training.make_optimiser
-    monkeypatch.setattr(training, "make_optimiser", lambda *of: made.append(make(*of)) or made[0])
+    stop_training(recipe, dataset, tmp_path / "run", STEPS + 1)
     checked = []
 
-    def loss(*arguments):
-        for weight, state in made[0].state.items():
+    def check(optimiser, *_):
+        for weight, state in optimiser.state.items():
             assert state["momentum_buffer"].stride() == weight.stride()
             checked.append(weight.is_contiguous())
-        return training_loss(*arguments)
 
-    monkeypatch.setattr(training, "training_loss", loss)
-    train(recipe, dataset, tmp_path / "run")
+    with register_optimizer_step_pre_hook(check):
+        train(recipe, dataset, tmp_path / "run")
     assert not all(checked)  # the test is not vacuous
 
 
