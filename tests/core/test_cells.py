@@ -65,18 +65,6 @@ def test_drop_path_spares_plain_skips_and_makes_up_for_what_it_drops():
         assert torch.equal(cell(state)[1], whole)
 
 
-def test_auxiliary_classifier_changes_no_logits_and_drop_path_reaches_every_cell():
-    network = build_expert("advrush", 10, 0.125, layers=4, auxiliary=True).eval()
-    network.set_drop_path(0.25)
-    assert [stage.drop_path for stage in network.stages[1:]] == [0.25] * 4
-    images = torch.rand(3, 3, 32, 32)
-    logits, auxiliary = network.forward_with_auxiliary(images)
-    torch.testing.assert_close(logits, network(images))
-    assert auxiliary.shape == logits.shape and not torch.allclose(auxiliary, logits)
-    with pytest.raises(ValueError, match="without its auxiliary classifier"):
-        build_expert("advrush", 10, 0.125, layers=4).forward_with_auxiliary(images)
-
-
 def test_fewer_layers_keep_the_shape_of_robnet_free():
     for layers in (3, 5, 8, 20):
         kept, halving = cells._kept_cells(layers), cells.reduction_cells(layers)
