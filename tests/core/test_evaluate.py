@@ -78,6 +78,10 @@ def test_accuracy_over_drawn_gates_is_that_over_all_within_its_error(make_linear
     deviation = found.std() / 720**0.5
     assert 0 < deviation < 0.025
     assert abs(found.mean() - right.double().mean()) < 4 * deviation
+    drawn = permutations(7)
+    permutations.cache_clear()
+    with pytest.warns(UserWarning, match="7 experts have 5,040 gates"):
+        assert torch.equal(permutations(7), drawn)  # always the same ones
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd"])

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from immunity_lib import ImmunityMoE
-from immunity_lib.moe import ExpertOutputs, permutations, switched_probabilities, verdicts
+from immunity_lib.moe import ExpertOutputs, switched_probabilities, verdicts
 
 
 def draw_outputs(seed, experts=3, scale=3.0):
@@ -100,13 +100,3 @@ def test_D18_a_network_that_is_no_expert_is_refused_with_what_one_needs(model, n
         ImmunityMoE([model.experts[0], network()])
     with pytest.raises(ValueError, match="at least one expert"):
         ImmunityMoE([])
-
-
-def test_gates_of_many_experts_are_drawn_always_the_same_ones_and_it_is_said():
-    drawn = []
-    for _ in range(2):
-        permutations.cache_clear()
-        with pytest.warns(UserWarning, match="7 experts have 5,040 gates.* from 720 drawn"):
-            drawn.append(permutations(7))
-    assert torch.equal(*drawn) and drawn[0].shape == (720, 7)
-    assert (drawn[0].sort(1).values == torch.arange(7)).all()
