@@ -10,32 +10,18 @@ from hypothesis import strategies as st
 from immunity_lib.data import DATASETS
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
 from immunity_lib.train import Recipe
-from study.catalogue import (
-    METHODS,
-    REGIMES,
-    ModelName,
-    adaptive_models,
-    attacked_models,
-    literal_model,
-    members,
-    own_recipe,
-    recipe_of,
-    surrogates,
-    table1_models,
-    table2_models,
-    table3_models,
-    trained_models,
-)
+from study import catalogue
+from study.catalogue import METHODS, REGIMES, ModelName, members, recipe_of, table2_models, table3_models
+
+CHOICES = {"dataset": DATASETS, "method": METHODS, "expert": EXPERT_NAMES, "regime": REGIMES}
+NAMES = {field: st.sampled_from(list(names)) for field, names in CHOICES.items()}
 
 
-@given(
-    st.builds(
-        ModelName,
-        dataset=st.sampled_from(DATASETS), method=st.sampled_from(list(METHODS)),
-        expert=st.sampled_from(EXPERT_NAMES), regime=st.sampled_from(list(REGIMES)),
-        seed=st.integers(0, 10**6),
-    )
-)  # fmt: skip
+def named(method="moe", expert="resnet18", regime="standard", dataset="parts10", seed=0):
+    return ModelName(dataset=dataset, method=method, expert=expert, regime=regime, seed=seed)
+
+
+@given(st.builds(ModelName, seed=st.integers(0, 10**6), **NAMES))
 def test_A3_a_name_says_everything(name):
     assert ModelName.parse(str(name)) == name
 
@@ -45,7 +31,7 @@ def test_A3_a_name_says_everything(name):
     [
         "", "parts10", "mnist-moe-resnet18-standard-seed0", "parts10-moe-resnet18-standard-seed",
         "parts10-moe-resnet18-standard-seed-1", "parts10-moe-resnet18-standard-seed0 ",
-        "parts10-moe-vgg-standard-seed0", "../parts10-moe-resnet18-standard-seed0",
+        "parts10-moe-vgg-standard-seed0",
     ],
 )  # fmt: skip
 def test_what_is_no_name_is_told_what_a_name_is(text):
@@ -54,28 +40,20 @@ def test_what_is_no_name_is_told_what_a_name_is(text):
 
 
 @pytest.mark.parametrize(
-    ("method", "weights"),
+    ("method", "weights", "of_maps"),
     [
-        ("standalone", (1, 0, 0, 0)),
-        ("moe", (2, 0.5, 0, 0)),
-        ("moe-mi", (2, 0.5, 3, 0)),
-        ("moe-ps", (2, 0.5, 0, 4)),
-        ("immunity", (2, 0.5, 3, 4)),
-        ("immunity-literal", (2, 0.5, 3, 4)),
+        ("standalone", (1, 0, 0, 0), (0.1, 1)),
+        ("moe", (2, 0.5, 0, 0), (0.1, 1)),
+        ("moe-mi", (2, 0.5, 3, 0), (0.2, 2)),
+        ("moe-ps", (2, 0.5, 0, 4), (0.2, 2)),
+        ("immunity", (2, 0.5, 3, 4), (0.2, 2)),
+        ("immunity-literal", (2, 0.5, 3, 4), (0, 0)),
     ],
 )
-def test_methods_are_configurations_of_one_model(make_recipe, method, weights):
+def test_methods_are_configurations_of_one_model(make_recipe, method, weights, of_maps):
     found = make_recipe(method, alpha=0.5, beta=3, gamma=4, floor=0.2, warmup_epochs=2)
     assert (found.experts, found.alpha, found.beta, found.gamma) == weights
-    literal = method == "immunity-literal"
-    without_maps = method in ("standalone", "moe")
-    expected = (0, 0) if literal else (0.1, 1) if without_maps else (0.2, 2)
-    assert (found.floor, found.warmup_epochs) == expected
-
-
-def test_regime_decides_on_the_adversary(make_recipe):
-    assert make_recipe(regime="standard", adversary="ffgsm").adversary is None
-    assert make_recipe(regime="adversarial", adversary="ffgsm").adversary == "ffgsm"
+    assert (found.floor, found.warmup_epochs) == of_maps
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -90,6 +68,15 @@ def test_what_only_evaluation_needs_does_not_change_a_model(make_recipe, regime,
     assert make_recipe(regime=regime, **change) == make_recipe(regime=regime)
 
 
+def test_what_a_model_does_not_use_is_not_in_its_recipe(make_recipe):
+    """Attacking with another eps, say, must not train a standard model anew."""
+    changed = {"adversary": "ffgsm", "eps": "4/255", "step_size": "1/255", "adversary_steps": 3}
+    assert make_recipe("immunity", **changed) == make_recipe("immunity")
+    assert make_recipe(regime="adversarial", **changed).adversary == "ffgsm"
+    assert make_recipe("moe", floor=0.5, warmup_epochs=3) == make_recipe("moe")
+    assert make_recipe("immunity", floor=0.5) != make_recipe("immunity")
+
+
 def test_D12_every_field_of_training_is_the_preset_s(make_settings, make_recipe):
     """But for those that the study sets for each model."""
     assert "seed" not in type(make_settings()).model_fields
@@ -100,7 +87,7 @@ def test_D12_every_field_of_training_is_the_preset_s(make_settings, make_recipe)
 
 def test_ensembles_have_members_of_their_own(make_settings):
     settings = make_settings(experts=3, seeds=[0, 1])
-    ensembles = [ModelName.parse(f"parts10-ensemble-resnet18-standard-seed{seed}") for seed in (0, 1)]
+    ensembles = [named("ensemble", seed=seed) for seed in (0, 1)]
     seeds = [[one.seed for one in members(settings, ensemble)] for ensemble in ensembles]
     assert seeds == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(ValueError, match="is not trained; its members are"):
@@ -109,78 +96,68 @@ def test_ensembles_have_members_of_their_own(make_settings):
 
 def test_every_model_of_every_table_is_trained_once(make_settings):
     settings = make_settings(seeds=[0, 2], compared_experts=["resnet18", "densenet121"], expert="googlenet")
-    trained = trained_models(settings)
-    assert len(set(trained)) == len(trained)
-    needed = [*table2_models(settings), *table3_models(settings), literal_model(settings)]
-    for name in table1_models(settings):
-        needed += members(settings, name) if name.method == "ensemble" else [name]
-    assert set(trained) == set(needed)
-    assert set(attacked_models(settings)) == {*table2_models(settings), *table3_models(settings)}
+    attacked = {*table2_models(settings), *table3_models(settings)}
+    needed = attacked | {catalogue.literal_model(settings)}
+    for name in catalogue.table1_models(settings):
+        needed |= set(members(settings, name) if name.method == "ensemble" else [name])
+    trained = catalogue.trained_models(settings)
+    assert set(trained) == needed and len(trained) == len(needed)
+    assert set(catalogue.attacked_models(settings)) == attacked
 
 
-def test_table_2_crosses_methods_regimes_and_seeds(make_settings):
-    settings = make_settings(seeds=[0, 2])
-    found = {(name.method, name.regime, name.seed) for name in table2_models(settings)}
-    assert found == set(product(("standalone", "moe", "immunity"), settings.regimes, (0, 2)))
-
-
-def test_table_2_has_every_baseline_on_every_data_set_under_every_regime(make_settings):
+def test_table_2_crosses_data_sets_regimes_and_what_is_compared(make_settings):
     networks = ["pdarts", "robnet-free", "advrush"]
-    settings = make_settings(baselines=networks, further_datasets=["cifar10"], regimes=["standard", "trades"])
-    found = [(name.dataset, name.regime, name.expert) for name in table2_models(settings) if name.expert in BASELINES]
-    assert found == list(product(("parts10", "cifar10"), ("standard", "trades"), networks))
-    assert set(table2_models(settings)) <= set(trained_models(settings))
+    settings = make_settings(
+        baselines=networks, further_datasets=["cifar10"], regimes=["standard", "trades"], seeds=[0, 2]
+    )
+    compared = [("standalone", one) for one in networks]
+    compared += [(one, "resnet18") for one in ("standalone", "moe", "immunity")]
+    crossed = product(("parts10", "cifar10"), ("standard", "trades"), compared, (0, 2))
+    assert table2_models(settings) == [named(*of, regime, data, seed) for data, regime, of, seed in crossed]
     for name in table2_models(settings):
         assert recipe_of(settings, name).dataset == name.dataset
 
 
 def test_who_meets_adaptive_attacks_and_through_whom(make_settings):
     settings = make_settings()
-    name = ModelName.parse("parts10-immunity-resnet18-standard-seed0")
-    assert len(adaptive_models(settings)) == 4
-    assert [one.method for one in surrogates(settings, name)] == ["moe", "moe-mi", "moe-ps"]
-    adversarial = name.model_copy(update={"regime": "adversarial", "method": "moe"})
-    assert [one.method for one in surrogates(settings, adversarial)] == ["immunity"]
+    assert len(catalogue.adaptive_models(settings)) == 4
+    for attacked, through in (
+        (named("immunity"), ["moe", "moe-mi", "moe-ps"]),
+        (named("moe", regime="adversarial"), ["immunity"]),
+    ):
+        assert [one.method for one in catalogue.surrogates(settings, attacked)] == through
 
 
 @pytest.mark.parametrize("network", BASELINES)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_published_recipes_are_whole_and_make_a_recipe(make_settings, network, regime):
-    name = ModelName.parse(f"parts10-standalone-{network}-{regime}-seed0")
-    settings = make_settings(baseline_layers=5)
-    published = own_recipe(settings, name)
+    name, settings = named("standalone", network, regime), make_settings(baseline_layers=5)
+    published, own = catalogue.own_recipe(settings, name), recipe_of(settings, name)
     assert published["source"] and published["gaps"]
     assert published["fields"].keys() <= {field.name for field in fields(Recipe)}
-    own = recipe_of(settings, name)
-    for field, value in published["fields"].items():
-        if field not in ("adversary", "adversary_steps", "eps", "step_size"):
-            assert getattr(own, field) == value
+    for field in published["fields"].keys() - {"adversary", "adversary_steps", "eps", "step_size"}:
+        assert getattr(own, field) == published["fields"][field]
     assert (own.adversary is None) == (regime == "standard")
     assert (own.layers, own.experts, own.pairing_weight > 0) == (5, 1, regime in ("trades", "alp"))
 
 
-def test_published_adversaries(make_settings):
-    def inner_attack(network):
-        name = ModelName.parse(f"cifar10-standalone-{network}-adversarial-seed0")
-        found = recipe_of(make_settings(), name)
-        return found.adversary, found.adversary_steps, str(found.eps), str(found.step_size)
-
-    assert inner_attack("advrush") == inner_attack("pdarts") == ("pgd", 7, "31/1000", "1/100")
-    assert inner_attack("robnet-free") == ("pgd", 7, "8/255", "2/255")
+@pytest.mark.parametrize(
+    ("network", "eps", "step_size"),
+    [("advrush", "31/1000", "1/100"), ("pdarts", "31/1000", "1/100"), ("robnet-free", "8/255", "2/255")],
+)
+def test_published_adversaries(make_settings, network, eps, step_size):
+    found = recipe_of(make_settings(), named("standalone", network, "adversarial", "cifar10"))
+    assert (found.adversary, found.adversary_steps) == ("pgd", 7)
+    assert (str(found.eps), str(found.step_size)) == (eps, step_size)
 
 
 def test_baselines_can_be_trained_like_everything_else(make_settings):
-    def made(expert, **changes):
-        name = ModelName.parse(f"parts10-standalone-{expert}-standard-seed0")
-        return recipe_of(make_settings(**changes), name)
-
-    alike = made("pdarts", baseline_recipes="preset", baseline_layers=4)
-    assert alike == replace(made("resnet18"), expert="pdarts", layers=4)
-    assert made("pdarts", baseline_layers=4).auxiliary_weight == 0.4
-    # As an expert of a mixture it is trained as the mixture is
-    mixture = ModelName.parse("parts10-immunity-pdarts-standard-seed0")
     settings = make_settings(baseline_layers=4)
-    assert recipe_of(settings, mixture).epochs == settings.recipe.epochs
+    alike = recipe_of(make_settings(baseline_recipes="preset", baseline_layers=4), named("standalone", "pdarts"))
+    assert alike == replace(recipe_of(settings, named("standalone")), expert="pdarts", layers=4)
+    assert recipe_of(settings, named("standalone", "pdarts")).auxiliary_weight == 0.4
+    # As an expert of a mixture it is trained as the mixture is
+    assert recipe_of(settings, named("immunity", "pdarts")).epochs == settings.recipe.epochs
 
 
 def test_a_recipe_is_known_again_and_fields_of_later_stand_for_their_defaults(make_recipe):
@@ -193,11 +170,3 @@ def test_a_recipe_is_known_again_and_fields_of_later_stand_for_their_defaults(ma
     assert len(short) < len(known) and wanted.is_that_of(short)
     assert not wanted.is_that_of(known | {"beta": 3.0})
     assert not wanted.is_that_of(known | {"of another version": 1})
-
-
-def test_what_a_model_does_not_use_is_not_in_its_recipe(make_recipe):
-    """Attacking with another eps, say, must not train a standard model anew."""
-    changed = {"eps": "4/255", "step_size": "1/255", "adversary_steps": 3}
-    assert make_recipe("immunity", **changed) == make_recipe("immunity")
-    assert make_recipe("moe", floor=0.5, warmup_epochs=3) == make_recipe("moe")
-    assert make_recipe("immunity", floor=0.5) != make_recipe("immunity")
