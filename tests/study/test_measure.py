@@ -1,19 +1,20 @@
 """What is measured of a model: true to the library, made once, and remade when the question is."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from spoiling import spoil
 
 from immunity_lib import evaluate
-from immunity_lib.data import Dataset
 from immunity_lib.evaluate import verdicts_over_gates, verdicts_under_attack
 from immunity_lib.files import read_tensors, write_tensors
 from study.catalogue import ModelName
 from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
-from study.store import read_frame, read_json, read_summary, record_path, trained_model
+from study.store import read_frame, read_json, read_summary, record_path, trained_model, training_record
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 SMALL = {
@@ -55,11 +56,14 @@ KINDS = pytest.mark.parametrize(("make", "kind"), [(measure_attacks, "attacks"),
 
 
 @KINDS
-def test_what_was_measured_is_used_again(settings, dataset, measurements, make, kind):
+def test_what_was_measured_is_used_again_and_its_record_says_what_of(settings, dataset, measurements, make, kind):
     path = record_path(settings, NAME, kind)
-    before = path.read_bytes()
+    before, record = path.read_bytes(), read_json(path)
     make(settings, NAME, dataset)
     assert not measurements and path.read_bytes() == before
+    assert (record["kind"], record["model"]) == (kind, str(NAME))
+    assert record["weights"] == [training_record(settings, NAME)["weights"]]
+    assert record["provenance"]["packages"] and record["provenance"]["library"]
 
 
 @KINDS
@@ -67,32 +71,27 @@ def test_what_was_measured_is_used_again(settings, dataset, measurements, make, 
 def test_truncated_files_are_set_aside_and_remade(settings, dataset, measurements, capsys, make, kind, ending):
     path = record_path(settings, NAME, kind)
     before = read_frame(settings, [NAME], kind)
-    spoilt = path.with_suffix(ending)
-    spoilt.write_bytes(spoilt.read_bytes()[:100])
+    spoil(path.with_suffix(ending), "truncated")
     make(settings, NAME, dataset)
     pd.testing.assert_frame_equal(read_frame(settings, [NAME], kind), before)
     (aside,) = path.parent.glob(f"{path.name}.aside-*")
     assert measurements and f"set aside as {aside}" in (said := capsys.readouterr().err)
-    assert spoilt.name in said and "it is made anew" in said
+    assert path.with_suffix(ending).name in said and "it is made anew" in said
 
 
 @KINDS
-def test_a_record_about_other_weights_is_remade(settings, make_settings, dataset, measurements, capsys, make, kind):
+@pytest.mark.parametrize("other", ["weights", "data"])
+def test_a_record_about_other_weights_or_data_is_remade(settings, dataset, measurements, capsys, make, kind, other):
     path = record_path(settings, NAME, kind)
     before = read_json(path)
-    changed = SMALL | {"learning_rate": 0.01, "output_folder": settings.output_folder}
-    make(make_settings(**changed), NAME, dataset)
-    assert measurements and read_json(path)["weights"] != before["weights"]
+    if other == "weights":
+        settings = settings.model_copy(update={"recipe": replace(settings.recipe, learning_rate=0.01)})
+    else:
+        fewer = dataset.splits | {"test": dataset.splits["test"].first(20)}
+        dataset = replace(dataset, splits=fewer)
+    make(settings, NAME, dataset)
+    assert measurements and read_json(path)[other] != before[other]
     assert "it is about other weights, data or settings" in capsys.readouterr().err
-
-
-@KINDS
-def test_a_record_about_other_data_is_remade(settings, dataset, measurements, make, kind):
-    splits = dataset.splits | {"test": dataset.splits["test"].first(20)}
-    before = read_json(record_path(settings, NAME, kind))
-    make(settings, NAME, Dataset(**vars(dataset) | {"splits": splits}))
-    assert read_json(record_path(settings, NAME, kind))["data"] != before["data"]
-    assert measurements
 
 
 @pytest.mark.parametrize("change", [{"steps": 2}, {"attacks": ["fgsm"]}, {"attacked_images": 8}])
@@ -121,12 +120,9 @@ def test_the_frame_of_attacks_holds_what_evaluation_measures(settings, dataset):
         assert own["label"].tolist() == dataset.splits[split].labels.tolist()
     attacked = frame.query("family == 'paper'")
     found = list(attacked.groupby(["sees", "attack"], sort=False).groups)
-    assert found == [("trained", "fgsm"), ("trained", "pgd"), ("uniform", "fgsm"),
-                     ("uniform", "pgd")]  # fmt: skip
-    expected = verdicts_under_attack(
-        model, dataset.splits["test"].first(16), "pgd", "uniform",
-        eps=8 / 255, step_size=2 / 255, steps=1,
-    )  # fmt: skip
+    assert found == [("trained", "fgsm"), ("trained", "pgd"), ("uniform", "fgsm"), ("uniform", "pgd")]
+    first, strength = dataset.splits["test"].first(16), {"eps": 8 / 255, "step_size": 2 / 255, "steps": 1}
+    expected = verdicts_under_attack(model, first, "pgd", "uniform", **strength)
     last = attacked.query("attack == 'pgd' and sees == 'uniform'")
     assert (bits(last, 2) == expected.switched.numpy()).all()
     assert last["uniform"].tolist() == expected.uniform.tolist()
@@ -143,25 +139,14 @@ def test_a_stand_alone_network_is_attacked_under_one_gate(settings, dataset):
     assert (frame["uniform"] == frame["trained"]).all()
 
 
-def test_a_record_says_what_it_depends_on(settings):
-    weights = read_json(settings.runs / "models" / str(NAME) / "record.json")["weights"]
-    for kind in ("attacks", "scores"):
-        record = read_json(record_path(settings, NAME, kind))
-        assert record["kind"] == kind and record["model"] == str(NAME)
-        assert record["weights"] == [weights]
-        assert record["provenance"]["packages"] and record["provenance"]["library"]
-
-
 def test_scores_are_within_their_ranges(settings):
-    frame, summary = (read(settings, names, "scores") for read, names in
-                      ((read_frame, [NAME]), (read_summary, NAME)))  # fmt: skip
+    frame, summary = read_frame(settings, [NAME], "scores"), read_summary(settings, NAME, "scores")
     assert frame["mutual_information"].between(-1e-6, np.log(2) + 1e-6).all()
     assert (frame[["independence_score", "causality_score"]] >= 0).all(axis=None)
     assert frame["empty_maps"].isin([0, 0.5, 1]).all()
     for split, own in frame.groupby("split"):
         assert len(own) == 32
-        accuracy = np.mean(summary[split]["expert_accuracy"])
-        assert own["experts"].mean() == pytest.approx(accuracy)
+        assert own["experts"].mean() == pytest.approx(np.mean(summary[split]["expert_accuracy"]))
         for shares in (*summary[split]["part_coverage"], summary[split]["background_heat"]):
             assert all(0 <= share <= 1 for share in shares)
 
