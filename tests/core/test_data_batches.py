@@ -17,11 +17,6 @@ from immunity_lib.data.batches import (
 
 
 @pytest.fixture
-def images():
-    return torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
 def image_set():
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (101, 3, 32, 32), generator=generator, dtype=torch.uint8)
