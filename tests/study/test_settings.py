@@ -25,84 +25,44 @@ def test_eps_can_be_a_fraction_or_a_decimal(make_settings):
     assert make_settings(eps=0.031).recipe.eps == Fraction(31, 1000)  # as it was written
 
 
-def test_unknown_field_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="'epohcs'; valid names: .*epochs, eps"):
-        load_preset("smoke", epohcs=3)
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("eps", "9/8", "eps is 9/8; it must be at most 1"),
-        ("eps", 8, "eps is 8; it must be at most 1"),
         ("eps", "0", "eps is 0; it must be above 0"),
         ("eps", "8/0", "eps = '8/0': "),
         ("eps", "eight", "eps = 'eight': "),
         ("epochs", -1, "epochs is -1; it must be at least 1"),
         ("epochs", 2.5, "epochs = 2.5: .*integer"),
-        ("epochs", "many", "epochs = 'many': .*integer"),
-        ("epochs", None, "epochs = None: .*integer"),
-        ("experts", 0, "experts is 0"),
         ("experts", 1, "experts is 1; a mixture has at least 2"),
-        ("width", 0, "width is 0.*must be above 0"),
         ("width", 5, "width is 5.*must be at most 4"),
         ("beta", -0.1, "beta is -0.1; it must be at least 0"),
         ("beta", math.nan, "beta = nan: .*finite"),
         ("learning_rate", math.inf, "learning_rate = inf: .*finite"),
         ("momentum", 1, "momentum is 1.*must be below 1"),
         ("batch_size", 1, "batch_size is 1; it must be at least 2"),
-        ("train_images", 1, "train_images is 1; it must be at least 2"),
         ("dataset", "mnist", "dataset = 'mnist': .*'parts10', 'cifar10', 'cifar100' or 'images'"),
         ("dataset", "images", "data set images, but data_folder is empty; name the folder"),
-        ("further_datasets", ["images"], "data set images, but data_folder is empty"),
         ("expert", "vgg", "expert is 'vgg'; valid names: resnet18"),
         ("compared_experts", ["vgg"], r"compared_experts.0 = 'vgg': .*'resnet18'"),
         ("compared_experts", [], r"compared_experts = \[\]: .*at least 1"),
         ("attacks", ["deepfool"], "attacks.0 = 'deepfool': .*'fgsm'"),
-        ("attacks", [], r"attacks = \[\]: .*at least 1"),
         ("attack_gates", ["random"], "attack_gates.0 = 'random': .*'switch'"),
         ("seeds", [1, 1], r"seeds repeat: \[1, 1\]"),
         ("baselines", ["pdarts", "pdarts"], r"baselines repeat: .*give each once"),
         ("further_datasets", ["parts10"], r"datasets repeat: \['parts10', 'parts10'\]"),
-        ("baselines", ["resnet18"], "baselines.0 = 'resnet18': .*'pdarts'"),
         ("baseline_layers", 2, "baseline_layers = 2: .*greater than or equal to 3"),
         ("regimes", ["free"], "regimes.0 = 'free': .*'trades'"),
         ("seeds", [-1], "seeds.0 = -1: .*greater than or equal to 0"),
-        ("seeds", [2**64], "seeds.0 = 18446744073709551616: .*less than"),
         ("attacked_images", 1000, "attacked_images is 1000, but test_images only 128"),
         ("data_folder", 5, "data_folder = 5: .*string"),
         ("output_folder", "s3://bucket/out", "is an address; name a folder of this machine"),
+        ("epohcs", 3, "unknown parameter 'epohcs'; valid names: .*epochs, eps"),
     ],
 )
 def test_D16_bad_value_is_named_with_what_would_be_right(field, value, message):
     with pytest.raises(ValueError, match=message):
         load_preset("smoke", **{field: value})
-
-
-def test_C6_an_address_in_a_preset_is_refused_too(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("compared_experts: [resnet18]\noutput_folder: gs://bucket\n")
-    with pytest.raises(ValueError, match="output_folder = 'gs://bucket' is an address"):
-        load_preset(str(path))
-
-
-@pytest.mark.parametrize("where", ["preset", "change"])
-def test_C5_the_home_folder_is_found(tmp_path, where):
-    path = tmp_path / "mine.yaml"
-    path.write_text("compared_experts: [resnet18]\n" + "data_folder: ~/x\n" * (where == "preset"))
-    changes = {"data_folder": "~/x"} if where == "change" else {}
-    assert load_preset(str(path), **changes).data_folder == str(Path.home() / "x")
-
-
-def test_a_preset_finds_its_folder_from_where_it_lies(tmp_path):
-    path = tmp_path / "mine.yaml"
-    content = {"dataset": "images", "data_folder": "flowers", "compared_experts": ["resnet18"]}
-    path.write_text(yaml.safe_dump(content))
-    for unsaid in ({}, {"data_folder": ""}):
-        assert load_preset(str(path), **unsaid).data_folder == str(tmp_path / "flowers")
-    settings = load_preset(str(path), data_folder="elsewhere")
-    assert settings.data_folder == "elsewhere"
-    assert all(ModelName.parse(str(name)) == name for name in trained_models(settings))
 
 
 def test_all_problems_are_named_at_once():
@@ -115,11 +75,16 @@ def test_unknown_preset_lists_the_valid_ones():
         load_preset("large")
 
 
-def test_preset_can_be_a_file_of_one_s_own(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({"dataset": "parts10", "compared_experts": ["resnet18"]}))
-    assert load_preset(str(path)).preset == "mine"
-    assert load_preset(str(path), epochs=7).recipe.epochs == 7
+@pytest.fixture
+def mine(tmp_path):
+    """Writes a preset of one's own, of fields or of any text; gives its path."""
+
+    def write(content="", **fields):
+        path = tmp_path / "mine.yaml"
+        path.write_text(content or yaml.safe_dump({"compared_experts": ["resnet18"]} | fields))
+        return str(path)
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -127,66 +92,72 @@ def test_preset_can_be_a_file_of_one_s_own(tmp_path):
     [
         ("epochs: [", "mine.yaml is not YAML"),
         ("- epochs", "mine.yaml must hold fields like"),
-        ("", "mine.yaml must hold fields like"),
+        ("# nothing", "mine.yaml must hold fields like"),
         ("epochs: 3", "compared_experts is missing: the networks"),
+        ("output_folder: gs://bucket", "output_folder = 'gs://bucket' is an address"),
     ],
 )
-def test_damaged_preset_is_named(tmp_path, content, message):
-    (tmp_path / "mine.yaml").write_text(content)
+def test_C6_a_preset_that_cannot_be_used_is_named(mine, content, message):
     with pytest.raises(ValueError, match=message):
-        load_preset(str(tmp_path / "mine.yaml"))
+        load_preset(mine(content))
 
 
-def test_settings_cannot_be_changed_afterwards(make_settings):
-    with pytest.raises(ValueError, match="frozen"):
-        make_settings().steps = 3
+def test_a_preset_of_one_s_own_finds_its_folder_from_where_it_lies(mine, tmp_path):
+    path = mine(dataset="images", data_folder="flowers")
+    for unsaid in ({}, {"data_folder": ""}):
+        assert load_preset(path, **unsaid).data_folder == str(tmp_path / "flowers")
+    settings = load_preset(path, data_folder="elsewhere", epochs=7)
+    assert (settings.preset, settings.data_folder, settings.recipe.epochs) == ("mine", "elsewhere", 7)
+    assert all(ModelName.parse(str(name)) == name for name in trained_models(settings))
 
 
-def test_results_lie_under_the_preset_s_name(make_settings, tmp_path):
+def test_C5_the_home_folder_is_found(mine):
+    home = str(Path.home() / "x")
+    assert load_preset(mine(data_folder="~/x")).data_folder == home
+    assert load_preset(mine(), data_folder="~/x").data_folder == home
+
+
+def test_results_lie_under_the_preset_s_name_and_settings_are_frozen(make_settings, tmp_path):
     settings = make_settings(output_folder=str(tmp_path))
     assert settings.runs == tmp_path / "runs" / "tiny"
     assert settings.figures == tmp_path / "figures" / "tiny"
     assert make_settings().runs == ROOT / "runs" / "tiny"
+    with pytest.raises(ValueError, match="frozen"):
+        settings.steps = 3
 
 
 OWN = '# Parameters: papermill sets them\npreset = "smoke"\nmodel = ""\n'
+INJECTED = "# Parameters\nepochs = 9\n"
 
 
-def notebook(*cells):
-    """What `globals()` holds in a notebook whose cells have run, beside names of other origin."""
-    namespace = {
-        "__name__": "__main__",
-        "math": math,
-        "pi": math.pi,
-        "exit": exit,
-        "In": ["", *cells],
-    }
+def settings_of(*cells):
+    """What a notebook gets from its `globals()` once its cells have run, beside names of other origin."""
+    namespace = {"__name__": "__main__", "math": math, "pi": math.pi, "exit": exit, "In": ["", *cells]}
     for cell in cells:
         exec(cell, namespace)
-    return namespace
+    return notebook_settings(namespace)
 
 
-def test_notebook_s_parameters_go_on_top_of_its_preset():
-    assert notebook_settings(notebook(OWN)) == load_preset("smoke")
-    injected = "# Parameters\nepochs = 9\n"
-    assert notebook_settings(notebook(OWN, injected)) == load_preset("smoke", epochs=9)
-    assert notebook_settings({"epochs": 9}) == load_preset("demo")
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ([], load_preset("demo")),
+        ([OWN], load_preset("smoke")),
+        ([OWN, INJECTED], load_preset("smoke", epochs=9)),
+        # Not what start-up files bring, nor what the notebook has computed before it runs again
+        (["from math import pi as tau\n", OWN, "width = 3\nsettings = None\nepochs = 'many'\n", OWN],
+         load_preset("smoke")),
+        ([OWN, "x = 1\n", OWN.replace("smoke", "demo")], load_preset("demo")),
+        # By hand, the notebook's own cell begins anew
+        ([OWN, INJECTED, OWN], load_preset("smoke")),
+    ],
+)  # fmt: skip
+def test_B1_B2_only_cells_of_parameters_count_on_top_of_the_preset(cells, expected):
+    assert settings_of(*cells) == expected
 
 
-def test_notebook_s_unknown_parameter_is_refused():
+@pytest.mark.parametrize("cells", [[OWN, "# Parameters\nepohcs = 9\n"], [OWN + "epohcs: int = 9\n"]])
+def test_notebook_s_unknown_parameter_is_refused(cells):
     """papermill passes it on with no more than a warning."""
     with pytest.raises(ValueError, match="unknown parameter 'epohcs'"):
-        notebook_settings(notebook(OWN, "# Parameters\nepohcs = 9\n"))
-    with pytest.raises(ValueError, match="unknown parameter 'epohcs'"):
-        notebook_settings(notebook(OWN + "epohcs: int = 9\n"))
-
-
-def test_B1_B2_only_cells_of_parameters_count():
-    """Not what start-up files bring, nor what the notebook has computed before it runs again."""
-    started = "from math import pi as tau\n"
-    again = notebook(started, OWN, "width = 3\nsettings = None\nepochs = 'many'\n", OWN)
-    assert notebook_settings(again) == load_preset("smoke")
-    changed = notebook(OWN, "x = 1\n", OWN.replace("smoke", "demo"))
-    assert notebook_settings(changed) == load_preset("demo")
-    forgotten = notebook(OWN, "# Parameters\nepochs = 9\n", OWN)  # the cell runs again by hand
-    assert notebook_settings(forgotten) == load_preset("smoke")
+        settings_of(*cells)
