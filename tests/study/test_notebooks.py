@@ -26,28 +26,18 @@ def notebook(request):
     return request.param
 
 
-def test_there_are_eight():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(8)]
-
-
-def test_parameters_are_plain_literals_with_an_explanation(notebook):
-    tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
-    assert len(tagged) == 1, "papermill injects after exactly one cell tagged 'parameters'"
-    text = source(tagged[0])
+def test_parameters_are_plain_literals_with_an_explanation_validated_right_below(notebook):
+    tagged = ["parameters" in cell["metadata"].get("tags", []) for cell in cells(notebook, "code")]
+    assert tagged.index(True) == 0 and sum(tagged) == 1, "papermill injects after exactly one cell tagged 'parameters'"
+    text, below = (source(cell) for cell in cells(notebook, "code")[:2])
     assert text.startswith("# Parameters"), "by which `notebook_settings` knows the cell"
+    assert "settings = notebook_settings(globals())" in below
     for statement in ast.parse(text).body:
         # papermill's values do not reach what is derived inside of this cell
         assert isinstance(statement, ast.Assign) and isinstance(statement.value, LITERALS)
         (target,) = statement.targets
         assert target.id in Settings.model_fields.keys() | TRAINING
         assert "#" in text.splitlines()[statement.lineno - 1]
-
-
-def test_parameters_are_validated_right_below(notebook):
-    code = cells(notebook, "code")
-    position = next(k for k, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", []))
-    assert position == 0
-    assert "settings = notebook_settings(globals())" in source(code[1])
 
 
 def test_committed_without_outputs(notebook):
@@ -74,30 +64,24 @@ def test_closes_with_exercises_and_their_answers_folded_away(notebook):
             ast.parse(snippet)
 
 
-def test_the_way_in_names_every_other_notebook():
+def test_there_are_eight_and_the_first_names_every_other():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(8)]
     way_in = "".join(source(cell) for cell in cells(NOTEBOOKS[0], "markdown"))
-    for path in NOTEBOOKS[1:]:
-        assert f"({path.name})" in way_in
+    assert all(f"({path.name})" in way_in for path in NOTEBOOKS[1:])
 
 
-def test_every_equation_is_computed_by_hand_and_by_the_library():
-    """Each with a cell of its own; that both agree, the notebook itself asserts."""
-    code = [source(cell) for cell in cells(NOTEBOOKS[0], "code")]
-    by_hand = [cell for cell in code if "side_by_side" in cell or "by hand" in cell]
-    functions = (
-        "mixture(", "switched_probabilities(", "classification_loss(", "grad_cam(",
-        "mutual_information(", "mutual_information_loss(", "centre_of_mass(",
-        "position_stability_loss(", "immunity_loss(", "independence_score(", "causality_score(",
-    )  # fmt: skip
-    for function in functions:
-        assert any(function in cell for cell in by_hand), function
-
-
-def test_every_equation_stands_in_the_library_and_in_a_notebook():
+def test_every_equation_stands_in_library_and_notebook_and_is_computed_by_hand_too():
+    """In a cell of its own; that both agree, the notebook itself asserts."""
     library = "".join(path.read_text() for path in (ROOT / "immunity_lib").rglob("*.py"))
     prose = "".join(source(cell) for path in NOTEBOOKS for cell in cells(path, "markdown"))
     for number in (1, 2, 3, 9, 10, 11, 12):
         assert f"Eq. ({number})" in library, f"no line of the library is marked Eq. ({number})"
         assert f"\\tag{{{number}}}" in prose, f"no notebook states eq ({number})"
-    for score in ("IScore", "CScore"):
-        assert score in library and score in prose
+    code = [source(cell) for cell in cells(NOTEBOOKS[0], "code")]
+    by_hand = "".join(cell for cell in code if "side_by_side" in cell or "by hand" in cell)
+    for function in (
+        "mixture", "switched_probabilities", "classification_loss", "grad_cam", "mutual_information",
+        "mutual_information_loss", "centre_of_mass", "position_stability_loss", "immunity_loss",
+        "independence_score", "causality_score",
+    ):  # fmt: skip
+        assert f"{function}(" in by_hand, function
