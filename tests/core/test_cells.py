@@ -87,12 +87,3 @@ def test_fewer_layers_keep_the_shape_of_robnet_free():
 def test_impossible_designs_are_named(check, design, message):
     with pytest.raises(ValueError, match=message):
         check(design)
-
-
-def test_factorized_reduce_reads_every_second_pixel_of_both_diagonals():
-    """Against two strided convolutions, the second of the map without its first row and column."""
-    reduce = cells.FactorizedReduce(3, 4, affine=True).eval()
-    maps = torch.rand(2, 3, 8, 8)
-    first = torch.nn.functional.conv2d(maps, reduce.even.weight, stride=2)
-    second = torch.nn.functional.conv2d(maps[:, :, 1:, 1:], reduce.odd.weight, stride=2)
-    torch.testing.assert_close(reduce(maps), reduce.norm(torch.cat([first, second], 1)))
