@@ -151,14 +151,6 @@ def papermill(notebook: str, output: Path, **parameters: str) -> subprocess.Comp
     return subprocess.run([*command, "-k", "python3"], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-def test_papermill_by_hand(smoke, settings, tmp_path):
-    name, output = str(attacked_models(settings)[0]), tmp_path / "out.ipynb"
-    given = {"preset": "smoke", "output_folder": str(smoke[0]), "interactive": "False"}
-    done = papermill("03_attacks", output, model=name, **given)
-    assert done.returncode == 0, done.stderr
-    assert name in output.read_text()
-
-
 @pytest.mark.parametrize(
     ("parameter", "value", "told"),
     [("epohcs", "3", ["epohcs", "epochs"]), ("eps", "8", ["eps"]),
