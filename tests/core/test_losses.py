@@ -1,6 +1,5 @@
 """The losses of eqs (2), (9), (11) and (12), against plain loops and their identities."""
 
-import inspect
 import math
 
 import numpy as np
@@ -122,14 +121,13 @@ def test_total_is_eq_12(outputs, maps, alpha, beta, gamma, coordinates):
     assert loss.position_stability.item() == pytest.approx(stability if gamma else 0)
 
 
-def test_A2_there_is_one_default_of_the_coordinates_and_of_gamma(maps, make_settings):
+def test_A2_there_is_one_default_of_the_coordinates_and_of_gamma(outputs, maps, make_settings):
     """Squared distances in pixels are 31^2 times larger, and eq (11) squares them again."""
-    for function in (scores.centre_of_mass, scores.squared_distances, losses.immunity_loss):
-        assert inspect.signature(function).parameters["coordinates"].default == "unit"
     for recipe in (Recipe(), make_settings().recipe):
         assert (recipe.coordinates, recipe.gamma) == ("unit", 100.0)
-    in_units, in_pixels = (losses.position_stability_loss(maps, *named).item() for named in ((), ("pixels",)))
-    assert in_pixels == pytest.approx(5**4 * in_units)  # these maps are 6x6
+    as_called = losses.immunity_loss(outputs, LABELS, maps, alpha=1, beta=1, gamma=100)
+    in_pixels = losses.position_stability_loss(maps, "pixels").item()  # these maps are 6x6
+    assert 5**4 * as_called.position_stability.item() == pytest.approx(in_pixels)
 
 
 def test_heat_map_terms_need_maps(outputs):
