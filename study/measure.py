@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from immunity_lib import evaluate, scores
-from immunity_lib.attacks import Effort
+from immunity_lib.attacks import Effort, adaptive_attacks
 from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.files import DamagedFile, read_tensors, write_tensors
@@ -142,12 +142,18 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     """
     others = catalogue.surrogates(settings, name)
     surrogates = {one.method: store.trained_model(settings, one, dataset) for one in others}
-    # Which weights they have is part of the question
-    through = {str(one): store.training_record(settings, one)["weights"] for one in others}
+    effort = Effort(
+        float(settings.recipe.eps), float(settings.recipe.step_size), settings.steps,
+        tuple(settings.gate_samples), settings.auto_attack_steps,
+    )  # fmt: skip
+    attacks = adaptive_attacks(store.trained_model(settings, name, dataset), effort, surrogates)
+    # Which attacks there are, and which weights the other models have, is part of the question
+    further = {"attacks": [attack.name for attack in attacks]}
+    further["surrogates"] = {str(one): store.training_record(settings, one)["weights"] for one in others}
     unfinished = store.record_path(settings, name, "adaptive").with_suffix(".unfinished")
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
-        question = _question("adaptive", settings, name, dataset, {"surrogates": through})
+        question = _question("adaptive", settings, name, dataset, further)
         done = _read_unfinished(unfinished, question)
 
         def keep(attack: str, found: GateVerdicts, told: dict) -> None:
@@ -161,10 +167,6 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
 
         target = dataset.splits["test"].first(settings.adaptive_count)
         ((images, labels),) = evaluation_batches(target, len(target), store.chosen_device())
-        effort = Effort(
-            float(settings.recipe.eps), float(settings.recipe.step_size), settings.steps,
-            tuple(settings.gate_samples), settings.auto_attack_steps,
-        )  # fmt: skip
         results, summary = evaluate.evaluate_adaptively(
             model, images, labels, effort, surrogates, done=dict(done), keep=keep,
             tell=lambda line: print(f"{name}: {line}", flush=True),
@@ -176,7 +178,7 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
         told = [{"attack": attack} | one for attack, (_, one) in results.items()]
         return pd.concat(frames, ignore_index=True), {"attacks": told} | summary
 
-    _measure_once("adaptive", settings, name, dataset, {"surrogates": through}, measure)
+    _measure_once("adaptive", settings, name, dataset, further, measure)
     unfinished.unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from spoiling import spoil
 from immunity_lib import evaluate
 from immunity_lib.evaluate import verdicts_over_gates, verdicts_under_attack
 from immunity_lib.files import read_tensors, write_tensors
+from study import measure
 from study.catalogue import ModelName
 from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
 from study.store import read_frame, read_json, read_summary, record_path, trained_model, training_record
@@ -199,3 +200,9 @@ def test_adaptive_attacks_that_were_stopped_go_on(settings, dataset, monkeypatch
     made.clear()
     measure_adaptive(settings.model_copy(update={"steps": 2}), name, dataset)
     assert made.count("fgsm") == 1
+
+    fewer = adaptive_attacks(trained_model(settings, name, dataset), Effort(0.1, 0.1, 1, (1,), 1), {})[1:]
+    monkeypatch.setattr(measure, "adaptive_attacks", lambda *_: fewer)  # as a suite that knew less
+    made.clear()
+    measure_adaptive(settings.model_copy(update={"steps": 2}), name, dataset)
+    assert made.count("fgsm") == 1, "a record of another suite answers another question"
