@@ -29,9 +29,7 @@ def job_command(notebook: str, preset: Path | str, output: Path | str, *options:
 def tables(figures: Path, *endings: str) -> dict[str, bytes]:
     """Every table of a folder of figures, by its file's name."""
     endings = endings or ("csv", "md", "tex")
-    return {
-        path.name: path.read_bytes() for ending in endings for path in figures.glob(f"*.{ending}")
-    }
+    return {path.name: path.read_bytes() for ending in endings for path in figures.glob(f"*.{ending}")}
 
 
 def wait_for(happened, seconds: float = 120) -> None:
