@@ -10,6 +10,7 @@ import torch
 from spoiling import spoil
 
 from immunity_lib import evaluate
+from immunity_lib.attacks import Effort, adaptive_attacks
 from immunity_lib.evaluate import verdicts_over_gates, verdicts_under_attack
 from immunity_lib.files import read_tensors, write_tensors
 from study import measure
