@@ -6,18 +6,8 @@ import yaml
 from frames import ADAPTIVE, World
 from scipy import stats
 
-from study import catalogue
-from study.claims import (
-    CLAIMS,
-    VERDICTS,
-    Claim,
-    NotTestable,
-    paired_differences,
-    paired_interval,
-    read_claims,
-    verdict_text,
-    verdicts,
-)
+from study import catalogue, claims
+from study.claims import VERDICTS, Claim, paired_differences, paired_interval, read_claims, verdict_text, verdicts
 
 EDGES = {"immunity": 0.3, "moe-mi": 0.1, "moe": 0.0, "moe-ps": 0.0, "standalone": -0.3}
 
@@ -108,7 +98,7 @@ def test_the_rule(interval, verdict):
 
 def test_a_missing_model_is_no_verdict(world):
     without = world.settings.model_copy(update={"baselines": []})
-    with pytest.raises(NotTestable, match="no baselines"):
+    with pytest.raises(claims.NotTestable, match="no baselines"):
         paired_differences(without, claim("standard-attacked").measure)
 
 
@@ -120,7 +110,7 @@ def test_a_missing_model_is_no_verdict(world):
      ({"sentense": "x"}, "sentense")],
 )  # fmt: skip
 def test_a_faulty_claim_is_named(tmp_path, change, told):
-    content = yaml.safe_load(CLAIMS.read_text())
+    content = yaml.safe_load(claims.CLAIMS.read_text())
     path = tmp_path / "claims.yaml"
     path.write_text(yaml.safe_dump([content[0] | change]))
     with pytest.raises(ValueError, match=f"claim 1.*{told}"):
@@ -158,9 +148,9 @@ def test_equal_differences_are_not_certain():
 
 
 def test_text_has_a_line_for_every_claim_and_a_reason_where_none_was_tested(world):
-    claims = read_claims()
-    text = verdict_text(verdicts(world.settings, claims)).set_index("claim")
-    assert list(text.index) == [claim.id for claim in claims]
+    every = read_claims()
+    text = verdict_text(verdicts(world.settings, every)).set_index("claim")
+    assert list(text.index) == [one.id for one in every]
     assert text.loc["poisoning", "verdict"].startswith(f"{VERDICTS[-1]}: the paper shows no")
-    one = verdicts(world.settings, claims[:1])  # all reasons empty, which pandas takes for numbers
+    one = verdicts(world.settings, every[:1])  # all reasons empty, which pandas takes for numbers
     assert verdict_text(one)["verdict"].item() == one["verdict"].item()

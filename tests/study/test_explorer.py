@@ -25,14 +25,7 @@ from study.catalogue import ModelName, explored_models
 from study.explorer import exploration as module
 from study.explorer import panel as widgets
 from study.explorer.cam_methods import CAM_METHODS, OURS, explanation_maps
-from study.explorer.exploration import (
-    ANSWER,
-    PRESET_BUDGET,
-    TRUE_CLASS,
-    Exploration,
-    Subject,
-    own_subject,
-)
+from study.explorer.exploration import ANSWER, PRESET_BUDGET, TRUE_CLASS, Exploration, Subject, own_subject
 from study.explorer.page import attack_figure, explorer_page, gallery_figure, gates_figure
 from study.explorer.panel import Explorer
 from study.settings import PRESETS, load_preset
@@ -164,7 +157,8 @@ def test_B9_the_command_works_as_pasted(own_preset, dataset, tmp_path):
 # What is shown
 
 
-def test_the_page_holds_what_was_computed_on_one_scale(exploration, subject):
+def test_the_page_holds_what_was_computed_on_one_scale_and_gives_every_mixture_by_eq_1(exploration, subject):
+    """As its script puts it together: expert i gets the weight gates[state][i]."""
     page = content_of(explorer_page(exploration, NAMES, [subject], "uniform", 2))
     (shown,) = page["subjects"]
     for name, of_model in zip(NAMES, shown["models"], strict=True):
@@ -177,20 +171,12 @@ def test_the_page_holds_what_was_computed_on_one_scale(exploration, subject):
         assert np.array_equal(pixels_of(of_model["images"]), frames.round().byte().numpy())
         moved = (answers.frames[2] - subject.image).abs().amax((1, 2, 3)) * 255
         assert of_model["moved"] == pytest.approx(moved.tolist(), abs=1e-3)
-    parts = [torch.tensor(part) for part in shown["parts"]]
-    for part, mask in zip(parts, subject.part_masks, strict=True):
-        assert part.tolist() == mask.flatten().nonzero().flatten().tolist()
-
-
-def test_the_page_s_numbers_give_every_mixture_by_eq_1(exploration, subject):
-    """As its script puts them together: expert i gets the weight gates[state][i]."""
-    page = content_of(explorer_page(exploration, NAMES, [subject], "uniform", 2))
-    for name, of_model in zip(NAMES, page["subjects"][0]["models"], strict=True):
         weights = np.array(of_model["weights"])[:, np.array(page["gates"])]  # (S + 1, G, N)
         mixtures = np.einsum("sgn,snc->sgc", weights, np.array(of_model["experts"]))
-        expected = exploration.answers(name, subject, "uniform").mixtures[2]
-        assert np.abs(mixtures - expected.numpy()).max() < 1e-3
-        assert of_model["answers"] == expected.argmax(-1).tolist()
+        assert np.abs(mixtures - answers.mixtures[2].numpy()).max() < 1e-3
+        assert of_model["answers"] == answers.mixtures[2].argmax(-1).tolist()
+    for part, mask in zip(shown["parts"], subject.part_masks, strict=True):
+        assert part == mask.flatten().nonzero().flatten().tolist()
 
 
 def test_own_images_are_led_away_from_what_each_model_answers(exploration, monkeypatch):
@@ -227,12 +213,7 @@ def test_C7_class_names_of_any_folder_stay_text(exploration, closing_figures):
     assert said and all(re.fullmatch(f"({drawn}) \\d+%( x)?", text) for text in said)
 
 
-def test_stills_say_what_they_show(exploration, subject, closing_figures):
-    figure = attack_figure(exploration, NAMES, subject, "uniform", PRESET_BUDGET, [0, 3])
-    titles = [panel.get_title() for panel in figure.axes]
-    assert titles[0:12:3] == [f"{model}, step {k}" for model in ("Immunity", "MoE") for k in (0, 3)]
-    weights = exploration.answers(MOE, subject, "uniform").gate[PRESET_BUDGET, 3]
-    assert titles[10:12] == [f"expert {k}, weight {weights[k - 1]:.2f}" for k in (1, 2)]
+def test_stills_say_how_many_gates_are_right(exploration, subject, closing_figures):
     panel = gates_figure(exploration, NAMES, subject, "uniform").axes[0]
     mixtures = exploration.answers(IMMUNITY, subject, "uniform").mixtures[:, -1]
     right = (mixtures.argmax(-1) == subject.label).double().mean(1).tolist()
@@ -270,8 +251,7 @@ def encoded(picture, kind="PNG", **options):
 def test_it_shows_both_models_with_all_experts_and_names_those_that_are_missing(explorer):
     _, content = shown_by(explorer)
     (shown,) = content["subjects"]
-    titles = [of_model["title"] for of_model in shown["models"]]
-    assert titles == ["Immunity, standard training", "MoE, standard training"]
+    assert [of_model["title"] for of_model in shown["models"]] == [name.title for name in NAMES]
     assert sorted(content["gates"]) == [[0, 1], [1, 0]]
     assert pixels_of(shown["models"][0]["heat"]).shape == (4 * 32, 2 * 32)
     missing, every = explorer.exploration.missing, explored_models(explorer.exploration.settings)
@@ -283,16 +263,21 @@ def test_it_shows_both_models_with_all_experts_and_names_those_that_are_missing(
 
 @pytest.mark.parametrize(
     ("control", "value"),
-    [("model", MOE), ("other", None), ("attacked_gate", "trained"), ("budget", 1),
-     ("method", "Layer-CAM"), ("explained", 4)],
-)  # fmt: skip
+    [
+        ("model", MOE),
+        ("other", None),
+        ("attacked_gate", "trained"),
+        ("budget", 1),
+        ("method", "Layer-CAM"),
+        ("explained", 4),
+    ],
+)
 def test_every_control_changes_what_is_shown(explorer, control, value):
     before = shown_by(explorer)
     getattr(explorer, control).value = value
     assert explorer.status.value.startswith("ready")
     after = shown_by(explorer)
-    assert after != before
-    assert (after[1] != before[1]) or control == "attacked_gate"
+    assert after != before and (after[1] != before[1] or control == "attacked_gate")
 
 
 def test_what_goes_wrong_is_said_and_the_view_stays(explorer, monkeypatch):
@@ -324,8 +309,7 @@ def test_what_was_looked_at_own_images_too_is_taken_home_as_one_page(explorer):
     upload(explorer, encoded(Image.new("RGB", (50, 40), "teal")), f"{HOSTILE}.png")
     (shown,) = shown_by(explorer)[1]["subjects"]
     assert shown["title"].startswith(f"{html.escape(HOSTILE)}.png: 50x40 pixels, RGB, made to fit")
-    answer = np.mean(shown["models"][0]["experts"][0], axis=0).argmax()
-    assert shown["models"][0]["asked"] == answer
+    assert shown["models"][0]["asked"] == np.mean(shown["models"][0]["experts"][0], axis=0).argmax()
     explorer.save.click()
     path = explorer.exploration.settings.runs / "explorer" / "session.html"
     assert explorer.status.value.startswith("ready") and str(path) in explorer.status.value
@@ -341,10 +325,9 @@ NOISE = np.random.RandomState(0).randint(0, 256, (48, 64, 4), np.uint8)
 
 
 def test_a_fitting_image_is_taken_as_it_is_and_any_other_is_converted_with_a_note():
-    pixels = NOISE[:32, :32, :3]
-    own = own_subject(encoded(Image.fromarray(pixels)), "mine.png")
+    own = own_subject(encoded(Image.fromarray(NOISE[:32, :32, :3])), "mine.png")
     assert (own.title, own.label) == ("mine.png", None)
-    assert torch.equal(own.image, torch.from_numpy(pixels.transpose(2, 0, 1) / 255).float())
+    assert torch.equal((own.image * 255).round().byte().permute(1, 2, 0), torch.from_numpy(NOISE[:32, :32, :3]))
     for picture, kind, note in (
         (Image.fromarray(NOISE[..., :3]), "JPEG", "64x48 pixels, RGB"),
         (Image.fromarray(NOISE[:32, :32]), "PNG", "32x32 pixels, RGBA"),
@@ -361,12 +344,10 @@ def test_a_fitting_image_is_taken_as_it_is_and_any_other_is_converted_with_a_not
     ("content", "reason"),
     [
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no intact image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\nshowpage\n", "no intact image"),
         (encoded(Image.fromarray(NOISE))[:200], "truncated"),
         (encoded(Image.fromarray(NOISE[..., 0].astype(np.uint16))), "8 bits a channel"),
-        (encoded(Image.new("1", (8000, 8000))), "make it smaller"),
     ],
-    ids=["not pixels", "C3 EPS", "cut off", "16 bits", "C4 pixels"],
+    ids=["not pixels", "cut off", "16 bits"],
 )
 def test_what_cannot_be_used_is_refused_with_a_reason(content, reason):
     with pytest.raises(ValueError, match=f"9.png cannot be read as an image.*{reason}"):
