@@ -13,8 +13,7 @@ LITERALS = (ast.Constant, ast.List, ast.Dict, ast.Tuple)
 
 
 def cells(path, kind=None):
-    every = json.loads(path.read_text())["cells"]
-    return [cell for cell in every if kind in (None, cell["cell_type"])]
+    return [cell for cell in json.loads(path.read_text())["cells"] if kind in (None, cell["cell_type"])]
 
 
 def source(cell):
@@ -26,9 +25,10 @@ def notebook(request):
     return request.param
 
 
-def test_parameters_are_plain_literals_with_an_explanation_validated_right_below(notebook):
+def test_committed_without_outputs_and_with_parameters_that_are_explained_literals_validated_right_below(notebook):
     tagged = ["parameters" in cell["metadata"].get("tags", []) for cell in cells(notebook, "code")]
     assert tagged.index(True) == 0 and sum(tagged) == 1, "papermill injects after exactly one cell tagged 'parameters'"
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells(notebook, "code"))
     text, below = (source(cell) for cell in cells(notebook, "code")[:2])
     assert text.startswith("# Parameters"), "by which `notebook_settings` knows the cell"
     assert "settings = notebook_settings(globals())" in below
@@ -40,23 +40,15 @@ def test_parameters_are_plain_literals_with_an_explanation_validated_right_below
         assert "#" in text.splitlines()[statement.lineno - 1]
 
 
-def test_committed_without_outputs(notebook):
-    for cell in cells(notebook, "code"):
-        assert cell["outputs"] == [] and cell["execution_count"] is None
-
-
 def test_every_code_cell_follows_prose_or_the_step_it_belongs_to(notebook):
-    kinds = [cell["cell_type"] for cell in cells(notebook)]
-    assert kinds[0] == "markdown"
-    in_a_row = max(len(run) for run in "".join(k[0] for k in kinds).split("m"))
-    assert in_a_row <= 3, "more than three code cells in a row without a word between them"
+    kinds = "".join(cell["cell_type"][0] for cell in cells(notebook))
+    assert kinds[0] == "m" and "cccc" not in kinds, "more than three code cells in a row without a word between them"
 
 
 def test_closes_with_exercises_and_their_answers_folded_away(notebook):
     last = source(cells(notebook)[-1])
-    assert last.startswith("## Exercises")
-    exercises = re.split(r"^### \d", last, flags=re.MULTILINE)[1:]
-    assert 3 <= len(exercises) <= 5
+    exercises = re.split(r"^### \d", last.removeprefix("## Exercises"), flags=re.MULTILINE)[1:]
+    assert last.startswith("## Exercises") and 3 <= len(exercises) <= 5
     for exercise in exercises:
         question, answer = exercise.split("<details><summary>Answer</summary>\n\n")
         assert len(question) > 80 and answer.strip().endswith("</details>")
