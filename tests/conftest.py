@@ -24,6 +24,7 @@ hypothesis_settings.register_profile("reproducible", deadline=None, max_examples
 hypothesis_settings.load_profile("reproducible")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups
 def pytest_collection_modifyitems(items):
     """What takes minutes to an hour is slow, too. Of tests beside each other (pytest-xdist), those of the smoke preset
     come first and stay together, since they share a run of it, and so do those of each other file."""
