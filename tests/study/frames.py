@@ -1,6 +1,7 @@
 """Synthetic measurements, of which tests know every verdict: no training, no attack."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -19,37 +20,33 @@ SCORES = ("independence_score", "causality_score", "mutual_information", "empty_
 
 
 class World:
-    """Verdicts by (model, kind, attack, sees), each an array (B, G) under all gates and two (B,)
-    under the plain ensemble and the trained gate; written as `measure` would have measured them.
+    """Verdicts by (model, kind, attack, sees), each an array (B, G) under all gates and two (B,) under the plain
+    ensemble and the trained gate; written as `measure` would have measured them.
 
     share(name, attack): how many verdicts are right, 0 .. 1."""
 
-    def __init__(self, settings, share=lambda name, attack: 0.5, seed=0):
-        self.settings, self.share = settings, share
-        self.generator = np.random.default_rng(seed)
+    def __init__(self, settings, share=lambda name, attack: 0.5):
+        self.settings, self.share, self.generator = settings, share, np.random.default_rng(0)
         self.verdicts, self.scores, self.summaries = {}, {}, {}
-        attacked, adaptive = settings.attacked_images, settings.adaptive_count
+        attacked, experts = settings.attacked_images, settings.recipe.experts
         for name in catalogue.attacked_models(settings):
             gates = settings.attack_gates[: 1 if name.method == "standalone" else None]
             rows = [self.rows(name, "attacks", settings.test_images)]
             rows.append(self.rows(name, "attacks", 7, split="test-shifted"))
-            for gate in gates:
-                for attack in settings.attacks:
-                    rows.append(self.rows(name, "attacks", attacked, attack, "paper", gate))
+            for gate, attack in product(gates, settings.attacks):
+                rows.append(self.rows(name, "attacks", attacked, attack, "paper", gate))
             self.write(name, "attacks", rows, {"seconds": {}})
-        of_tables = catalogue.table1_models(settings) + catalogue.table3_models(settings)
-        for name in dict.fromkeys(of_tables):
+        for name in dict.fromkeys(catalogue.table1_models(settings) + catalogue.table3_models(settings)):
             rows = self.rows(name, "scores", settings.test_images)
             found = self.generator.random((len(rows), len(SCORES)))
             self.scores[name] = pd.DataFrame(found, columns=SCORES)
-            alone = self.generator.random(settings.recipe.experts).tolist()
-            coverage = self.generator.random((settings.recipe.experts, 4)).tolist()
+            alone = self.generator.random(experts).tolist()
+            coverage = self.generator.random((experts, 4)).tolist()
             test = {"expert_accuracy": alone, "part_coverage": coverage, "background_heat": alone}
             self.write(name, "scores", [rows.assign(**self.scores[name])], {"test": test})
+        told = [{"attack": a, "family": f, "sees": s, "seconds": 2.0} for a, f, s in ADAPTIVE]
         for name in catalogue.adaptive_models(settings):
-            rows = [self.rows(name, "adaptive", adaptive)]
-            rows += [self.rows(name, "adaptive", adaptive, *attack) for attack in ADAPTIVE]
-            told = [{"attack": a, "family": f, "sees": s, "seconds": 2.0} for a, f, s in ADAPTIVE]
+            rows = [self.rows(name, "adaptive", settings.adaptive_count, *attack) for attack in [(), *ADAPTIVE]]
             check = {"check": "a check", "passed": name.method == "moe", "evidence": "so much"}
             self.write(name, "adaptive", rows, {
                 "agreement": {"unanimous": 0.75, "pairs": 0.8}, "attacks": told,

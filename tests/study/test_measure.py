@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,8 @@ from study.store import read_frame, read_json, read_summary, record_path, traine
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 SMALL = {
-    "epochs": 1, "attacks": ["fgsm", "pgd"], "attack_gates": ["trained", "uniform"],
-    "adaptive_images": 6, "gate_samples": [1], "auto_attack_steps": 1, "steps": 1,
+    "epochs": 1, "attacks": ["fgsm", "pgd"], "attack_gates": ["trained", "uniform"], "adaptive_images": 6,
+    "gate_samples": [1], "auto_attack_steps": 1, "steps": 1,
 }  # fmt: skip
 
 
@@ -42,27 +43,21 @@ def settings(make_settings, finished_folder, tmp_path):
 
 
 @pytest.fixture
-def measurements(monkeypatch):
-    """A spy: every model whose accuracy is measured from now on."""
-    seen, verdicts = [], evaluate.verdicts_over_gates
-
-    def spy(model, batches):
-        seen.append(model)
-        return verdicts(model, batches)
-
-    monkeypatch.setattr(evaluate, "verdicts_over_gates", spy)
-    return seen
+def measurement(monkeypatch):
+    """What measures accuracy, and counts its calls."""
+    monkeypatch.setattr(evaluate, "verdicts_over_gates", spy := Mock(wraps=evaluate.verdicts_over_gates))
+    return spy
 
 
 KINDS = pytest.mark.parametrize(("make", "kind"), [(measure_attacks, "attacks"), (measure_scores, "scores")])
 
 
 @KINDS
-def test_what_was_measured_is_used_again_and_its_record_says_what_of(settings, dataset, measurements, make, kind):
+def test_what_was_measured_is_used_again_and_its_record_says_what_of(settings, dataset, measurement, make, kind):
     path = record_path(settings, NAME, kind)
     before, record = path.read_bytes(), read_json(path)
     make(settings, NAME, dataset)
-    assert not measurements and path.read_bytes() == before
+    assert not measurement.called and path.read_bytes() == before
     assert (record["kind"], record["model"]) == (kind, str(NAME))
     assert record["weights"] == [training_record(settings, NAME)["weights"]]
     assert record["provenance"]["packages"] and record["provenance"]["library"]
@@ -70,20 +65,20 @@ def test_what_was_measured_is_used_again_and_its_record_says_what_of(settings, d
 
 @KINDS
 @pytest.mark.parametrize("ending", [".json", ".parquet"])
-def test_truncated_files_are_set_aside_and_remade(settings, dataset, measurements, capsys, make, kind, ending):
+def test_truncated_files_are_set_aside_and_remade(settings, dataset, measurement, capsys, make, kind, ending):
     path = record_path(settings, NAME, kind)
     before = read_frame(settings, [NAME], kind)
     spoil(path.with_suffix(ending), "truncated")
     make(settings, NAME, dataset)
     pd.testing.assert_frame_equal(read_frame(settings, [NAME], kind), before)
     (aside,) = path.parent.glob(f"{path.name}.aside-*")
-    assert measurements and f"set aside as {aside}" in (said := capsys.readouterr().err)
+    assert measurement.called and f"set aside as {aside}" in (said := capsys.readouterr().err)
     assert path.with_suffix(ending).name in said and "it is made anew" in said
 
 
 @KINDS
 @pytest.mark.parametrize("other", ["weights", "data"])
-def test_a_record_about_other_weights_or_data_is_remade(settings, dataset, measurements, capsys, make, kind, other):
+def test_a_record_about_other_weights_or_data_is_remade(settings, dataset, measurement, capsys, make, kind, other):
     path = record_path(settings, NAME, kind)
     before = read_json(path)
     if other == "weights":
@@ -92,15 +87,15 @@ def test_a_record_about_other_weights_or_data_is_remade(settings, dataset, measu
         fewer = dataset.splits | {"test": dataset.splits["test"].first(20)}
         dataset = replace(dataset, splits=fewer)
     make(settings, NAME, dataset)
-    assert measurements and read_json(path)[other] != before[other]
+    assert measurement.called and read_json(path)[other] != before[other]
     assert "it is about other weights, data or settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"steps": 2}, {"attacks": ["fgsm"]}, {"attacked_images": 8}])
-def test_attacks_of_another_question_are_made_anew(settings, dataset, measurements, change):
+def test_attacks_of_another_question_are_made_anew(settings, dataset, measurement, change):
     measure_attacks(settings.model_copy(update=change), NAME, dataset)
     frame = read_frame(settings, [NAME], "attacks").query("attack == 'fgsm' and sees == 'trained'")
-    assert measurements and len(frame) == change.get("attacked_images", 16)
+    assert measurement.called and len(frame) == change.get("attacked_images", 16)
 
 
 def bits(frame, gates):
@@ -147,10 +142,9 @@ def test_scores_are_within_their_ranges(settings):
     assert (frame[["independence_score", "causality_score"]] >= 0).all(axis=None)
     assert frame["empty_maps"].isin([0, 0.5, 1]).all()
     for split, own in frame.groupby("split"):
-        assert len(own) == 32
-        assert own["experts"].mean() == pytest.approx(np.mean(summary[split]["expert_accuracy"]))
-        for shares in (*summary[split]["part_coverage"], summary[split]["background_heat"]):
-            assert all(0 <= share <= 1 for share in shares)
+        assert own["experts"].mean() == pytest.approx(np.mean(summary[split]["expert_accuracy"])) and len(own) == 32
+        shares = [*summary[split]["part_coverage"], summary[split]["background_heat"]]
+        assert all(0 <= share <= 1 for of_expert in shares for share in of_expert)
 
 
 def test_part_coverage_is_what_plain_loops_give():
@@ -187,14 +181,12 @@ def test_adaptive_attacks_that_were_stopped_go_on(settings, dataset, monkeypatch
     measure_adaptive(settings, name, dataset)
     assert made.count("fgsm") == 1 and made.count("pgd-trained") == 2
     assert not unfinished.exists()
-    summary = read_summary(settings, name, "adaptive")
-    frame = read_frame(settings, [name], "adaptive")
-    assert {one["attack"] for one in summary["attacks"]} == set(frame["attack"]) - {"clean"}
-    assert (frame.groupby("attack").size() == 6).all()
+    resumed, summary = read_frame(settings, [name], "adaptive"), read_summary(settings, name, "adaptive")
+    assert {one["attack"] for one in summary["attacks"]} == set(resumed["attack"]) - {"clean"}
+    assert (resumed.groupby("attack").size() == 6).all()
 
-    resumed = frame  # what was kept and read again is what an undisturbed run finds
     record_path(settings, name, "adaptive").unlink()
-    measure_adaptive(settings, name, dataset)
+    measure_adaptive(settings, name, dataset)  # what was kept and read again is what an undisturbed run finds
     pd.testing.assert_frame_equal(read_frame(settings, [name], "adaptive"), resumed)
 
     write_tensors(unfinished, tensors, notes | {"question": "of another model"})
