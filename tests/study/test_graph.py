@@ -99,19 +99,28 @@ def training_job(preset, output):
     return job_command("02_training", preset, output, f"--model={MODEL}")
 
 
+def graph_of_two_jobs(preset, output):
+    return reproduce_command(output, "--jobs", "2", preset=str(preset))
+
+
 def still_running(processes):
     return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slow
 @SIGNALS
-def test_a_job_that_is_asked_to_stop_keeps_the_last_epoch_and_ends_at_once(training, number):
-    started, below, settings = training(training_job)
+@pytest.mark.parametrize(("command_of", "models"), [(training_job, 1), (graph_of_two_jobs, 2)])
+def test_what_is_asked_to_stop_ends_with_all_below_it_and_keeps_the_last_epoch(training, number, command_of, models):
+    started, below, settings = training(command_of, models)
     started.send_signal(number)
-    assert started.wait(30) == 128 + number
-    assert state_of(settings, f"02_training-{MODEL}")["state"] == "stopped"
+    _, printed = started.communicate(timeout=60)
+    assert started.returncode == 128 + number
+    assert ("2 stopped" in printed and "the same command goes on" in printed) == (models == 2)
     assert below and not still_running(below)
-    assert (settings.runs / "models" / MODEL / "checkpoint.safetensors").exists()
+    for checkpoint in settings.runs.glob("models/*/checkpoint.safetensors"):
+        assert state_of(settings, f"02_training-{checkpoint.parent.name}")["state"] == "stopped"
+        models -= 1
+    assert models == 0
 
 
 @pytest.mark.slow
@@ -124,17 +133,6 @@ def test_a_job_ends_with_the_graph_that_started_it(training):
     graph.wait()
     wait_for(lambda: not still_running(below), 30)
     assert state_of(settings, f"02_training-{MODEL}")["state"] == "stopped"
-
-
-@pytest.mark.slow
-@SIGNALS
-def test_a_signal_to_the_graph_stops_its_jobs(training, number):
-    graph, below, _ = training(lambda preset, output: reproduce_command(output, "--jobs", "2", preset=str(preset)), 2)
-    graph.send_signal(number)
-    _, printed = graph.communicate(timeout=60)
-    assert graph.returncode == 128 + number and "the same command goes on" in printed
-    assert "2 stopped" in printed
-    assert not still_running(below)
 
 
 # --- GPUs
@@ -219,8 +217,7 @@ def test_a_node_with_two_gpus_trains_two_models_at_once(tmp_path):
 
 
 def assert_told(told, capsys):
-    said = capsys.readouterr().err
-    assert re.search(told, said), said
+    assert re.search(told, said := capsys.readouterr().err), said
 
 
 @pytest.mark.parametrize(
