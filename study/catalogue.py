@@ -1,7 +1,6 @@
 """Models by name: which there are in a preset, which each table needs, and how each is trained.
 
-A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; its variants are configurations of one
-model.
+A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; variants are configurations of one model.
 """
 
 import re
@@ -12,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from immunity_lib.data import DATASETS
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
@@ -37,28 +36,24 @@ METHODS = {
 
 # As readers call them: the mixtures of the ablation, data sets, networks, attacks
 MIXTURES = {"moe": "MoE", "moe-mi": "MoE+MI", "moe-ps": "MoE+PS", "immunity": "Immunity"}
-DATA = {"parts10": "Parts-10", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
-        "images": "own images"}  # fmt: skip
+DATA = {"parts10": "Parts-10", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "images": "own images"}
 NETWORKS = {
     "resnet18": "ResNet18", "densenet121": "DenseNet121", "googlenet": "GoogLeNet",
     "googlenet-kuangliu": "GoogLeNet-kuangliu", "pdarts": "P-DARTS", "advrush": "AdvRush",
-    "robnet-free": "RobNet-free", "robnet-large-v1": "RobNet-large-v1",
-    "robnet-large-v2": "RobNet-large-v2",
+    "robnet-free": "RobNet-free", "robnet-large-v1": "RobNet-large-v1", "robnet-large-v2": "RobNet-large-v2",
 }  # fmt: skip
-ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD", "cw": "C&W",
-                 "apgd": "APGD"}  # fmt: skip
+ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD", "cw": "C&W", "apgd": "APGD"}
 
 _NAME = re.compile(
     "(?P<dataset>{})-(?P<method>{})-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
-        *("|".join(sorted(names, key=len, reverse=True)) for names in (DATASETS, METHODS, EXPERT_NAMES, REGIMES))
+        *map("|".join, (DATASETS, METHODS, EXPERT_NAMES, REGIMES))
     )
 )
+_read_once = cache(read_yaml)
 
 
-class ModelName(BaseModel):
+class ModelName(BaseModel, frozen=True):
     """The parts of a model's name; `str()` puts them together, `parse` takes them apart."""
-
-    model_config = ConfigDict(frozen=True)
 
     dataset: str
     method: str
@@ -71,12 +66,11 @@ class ModelName(BaseModel):
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        match = _NAME.fullmatch(name)
-        if match is None:
+        if not (match := _NAME.fullmatch(name)):
             raise ValueError(
-                f"{name!r} is no model's name; one is <data>-<method>-<expert>-<regime>-seed<k> "
-                f"with data from {', '.join(DATASETS)}, method from {', '.join(METHODS)}, "
-                f"expert from {', '.join(EXPERT_NAMES)}, regime from {', '.join(REGIMES)}"
+                f"{name!r} is no model's name; one is <data>-<method>-<expert>-<regime>-seed<k> with data from "
+                f"{', '.join(DATASETS)}, method from {', '.join(METHODS)}, expert from {', '.join(EXPERT_NAMES)}, "
+                f"regime from {', '.join(REGIMES)}"
             )
         return cls(**match.groupdict())
 
@@ -87,8 +81,7 @@ class ModelName(BaseModel):
 
 
 def recipe_of(settings: Settings, name: ModelName) -> Recipe:
-    """How this model is trained: the preset's recipe, what the method changes, and for a baseline the recipe of its
-    authors."""
+    """How this model is trained: the preset's recipe, what the method changes, a baseline's own recipe."""
     if name.method == "ensemble":
         raise ValueError(f"{name} is not trained; its members are: {members(settings, name)}")
     changes: dict[str, Any] = {"dataset": name.dataset, "expert": name.expert, "seed": name.seed}
@@ -108,41 +101,29 @@ def recipe_of(settings: Settings, name: ModelName) -> Recipe:
     weights = {"trades": settings.trades_weight, "alp": settings.pairing_weight}
     if name.regime in weights:
         changes |= {"pairing": name.regime, "pairing_weight": weights[name.regime]}
+    # What a model does not use stays at its default, so that changing it trains nothing anew
+    unused = ["floor", "warmup_epochs", "coordinates", "explained"] * (name.method in ("standalone", "moe"))
     if name.regime == "standard":
         changes["adversary"] = None
-    # What a model does not use stays at its default, so that changing it trains nothing anew
-    unused: tuple[str, ...] = ()
-    if name.method in ("standalone", "moe"):
-        unused += ("floor", "warmup_epochs", "coordinates", "explained")
-    if name.regime == "standard":
-        unused += ("adversary_steps", "eps", "step_size")
-    defaults = {field.name: field.default for field in fields(Recipe)}
-    changes |= {field: defaults[field] for field in unused}
+        unused += ["adversary_steps", "eps", "step_size"]
+    changes |= {field.name: field.default for field in fields(Recipe) if field.name in unused}
     return TypeAdapter(Recipe).validate_python(asdict(settings.recipe) | changes)
 
 
 def own_recipe(settings: Settings, name: ModelName) -> dict[str, Any] | None:
-    """The recipe of its authors ("source", "gaps" and the "fields" of a `Recipe`), for a stand-alone baseline where
-    the preset asks for it."""
-    wanted = name.method == "standalone" and settings.baseline_recipes == "own"
-    if not (wanted and name.expert in BASELINES):
+    """Its authors' recipe ("source", "gaps", "fields" of a `Recipe`): of a stand-alone baseline, if the preset asks."""
+    if (name.method, settings.baseline_recipes) != ("standalone", "own") or name.expert not in BASELINES:
         return None
-    content = _published_recipes()
+    content = _read_once(Path(__file__).with_name("recipes.yaml"))
     kind = "standard" if name.regime == "standard" else "adversarial"
     return content["recipes"][content["networks"][name.expert][kind]]
 
 
-@cache
-def _published_recipes() -> dict[str, Any]:
-    return read_yaml(Path(__file__).with_name("recipes.yaml"))
-
-
 def members(settings: Settings, ensemble: ModelName) -> list[ModelName]:
     """The stand-alone networks that an ensemble is made of: N seeds of its own."""
-    first = ensemble.seed * settings.recipe.experts
-    return [
-        ensemble.model_copy(update={"method": "standalone", "seed": first + k}) for k in range(settings.recipe.experts)
-    ]
+    count = settings.recipe.experts
+    seeds = range(ensemble.seed * count, (ensemble.seed + 1) * count)
+    return [ensemble.model_copy(update={"method": "standalone", "seed": seed}) for seed in seeds]
 
 
 def single(settings: Settings, names: list[ModelName]) -> list[ModelName]:
@@ -177,8 +158,7 @@ def literal_model(settings: Settings) -> ModelName:
 
 def attacked_models(settings: Settings) -> list[ModelName]:
     """Every model of Tables 2 and 3, once."""
-    every = table2_models(settings) + table3_models(settings)
-    return list(dict.fromkeys(every))
+    return list(dict.fromkeys(table2_models(settings) + table3_models(settings)))
 
 
 def adaptive_models(settings: Settings) -> list[ModelName]:
@@ -194,30 +174,22 @@ def explored_models(settings: Settings) -> list[ModelName]:
 
 def surrogates(settings: Settings, attacked: ModelName) -> list[ModelName]:
     """The other mixtures that were trained like this one, to attack it through."""
-    return [
-        name
-        for name in attacked_models(settings)
-        if name.method != "standalone"
-        and name != attacked
-        and name == attacked.model_copy(update={"method": name.method})
-    ]
+    others = [attacked.model_copy(update={"method": method}) for method in MIXTURES if method != attacked.method]
+    return [name for name in attacked_models(settings) if name in others]
 
 
 def trained_models(settings: Settings) -> list[ModelName]:
     """Every model that the preset trains, once."""
     of_table1 = single(settings, table1_models(settings))
-    named = [*attacked_models(settings), literal_model(settings), *of_table1]
-    return list(dict.fromkeys(named))
+    return list(dict.fromkeys([*attacked_models(settings), literal_model(settings), *of_table1]))
 
 
 def _models(
-    settings: Settings, *methods: str, experts: Sequence[str] | None = None,
-    regimes: Sequence[str] = ("standard",), datasets: Sequence[str] | None = None,
+    settings: Settings, *methods: str, experts: Sequence[str] | None = None, regimes: Sequence[str] = ("standard",),
+    datasets: Sequence[str] | None = None,
 ) -> list[ModelName]:  # fmt: skip
     """Every combination, with every seed; by default of the preset's own expert and data."""
     experts = [settings.recipe.expert] if experts is None else experts
-    datasets = [settings.recipe.dataset] if datasets is None else datasets
-    return [
-        ModelName(dataset=dataset, method=method, expert=expert, regime=regime, seed=seed)
-        for dataset, regime, expert, method, seed in product(datasets, regimes, experts, methods, settings.seeds)
-    ]
+    parts = product(datasets or [settings.recipe.dataset], regimes, experts, methods, settings.seeds)
+    keys = ("dataset", "regime", "expert", "method", "seed")
+    return [ModelName(**dict(zip(keys, values, strict=True))) for values in parts]

@@ -1,7 +1,6 @@
 """What a preset and a notebook's parameters may say, checked strictly before any computing.
 
-A preset is a flat YAML file: the study's own fields, which `Settings` lists, and the training fields of
-`immunity_lib.train.Recipe`.
+A preset is a flat YAML file: the study's own fields (`Settings`) and those of training (`immunity_lib.train.Recipe`).
 """
 
 import ast
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from immunity_lib.experts import EXPERT_NAMES
 from immunity_lib.train import Recipe
@@ -37,21 +36,15 @@ TRAINING = {field.name for field in fields(Recipe)} - SET_BY_MODEL
 NOT_OF_THE_RESULT = {"model", "data_folder", "output_folder", "interactive", "pretrained"}
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """One preset."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    preset: str = Field(
-        description="its name; results lie under it in runs/ and figures/", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$"
-    )
+    preset: str = Field(description="its name, under which results lie", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = Field("", description="one model of the preset by name; empty: all of them")
     data_folder: str = Field("", description="where CIFAR (empty: data/, it is downloaded) or the own images lie")
     output_folder: str = Field("", description="where runs/ and figures/ go; empty: the project")
     interactive: bool = Field(True, description="show widgets; batch runs set this to false")
-    pretrained: bool = Field(
-        True, description="use weights that come with the project; `make reproduce` trains all anew"
-    )
+    pretrained: bool = Field(True, description="use the project's own weights; `make reproduce` trains all anew")
     recipe: Recipe = Field(description="how models are trained, and on what; flat in the preset")
 
     # images of each test split
@@ -62,12 +55,8 @@ class Settings(BaseModel):
     compared_experts: list[ExpertName] = Field(description="the networks of Table 1", min_length=1)
     further_datasets: list[DatasetName] = Field([], description="of Table 2, beside `dataset`")
     baselines: list[BaselineName] = Field([], description="networks to compare with in Table 2")
-    baseline_layers: Annotated[int, Field(ge=3)] | None = Field(
-        None, description="cells of each baseline; null: as published"
-    )
-    baseline_recipes: Literal["own", "preset"] = Field(
-        "own", description="train baselines as their authors do, or as everything else here"
-    )
+    baseline_layers: int | None = Field(None, description="cells of each baseline; null: as published", ge=3)
+    baseline_recipes: Literal["own", "preset"] = Field("own", description="how baselines train: as published, or as all")
     regimes: list[Regime] = Field(["standard", "adversarial"], min_length=1)
     seeds: list[Seed] = Field([0], min_length=1)
     trades_weight: Weight = Field(6.0, description="of the divergence that TRADES adds")
@@ -77,25 +66,15 @@ class Settings(BaseModel):
     attacks: list[AttackName] = Field(["fgsm", "bim", "mim", "pgd"], min_length=1)
     steps: Count = 20
     attack_gates: list[GateName] = Field(["switch", "uniform"], min_length=1)
-    adaptive_images: Count | None = Field(
-        None, description="of the test images, for adaptive attacks; null: those of all attacks"
-    )
-    gate_samples: list[Count] = Field(
-        [1, 2, 5, 10, 20], min_length=1, description="of the gate for each gradient of EOTPGD, an attack for each"
-    )
-    auto_attack_steps: Count = Field(
-        100, description="of AutoAttack; Square has 50 queries and random noise 100 draws for each"
-    )
+    adaptive_images: Count | None = Field(None, description="test images for adaptive attacks; null: `attacked_images`")
+    # of the gate for each gradient of EOTPGD, an attack for each
+    gate_samples: list[Count] = Field([1, 2, 5, 10, 20], min_length=1)
+    auto_attack_steps: Count = Field(100, description="Square has 50 queries and random noise 100 draws for each")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        lists = (
-            "seeds", "compared_experts", "baselines", "regimes", "attacks", "attack_gates",
-            "gate_samples", "datasets",
-        )  # fmt: skip
-        for field in lists:
-            values = getattr(self, field)
-            if len(set(values)) < len(values):
+        for field, values in [("datasets", self.datasets), *self]:
+            if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{field} repeat: {values}; give each once")
         expert, experts = self.recipe.expert, self.recipe.experts
         if experts < 2:
@@ -103,16 +82,11 @@ class Settings(BaseModel):
         if expert not in EXPERT_NAMES:
             raise ValueError(f"expert is {expert!r}; valid names: {', '.join(EXPERT_NAMES)}")
         if "images" in self.datasets and not self.data_folder:
-            raise ValueError(
-                "data set images, but data_folder is empty; name the folder that holds a folder of "
-                "images for each class"
-            )
+            raise ValueError("data set images, but data_folder is empty; name the folder with a folder for each class")
         for field in ("attacked_images", "adaptive_images"):
-            count = getattr(self, field)
-            if None not in (self.test_images, count) and count > self.test_images:
-                raise ValueError(
-                    f"{field} is {count}, but test_images only {self.test_images}; lower the one or raise the other"
-                )
+            count, available = getattr(self, field), self.test_images
+            if None not in (available, count) and count > available:
+                raise ValueError(f"{field} is {count}, but test_images only {available}; lower it, or raise those")
         return self
 
     @property
@@ -144,16 +118,13 @@ def preset_names() -> list[str]:
 def load_preset(preset: str, **changes: Any) -> Settings:
     """Settings of a preset, by its name or by the path of a YAML file, with some fields changed.
 
-    A relative folder in the file starts from where the file is. Raises ValueError that names what is wrong and what
-    would be right.
+    A relative folder in the file starts from there. Raises ValueError that names what is wrong and what would be right.
     """
-    path = PRESETS / f"{preset}.yaml"
-    if not path.exists():
-        path = Path(preset).expanduser()
+    own = PRESETS / f"{preset}.yaml"
+    path = own if own.exists() else Path(preset).expanduser()
     if not path.is_file():
-        raise ValueError(
-            f"unknown preset {preset!r}; valid names: {', '.join(preset_names())}, or the path of a YAML file"
-        )
+        valid = ", ".join(preset_names())
+        raise ValueError(f"unknown preset {preset!r}; valid names: {valid}, or the path of a YAML file")
     content = read_yaml(path)
     for field in ("data_folder", "output_folder"):
         if isinstance(folder := content.get(field), str) and folder and "://" not in folder:
@@ -179,10 +150,8 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
     for field in ("data_folder", "output_folder"):
         folder = content.get(field, "")
         if isinstance(folder, str) and "://" in folder:
-            raise ValueError(
-                f"{field} = {folder!r} is an address; name a folder of this machine, on which a "
-                "remote storage may be mounted"
-            )
+            ask = "name a folder of this machine, on which a remote storage may be mounted"
+            raise ValueError(f"{field} = {folder!r} is an address; {ask}")
         if isinstance(folder, str) and folder.startswith("~"):
             content = {**content, field: str(Path(folder).expanduser())}
     # What regimes under attack use; 0.031 means 31/1000, not the nearest binary fraction
@@ -207,10 +176,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         field = Settings.model_fields.get(name)
         return f"{name} is missing: {field.description if field else 'give a value'}"
     if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
-        return (
-            f"{name} = {problem['input']!r}: give it letters, digits, '.', '_' and '-' alone, "
-            "the first a letter or digit"
-        )
+        wanted = "letters, digits, '.', '_' and '-' alone, the first a letter or digit"
+        return f"{name} = {problem['input']!r}: give it {wanted}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name} = {problem['input']!r}: {message}" if name else message
 
@@ -222,16 +189,15 @@ def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
     """Settings from a notebook's `globals()`, called in the cell right below its parameters.
 
     The preset that `preset` names, and on top every parameter that was set: in the notebook's own cell of parameters,
-    as it ran last, and in the one that papermill puts behind it. Other names of the kernel do not count. A parameter
-    that is no field is an error, since papermill passes unknown ones on without one.
+    as it ran last, and in the one that papermill puts behind it; no other names of the kernel. A parameter that is no
+    field is an error, since papermill passes unknown ones on without one.
     """
-    cells = [cell for cell in namespace.get("In", []) if cell.startswith(PARAMETERS)]
     names: set[str] = set()
-    for cell in cells:
-        found = {
-            one.id for one in ast.walk(ast.parse(cell)) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
-        }
-        # The notebook's own cell names its preset first, and begins anew
-        names = found if not cell.startswith(f"{PARAMETERS}\n") else names | found
+    for cell in namespace.get("In", []):
+        if cell.startswith(PARAMETERS):
+            found = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
+            # The notebook's own cell names its preset first, and begins anew
+            names = names if cell.startswith(f"{PARAMETERS}\n") else set()
+            names |= {node.id for node in found if isinstance(node.ctx, ast.Store)}
     parameters = {name: namespace[name] for name in sorted(names)}
     return load_preset(parameters.pop("preset", "demo"), **parameters)
