@@ -1,32 +1,25 @@
 """The graph of the study as commands: `run` makes a preset's tables and figures, each by a `job`; `status` says how
 far it is, and `plan` what it costs. What they share is about a preset."""
 
-import argparse
 import os
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from study.settings import Settings, load_preset, preset_names
 
 
-def preset_parser(
-    command: str, description: str, *, default: str = "demo", output: bool = True
-) -> argparse.ArgumentParser:
-    """A parser of `python <command>` with --preset, --data and, unless the command neither
-    reads nor writes results, --output."""
-    parser = argparse.ArgumentParser(prog=f"python {command}", description=description)
-    names = ", ".join(preset_names())
-    parser.add_argument(
-        "--preset", default=default, help=f"one of {names}, or the path of a YAML file (default: {default})"
-    )
+def preset_parser(command: str, description: str, *, default: str = "demo", output: bool = True) -> ArgumentParser:
+    """A parser of `python <command>` with --preset, --data and, where it reads or writes results, --output."""
+    parser = ArgumentParser(prog=f"python {command}", description=description)
+    told = f"one of {', '.join(preset_names())}, or the path of a YAML file (default: {default})"
+    parser.add_argument("--preset", default=default, help=told)
     parser.add_argument("--data", default="", help="folder of CIFAR (default: data/) or of your own images")
     if output:
         parser.add_argument("--output", default="", help="where runs/ and figures/ are (default: the project)")
     return parser
 
 
-def parse_options(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
-) -> tuple[argparse.Namespace, Settings]:
+def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Namespace, Settings]:
     """The options and the settings of their preset; one that cannot be used ends the command with status 2 and words.
     Paths become absolute: kernels are started elsewhere than the command."""
     options = parser.parse_args(arguments)
@@ -34,9 +27,8 @@ def parse_options(
         options.preset = os.path.abspath(options.preset)
     for name in ("data", "output"):
         folder = os.path.expanduser(getattr(options, name, ""))
-        if folder and "://" not in folder:  # an address is refused with the preset
-            folder = os.path.abspath(folder)
-        setattr(options, name, folder)
+        is_path = folder and "://" not in folder  # an address is refused with the preset
+        setattr(options, name, os.path.abspath(folder) if is_path else folder)
     try:
         for name in ("jobs", "tflops"):
             if (number := getattr(options, name, None)) is not None and not number > 0:

@@ -1,9 +1,8 @@
 """One notebook of the graph, run in batch: what every job of the Snakefile starts.
 
-papermill runs the notebook. Beside that, this gives it an interpreter and surroundings of its own, takes a free GPU
-where the machine has several, tells `make status` how the job stands, stops the kernel on SIGTERM and Ctrl-C, and
-ends when the graph that started it has been killed. A training that was stopped goes on from its last epoch.
-"""
+Beside papermill, which runs it, this gives it an interpreter and surroundings of its own, takes a free GPU of several,
+tells `make status` how the job stands, stops the kernel on SIGTERM and Ctrl-C, and ends when the graph that started it
+has been killed. A training that was stopped goes on from its last epoch."""
 
 import itertools
 import logging
@@ -12,10 +11,10 @@ import platform
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,12 +33,8 @@ LONGEST_FOLDER = 60  # characters, of a kernel's sockets: their paths have 107 a
 
 # The same whoever starts the job: a sum's last bits depend on the number of threads.
 # One thread each: models that train beside each other use the cores better than one with several. The allocator keeps
-# its memory instead of handing it back after every layer.
-SURROUNDINGS = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
-}
+# its memory, 4 and 8 GiB, instead of handing it back after every layer.
+SURROUNDINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,30 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", default="", help="GPUs to choose one from, as in 0,1,2,3")
     options, settings = parse_options(parser, arguments)
     job = f"{options.notebook}-{options.model}" if options.model else options.notebook
-    executed = settings.runs / "notebooks" / f"{job}.ipynb"
-    log = executed.with_suffix(".log")
-    parameters = {
-        "preset": options.preset, "data_folder": options.data, "output_folder": options.output,
-        "model": str(options.model or ""), "interactive": False, "pretrained": False,
-    }  # fmt: skip
+    executed, log = (settings.runs / "notebooks" / f"{job}.{ending}" for ending in ("ipynb", "log"))
+    parameters = {"preset": options.preset, "data_folder": options.data, "output_folder": options.output}
+    parameters |= {"model": str(options.model or ""), "interactive": False, "pretrained": False}
 
     def report(state: str, error: str = "") -> None:
         """Say how the job stands, where other machines can read it too; times are in UTC."""
         now = datetime.now(UTC)
-        content = {
-            "state": state, "error": error, "machine": platform.node(), "process": os.getpid(),
-            "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "started": started.isoformat(),
-            "seen": now.isoformat(), "seconds": (now - started).total_seconds(),
-        }  # fmt: skip
+        content = {"state": state, "error": error, "machine": platform.node(), "process": os.getpid()}
+        content |= {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "started": started.isoformat()}
+        content |= {"seen": now.isoformat(), "seconds": (now - started).total_seconds()}
         with suppress(OSError):  # on a full disk, it is the job itself that must say so
             write_json(settings.runs / "jobs" / f"{job}.json", content)
 
     executed.parent.mkdir(parents=True, exist_ok=True)
     shown = _show_only_prints(log)
-    os.environ |= SURROUNDINGS
     with free_gpu(options.gpus) if options.gpus else nullcontext() as gpu:
-        if gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        os.environ |= SURROUNDINGS | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         failure, stop = _run(options.notebook, executed, parameters, shown, report, parent)
     if failure and not stop:
         print(f"{job} failed: {failure} (see {log})", file=shown)
@@ -87,32 +75,24 @@ def _run(notebook, executed, parameters, shown, report: Callable, parent: int) -
 
     papermill hands no signal on to its kernel (github.com/nteract/papermill/issues/508). It runs in a thread, where
     it hears of none; the main thread stops the kernel, and with that papermill."""
-    failures: list[str] = []
-    signals: list[int] = []
+    failure, signals = "", []
 
     def execute() -> None:
         import papermill  # costs a second
         from traitlets.config import Config
 
-        try:
-            with own_kernel() as sockets:
-                # Not TCP: kernels that start beside each other may pick the same free port
-                transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
-                papermill.execute_notebook(
-                    ROOT / "notebooks" / f"{notebook}.ipynb", executed, parameters,
-                    kernel_name="python3", cwd=ROOT, progress_bar=False, stdout_file=shown,
-                    config=Config({"AsyncKernelManager": transport}),
-                )  # fmt: skip
-        except Exception as error:  # of the notebook or its kernel: all of it is in the log
-            traceback.print_exc()
-            lines = str(getattr(error, "evalue", error)).strip().splitlines()
-            failures.append(": ".join([getattr(error, "ename", type(error).__name__), *lines[:1]]))
+        with own_kernel() as sockets:
+            # Not TCP: kernels that start beside each other may pick the same free port
+            config = Config({"AsyncKernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+            papermill.execute_notebook(
+                ROOT / "notebooks" / f"{notebook}.ipynb", executed, parameters, kernel_name="python3", cwd=ROOT,
+                progress_bar=False, stdout_file=shown, config=config,
+            )  # fmt: skip
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: signals.append(received))
-    thread = threading.Thread(target=execute)
-    thread.start()
-    for look in itertools.count():
+    running = ThreadPoolExecutor(1).submit(execute)
+    for look in itertools.takewhile(lambda _: not running.done(), itertools.count()):
         if os.getppid() != parent:
             signals.append(signal.SIGTERM)
         for process in psutil.Process().children(recursive=True) if signals else ():
@@ -120,18 +100,19 @@ def _run(notebook, executed, parameters, shown, report: Callable, parent: int) -
                 process.terminate()
         if look % (REFRESHED // LOOK_AGAIN) == 0:
             report("running")
-        thread.join(LOOK_AGAIN)
-        if not thread.is_alive():
-            break
-    return "".join(failures), signals[0] if signals else 0
+        wait([running], LOOK_AGAIN)
+    if error := running.exception():  # of the notebook or its kernel: all of it is in the log
+        traceback.print_exception(error)
+        lines = str(getattr(error, "evalue", error)).strip().splitlines()
+        failure = ": ".join([getattr(error, "ename", type(error).__name__), *lines[:1]])
+    return failure, signals[0] if signals else 0
 
 
 @contextmanager
 def own_kernel() -> Iterator[str]:
     """Within it, the kernel "python3" is this interpreter, whatever other one is installed under that name, and reads
     none of the user's start-up files; gives a folder for its sockets."""
-    folder = tempfile.gettempdir()
-    folder = folder if len(folder) <= LONGEST_FOLDER else "/tmp"
+    folder = None if len(tempfile.gettempdir()) <= LONGEST_FOLDER else "/tmp"
     with tempfile.TemporaryDirectory(prefix="immunity-", dir=folder) as own:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         kernel = {"argv": command, "display_name": "Python 3", "language": "python"}
@@ -142,11 +123,9 @@ def own_kernel() -> Iterator[str]:
 
 @contextmanager
 def free_gpu(gpus: str) -> Iterator[str]:
-    """Hold one of the GPUs "0,1,2,...", numbers or UUIDs, that no other job of this user holds on this machine, and
-    give its name as CUDA_VISIBLE_DEVICES takes it; waits until one is free.
-
-    Snakemake counts GPUs but tells no job which is its own (github.com/snakemake/snakemake/issues/281). It is held by
-    a lock, which ends with the job."""
+    """Wait for one of the GPUs "0,1,2,...", numbers or UUIDs, that no other job of this user holds on this machine, and
+    hold it, by a lock that ends with the job; gives its name as CUDA_VISIBLE_DEVICES takes it. Snakemake counts GPUs
+    but tells no job which is its own (github.com/snakemake/snakemake/issues/281)."""
     folder = Path(tempfile.gettempdir(), f"immunity-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:
@@ -158,8 +137,7 @@ def free_gpu(gpus: str) -> Iterator[str]:
 
 
 def _show_only_prints(log: Path):
-    """Send what this process and its kernel say to the log, and return where their notebook's own prints go: to where
-    all of it went before."""
+    """Send what this process and its kernel say to the log; returns where it went before, for a notebook's prints."""
     shown = os.fdopen(os.dup(2), "w", buffering=1)
     with open(log, "w") as file:
         for output in (1, 2):

@@ -29,9 +29,7 @@ from study.graph import parse_options, preset_parser
 from study.settings import Settings
 
 ASSUMED_TFLOPS = 10.0  # sustained; a guess for one data-centre GPU on images this small
-# Of what a cluster is asked for: the speed is a guess, and a job that waits in a queue a little longer loses less
-# than one that is ended
-MARGIN = 2.0
+MARGIN = 2.0  # of what a cluster is asked for: the speed is a guess, and to queue longer loses less than to be ended
 STARTING = 10  # minutes, for the kernel, the libraries and the data
 LIBRARIES = 4000  # MB of a process that has loaded them
 WORK = ["02_training", "03_attacks", "06_adaptive_attacks", "scores"]
@@ -52,13 +50,12 @@ def plan(settings: Settings) -> pd.DataFrame:
         forward, gradient = cost["forward"], cost["gradient"]
         own_steps = {None: 0, "ffgsm": 1, "pgd": recipe.adversary_steps}[recipe.adversary]
         gates = 1 if recipe.experts == 1 else len(settings.attack_gates)
-        of_attacks = gates * (sum(steps) * gradient + len(steps) * forward)
-        of_attacks = settings.attacked_images * of_attacks + test_images * forward
+        of_attacks = settings.attacked_images * gates * (sum(steps) * gradient + len(steps) * forward)
         of_adaptive = settings.adaptive_count * (gradients * gradient + queries * forward)
         rows[str(name)] = cost | {
             "epochs": recipe.epochs,
             "02_training": train_images * recipe.epochs * (cost["step"] + own_steps * gradient),
-            "03_attacks": of_attacks * (name in attacked),
+            "03_attacks": (of_attacks + test_images * forward) * (name in attacked),
             "06_adaptive_attacks": of_adaptive * (name in adaptive),
             "scores": test_images * (forward + cost["maps"]),
         }
@@ -68,8 +65,7 @@ def plan(settings: Settings) -> pd.DataFrame:
 def adaptive_passes(settings: Settings) -> tuple[int, int]:
     """Gradients and forward passes alone that the adaptive attacks take for an image, at most."""
     of_pgd = 3 + 2 + 2 + 1 + 3  # the paper's, frozen gates, exact, single experts, other mixtures
-    arc = 1  # a gradient of every expert, and an answer after each
-    checks = len(BUDGETS) + 2
+    arc, checks = 1, len(BUDGETS) + 2  # ARC: a gradient of every expert, and an answer after each
     gradients = settings.steps * (of_pgd + arc + checks + sum(settings.gate_samples))
     # AutoAttack on two fixed gates: APGD, on nine targets too, FAB on nine and Square; on the switched one, two APGD
     # with 20 draws; then Square alone and noise
@@ -79,30 +75,27 @@ def adaptive_passes(settings: Settings) -> tuple[int, int]:
 
 
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
-    """What a recipe's experts cost, from shapes alone: "parameters", bytes of "memory", and for one image
-    multiply-accumulates of a "forward" pass, the "gradient" of the image, heat "maps" and a training "step" without
-    its attack."""
+    """Of a recipe's experts, from shapes alone: "parameters", bytes of "memory", and the multiply-accumulates of one
+    image's "forward" pass, "gradient" by the image, heat "maps" and training "step" without its attack."""
     alike = replace(
-        recipe, experts=1, gate_network="constant", precision="float32", seed=0, epochs=1,
-        alpha=0.0, beta=float(recipe.beta + recipe.gamma > 0), gamma=0.0, floor=0.0,
-        warmup_epochs=0.0, adversary=None, adversary_steps=1,
+        recipe, experts=1, gate_network="constant", precision="float32", seed=0, epochs=1, alpha=0.0, gamma=0.0,
+        beta=float(recipe.beta + recipe.gamma > 0), floor=0.0, warmup_epochs=0.0, adversary=None, adversary_steps=1,
     )  # fmt: skip
     return {what: recipe.experts * one for what, one in _cost_of_expert(alike, classes).items()}
 
 
 @cache
 def _cost_of_expert(recipe: Recipe, classes: int) -> dict[str, int]:
-    data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {})
     with torch.device("meta"):
-        model = build_model(recipe, data)
+        model = build_model(recipe, Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {}))
         pair, labels = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
-    other = None if recipe.pairing == "none" else pair
 
     def attack() -> tuple[torch.Tensor, torch.Tensor]:
         attacked = 1 * pair.clone().requires_grad_()  # the counter's hooks want no leaf
         return model.eval()(attacked, gate="uniform").sum(), attacked
 
     def train() -> torch.Tensor:
+        other = None if recipe.pairing == "none" else pair
         return training_loss(model.train(), pair, labels, recipe, 1.0, other).total
 
     weights = sum(one.nbytes for one in model.experts.parameters())
@@ -124,8 +117,7 @@ def _macs(compute: Callable) -> int:
     def backward(gradient, inputs, weight, *others, **_) -> int:  # their shapes
         return sum(others[-1][:2]) * conv_flop_count(inputs, weight, gradient)
 
-    mapping = {torch.ops.aten.convolution_backward: backward}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: backward}) as counter:
         compute()
     return counter.get_total_flops() // 4
 
@@ -157,24 +149,15 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
 
 
 def requests(settings: Settings, tflops: float) -> dict[str, dict[str, int]]:
-    """What each job that computes asks a cluster for: minutes ("runtime") and MB ("mem_mb"). One that ran out of
-    either is tried again with more.
-
-    tflops: sustained speed of a GPU of the cluster, or of a core where it has none.
-    """
-    frame, table3 = plan(settings), catalogue.table3_models(settings)
+    """What each job that computes asks a cluster for: minutes ("runtime") and MB ("mem_mb"); one that ran out of either
+    is tried again with more. tflops: sustained speed of a GPU of the cluster, or of a core where it has none."""
+    frame, table1, table3 = plan(settings), catalogue.table1_models(settings), catalogue.table3_models(settings)
     jobs = {f"{job}-{name}": macs for job in WORK[:-1] for name, macs in frame[job].items()}
-    for job, names in {
-        "01_expert_selection": catalogue.table1_models(settings),
-        "04_ablation": table3,
-        "05_heatmaps": table3,
-    }.items():
+    for job, names in (("01_expert_selection", table1), ("04_ablation", table3), ("05_heatmaps", table3)):
         jobs[job] = frame["scores"][list(map(str, catalogue.single(settings, names)))].sum()
     memory = LIBRARIES + int(frame["memory"].max() / 1e6) + 1
-    return {
-        job: {"runtime": int(STARTING + MARGIN * 60 * hours(macs, tflops)) + 1, "mem_mb": memory}
-        for job, macs in jobs.items()
-    }
+    minutes = STARTING + MARGIN * 60 * hours(pd.Series(jobs), tflops)
+    return {job: {"runtime": int(one) + 1, "mem_mb": memory} for job, one in minutes.items()}
 
 
 def hours(multiply_accumulates, tflops: float):
@@ -187,13 +170,10 @@ def format_plan(settings: Settings, tflops: float) -> str:
     frame = plan(settings)
     measuring = frame[WORK[1:]].sum(axis=1)
     each = hours(frame["02_training"] + measuring, tflops)
-    shown = frame[["epochs"]].assign(**{
-        "parameters (M)": frame["parameters"] / 1e6,
-        "forward (GMAC)": frame["forward"] / 1e9,
-        "training (PMAC)": frame["02_training"] / 1e15,
-        "measuring (PMAC)": measuring / 1e15,
-        "GPU hours": each,
-        "memory (GB)": frame["memory"] / 1e9,
+    shown = pd.DataFrame({
+        "epochs": frame["epochs"], "parameters (M)": frame["parameters"] / 1e6,
+        "forward (GMAC)": frame["forward"] / 1e9, "training (PMAC)": frame["02_training"] / 1e15,
+        "measuring (PMAC)": measuring / 1e15, "GPU hours": each, "memory (GB)": frame["memory"] / 1e9,
     })  # fmt: skip
     by_model = shown.groupby(shown.index.str.replace("-seed[0-9]+$", "", regex=True), sort=False)
     table = by_model.mean().assign(jobs=by_model.size())

@@ -1,10 +1,8 @@
 """One command from a preset to its tables and figures: what `make reproduce` runs.
 
-Checks the preset and the data before anything is computed, lets Snakemake make what is missing, and ends with a list
-of what there is and what it shows. Killed at any moment, the same command goes on. On a machine with several GPUs,
-each job takes one of its own; with the profile of a cluster, Snakemake submits every job to its scheduler
-(profiles/).
-"""
+Checks the preset and the data before anything is computed, lets Snakemake make what is missing, and lists what there
+is and what it shows. Killed at any moment, the same command goes on. Of several GPUs, each job takes one of its own;
+with the profile of a cluster (profiles/), Snakemake submits every job to its scheduler."""
 
 import os
 import platform
@@ -40,33 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lock = settings.runs / ".lock"
     try:
         if set(settings.output_folder) & set("{}"):
-            raise ValueError(
-                f"output folder {settings.output_folder!r} has a brace in its name, which stands "
-                "for a wildcard in the graph; choose another"
-            )
+            told = f"output folder {settings.output_folder!r} has a brace in its name"
+            raise ValueError(f"{told}, which stands for a wildcard in the graph; choose another")
         profile = options.profile and profile_folder(options.profile)
-        config = {"preset": options.preset} | {
-            folder: getattr(settings, folder) for folder in ("data_folder", "output_folder")
-        }
+        config = {"preset": options.preset} | settings.model_dump(include={"data_folder", "output_folder"})
         if profile and submits(profile):
             config["requests"] = requests(settings, options.tflops)
         else:
             config["gpus"] = ",".join(visible_gpus())
         # Downloads them once, before models train beside each other
-        data = [load_data(settings, name) for name in settings.datasets]
-        sources = "; ".join(f"{dataset.name} from {dataset.source}" for dataset in data)
+        sources = "; ".join(f"{name} from {load_data(settings, name).source}" for name in settings.datasets)
         print(f"preset {settings.preset} on {chosen_device()}; {sources}", flush=True)
         settings.runs.mkdir(parents=True, exist_ok=True)
-        # Held until this process ends, however it ends: so Snakemake's own lock, which a kill would leave behind, is
-        # not needed
+        # Held until this process ends, however it ends; Snakemake's own lock, left out, would outlive a kill
         with FileLock(lock, timeout=0):
             touch_future_files(settings)
             status = _run_snakemake(settings, config, profile, options.jobs)
     except Timeout:
         parser.error(
-            f"preset {settings.preset} is being reproduced by another process, which holds {lock}, "
-            f"seen from {platform.node()}: wait for it, or stop it; if it runs no more, on any "
-            "machine, remove that file"
+            f"preset {settings.preset} is being reproduced by another process, which holds {lock}, seen from "
+            f"{platform.node()}: wait for it, or stop it; if it runs no more, on any machine, remove that file"
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -74,12 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(list_results(settings))
     else:
         # No job outlives the graph: one that says it runs was killed
-        print(
-            f"{format_status(settings, datetime.now(UTC), lost_after=0)}\n"
-            f"stopped with status {status}; the same command goes on where this one stopped, and "
-            f"the notebooks, with a log of each that failed, are in {settings.runs / 'notebooks'}",
-            file=sys.stderr,
-        )
+        print(format_status(settings, datetime.now(UTC), lost_after=0), file=sys.stderr)
+        told = f"stopped with status {status}; the same command goes on where this one stopped, and the notebooks, with"
+        print(f"{told} a log of each that failed, are in {settings.runs / 'notebooks'}", file=sys.stderr)
     return status
 
 
@@ -124,12 +112,10 @@ def list_results(settings: Settings) -> str:
     lines = [f"Tables and figures of preset {settings.preset}:"]
     for sidecar in sorted(settings.figures.glob("*.json")):
         endings = {path.suffix[1:] for path in sidecar.parent.glob(f"{sidecar.stem}.*")} - {"json"}
-        shown = os.path.relpath(sidecar.with_suffix(""))
         with suppress(DamagedFile):
-            lines.append(f"  {shown} ({', '.join(sorted(endings))})")
+            lines.append(f"  {os.path.relpath(sidecar.with_suffix(''))} ({', '.join(sorted(endings))})")
             lines.append(f"      {read_json(sidecar)['caption']}")
-    lines.append(f"Executed notebooks: {os.path.relpath(settings.runs / 'notebooks')}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"Executed notebooks: {os.path.relpath(settings.runs / 'notebooks')}"])
 
 
 def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: int | None) -> int:
@@ -140,16 +126,13 @@ def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: 
     described = settings.runs / "graph.yaml"
     write_atomically(described, yaml.safe_dump(config))
     arguments = [
-        "--snakefile", str(ROOT / "Snakefile"), "--directory", str(settings.runs),
-        "--configfile", str(described), "--workflow-profile", "none", "--nolock",
-        "--quiet", "rules", "--rerun-incomplete", "--rerun-triggers", "mtime", "params",
-        "--keep-incomplete",  # the executed part of a notebook that failed, to read
+        "--snakefile", str(ROOT / "Snakefile"), "--directory", str(settings.runs), "--configfile", str(described),
+        "--workflow-profile", "none", "--nolock", "--quiet", "rules", "--rerun-triggers", "mtime", "params",
+        "--rerun-incomplete", "--keep-incomplete",  # the executed part of a notebook that failed, to read
+        *(("--profile", str(profile)) if profile else ()),
     ]  # fmt: skip
-    if profile:
-        arguments += ["--profile", str(profile)]
     if "requests" not in config:
-        gpus = len(config["gpus"].split(",")) if config["gpus"] else 0
-        arguments += ["--cores", str(jobs or "all"), "--resources", f"gpu={gpus}"]
+        arguments += ["--cores", str(jobs or "all"), "--resources", f"gpu={len(visible_gpus())}"]
     elif jobs:
         arguments += ["--jobs", str(jobs)]
     signals, status = hand_on_signals(), 0
@@ -163,13 +146,9 @@ def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: 
 
 
 def hand_on_signals() -> list[int]:
-    """From now on, SIGTERM and Ctrl-C end the running jobs of the graph too; their numbers land in the list. On a
-    cluster the jobs are cancelled, and its scheduler tells them.
-
-    Snakemake's own answer to SIGTERM is to start no further job and to wait for those that run
-    (github.com/snakemake/snakemake/issues/448), which takes hours; Ctrl-C it takes from a terminal, which tells the
-    jobs too.
-    """
+    """From now on, SIGTERM and Ctrl-C end the running jobs of the graph too, those of a cluster by its scheduler; their
+    numbers land in the list. Snakemake itself answers SIGTERM by waiting for the jobs that run, which takes hours
+    (github.com/snakemake/snakemake/issues/448); Ctrl-C it takes from a terminal, which tells the jobs too."""
     from snakemake.scheduling.job_scheduler import JobScheduler
 
     signals: list[int] = []

@@ -1,8 +1,7 @@
 """How far the graph of a preset is: `make status`, from any machine that sees its results.
 
 Read from what the jobs write beside their results: `jobs/` says how each stands, and the training logs how long an
-epoch takes. The time to go is reckoned from measured epochs and jobs alone.
-"""
+epoch takes. The time to go is reckoned from measured epochs and jobs alone."""
 
 import json
 import sys
@@ -25,50 +24,35 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
     """A row for each job of the graph, by its name: "notebook", "state", and what its record says (see `job`); of a
     training also the "network", "epochs" in all, those "trained", and their mean time, "epoch", in seconds. A job
     that says it runs but was not seen for `lost_after` seconds was killed: "lost"."""
-    per_model = {
-        "02_training": catalogue.trained_models(settings),
-        "03_attacks": catalogue.attacked_models(settings),
-        "06_adaptive_attacks": catalogue.adaptive_models(settings),
-    }
-    named = [(notebook, model) for notebook in per_model for model in per_model[notebook]]
-    notebooks = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - {"02_training"}
+    jobs = [("02_training", model) for model in catalogue.trained_models(settings)]
+    jobs += [("03_attacks", model) for model in catalogue.attacked_models(settings)]
+    jobs += [("06_adaptive_attacks", model) for model in catalogue.adaptive_models(settings)]
+    jobs += [(path.stem, None) for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem != "02_training"]
     rows = {}
-    for notebook, model in [*named, *((notebook, None) for notebook in sorted(notebooks))]:
+    for notebook, model in jobs:
         job = f"{notebook}-{model}" if model else notebook
-        row = {"notebook": notebook, "state": "waiting", "seconds": None}
+        row = rows[job] = {"notebook": notebook, "state": "waiting", "seconds": None}
         with suppress(FileNotFoundError, DamagedFile):
             row |= read_json(settings.runs / "jobs" / f"{job}.json")
-            silence = now - datetime.fromisoformat(row["seen"])
-            if row["state"] == "running" and silence.total_seconds() > lost_after:
+            silence = (now - datetime.fromisoformat(row["seen"])).total_seconds()
+            if row["state"] == "running" and silence > lost_after:
                 row["state"] = "lost"
         if notebook == "02_training":
-            times = pd.Series(epoch_seconds(settings, model), dtype=float)
-            epochs = catalogue.recipe_of(settings, model).epochs
-            row |= {"network": model.expert, "epochs": epochs}
+            times = pd.Series(dtype=float)
+            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # the training writes a damaged log anew
+                lines = (own_folder(settings, model) / "log.jsonl").read_text().splitlines()
+                times = pd.Series([json.loads(line)["seconds"] for line in lines], dtype=float)
+            row |= {"network": model.expert, "epochs": catalogue.recipe_of(settings, model).epochs}
             row |= {"trained": len(times), "epoch": times.mean()}
-        rows[job] = row
     return pd.DataFrame.from_dict(rows, orient="index").astype({"seconds": float})
 
 
-def epoch_seconds(settings: Settings, model: catalogue.ModelName) -> list[float]:
-    """Seconds of every epoch that a model has been trained for so far; none if its log is damaged, which the training
-    writes anew."""
-    log = own_folder(settings, model) / "log.jsonl"
-    try:
-        return [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []
-
-
 def seconds_to_go(jobs: pd.DataFrame) -> tuple[float, list[str]]:
-    """Work that is left, in seconds of one job after the other, and the notebooks that are not in it because none of
-    their jobs has been measured yet.
-
-    An epoch takes what the model's own took, else those of the same network, else those of any;
-    a job of another notebook the mean of those that are done.
-    """
-    epoch = jobs["epoch"].fillna(jobs.groupby("network")["epoch"].transform("mean"))
-    epoch = epoch.fillna(jobs["epoch"].mean())
+    """Work that is left, in seconds of one job after the other, and the notebooks without a measured job, which are not
+    in it. An epoch takes what the model's own took, else those of the same network, else those of any; a job of another
+    notebook the mean of those that are done."""
+    of_network = jobs.groupby("network")["epoch"].transform("mean")
+    epoch = jobs["epoch"].fillna(of_network).fillna(jobs["epoch"].mean())
     done = jobs["state"] == "done"
     whole = jobs["seconds"].where(done).groupby(jobs["notebook"]).transform("mean")
     left = (epoch * (jobs["epochs"] - jobs["trained"])).fillna(whole)[~done]
@@ -79,14 +63,11 @@ def format_status(settings: Settings, now: datetime, lost_after: float = LOST) -
     """The status as text: a line or two for all jobs, then one for each that runs or went wrong."""
     jobs = list_jobs(settings, now, lost_after)
     count = jobs["state"].value_counts()
-    words = [f"{count[state]} {state}" for state in TOLD if state in count]
     done = f"preset {settings.preset}: {count.get('done', 0)} of {len(jobs)} jobs done"
-    lines = [", ".join([done, *words])]
-    seconds, unknown = seconds_to_go(jobs)
-    at_a_time = max(count.get("running", 0), 1)
+    lines = [", ".join([done, *(f"{count[state]} {state}" for state in TOLD if state in count)])]
+    (seconds, unknown), at_a_time = seconds_to_go(jobs), max(count.get("running", 0), 1)
     if seconds:
-        duration = timedelta(seconds=round(seconds / at_a_time))
-        lines.append(f"to go: about {duration} with {at_a_time} at a time")
+        lines.append(f"to go: about {timedelta(seconds=round(seconds / at_a_time))} with {at_a_time} at a time")
     if unknown:
         lines.append(f"to go, and of which none has ended yet: {', '.join(unknown)}")
     told = jobs[jobs["state"].isin(TOLD[:-1])].sort_values("state", key=lambda s: s.map(TOLD.index))
@@ -102,10 +83,8 @@ def format_status(settings: Settings, now: datetime, lost_after: float = LOST) -
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print how far a preset is; returns the exit status."""
     _, settings = parse_options(preset_parser("-m study.graph.status", "How far a preset is."), arguments)
-    if settings.runs.is_dir():
-        print(format_status(settings, datetime.now(UTC)))
-    else:
-        print(f"preset {settings.preset} has no results in {settings.runs}: nothing was started")
+    nothing = f"preset {settings.preset} has no results in {settings.runs}: nothing was started"
+    print(format_status(settings, datetime.now(UTC)) if settings.runs.is_dir() else nothing)
     return 0
 
 
