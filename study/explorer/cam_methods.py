@@ -10,19 +10,17 @@ from immunity_lib.heatmaps import expert_heatmaps, normalise_maps
 from immunity_lib.moe import ImmunityMoE
 
 OURS = "Grad-CAM, eq (3)"
-CAM_METHODS = (
-    OURS, "Grad-CAM++", "XGrad-CAM", "Layer-CAM", "HiRes-CAM", "Eigen-CAM", "EigenGrad-CAM",
-    "Score-CAM", "Ablation-CAM",
-)  # fmt: skip
+KIN = ("Grad-CAM++", "XGrad-CAM", "Layer-CAM", "HiRes-CAM", "Eigen-CAM", "EigenGrad-CAM", "Score-CAM", "Ablation-CAM")
+CAM_METHODS = (OURS, *KIN)
 BATCH = 64
 
 
 def explanation_maps(model: ImmunityMoE, images: Tensor, labels: Tensor, method: str) -> Tensor:
     """Heat maps (B, N, 32, 32) of every expert for the labels, each summing to 1.
 
-    images: (B, 3, 32, 32) in [0, 1]; labels: (B,). method: one of CAM_METHODS. pytorch-grad-cam stretches each map to
-    0 .. 1 before it is divided by its sum here, so its least heated pixel is 0. Eigen-CAM looks at activations alone,
-    whatever the class. Raises ValueError for another name."""
+    images: (B, 3, 32, 32) in [0, 1]; labels: (B,). method: one of CAM_METHODS; ValueError for another. pytorch-grad-cam
+    stretches each map to 0 .. 1 before it is divided by its sum here, so its least heated pixel is 0. Eigen-CAM looks
+    at activations alone, whatever the class."""
     if method == OURS:
         return expert_heatmaps(model, images, labels)
     if method not in CAM_METHODS:
@@ -33,13 +31,10 @@ def explanation_maps(model: ImmunityMoE, images: Tensor, labels: Tensor, method:
     kin = getattr(library, method.replace("-", "").replace("+", "Plus"))
     by_expert = []
     for expert in model.experts:
-        layer = expert.stages[expert.head_stages - 1]
         # Score-CAM prints a progress bar for each image
-        with redirect_stderr(StringIO()), kin(expert, [layer]) as cam:
+        with redirect_stderr(StringIO()), kin(expert, [expert.stages[expert.head_stages - 1]]) as cam:
             cam.batch_size = BATCH  # of the masked images that Score-CAM and Ablation-CAM ask for
-            maps = [
-                cam(few, [ClassifierOutputTarget(int(label)) for label in theirs])
-                for few, theirs in zip(images.split(BATCH), labels.split(BATCH), strict=True)
-            ]
-        by_expert.append(torch.cat([torch.from_numpy(one) for one in maps]))
+            batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+            maps = [cam(few, list(map(ClassifierOutputTarget, theirs.tolist()))) for few, theirs in batches]
+        by_expert.append(torch.cat(list(map(torch.from_numpy, maps))))
     return normalise_maps(torch.stack(by_expert, dim=1).float()).to(images.device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import RLock
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from immunity_lib.attacks import attack_path, fold
@@ -32,11 +33,8 @@ TRUE_CLASS, ANSWER = "its true class", "what the plain ensemble answers"
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """An image to look at.
-
-    image: (3, 32, 32) in [0, 1]. label: its class, or None where nobody knows it (an own image). part_masks: (P, 32,
-    32) bool, the true parts; P is 0 where they are not known.
-    """
+    """An image (3, 32, 32) in [0, 1] to look at; its class, or None where nobody knows it (an own image); and its true
+    parts (P, 32, 32) bool, where P is 0 if they are not known."""
 
     title: str
     image: Tensor
@@ -48,9 +46,7 @@ class Subject:
 class Answers:
     """What a model says on its way: E budgets, S + 1 points, N experts, C classes, G gates.
 
-    asked: the class that the attack leads away from: the true one where it is known, else what the plain ensemble of
-    this model answers.
-    """
+    asked: the class that the attack leads away from: the true one, else what this model's plain ensemble answers."""
 
     frames: Tensor  # (E, S + 1, 3, 32, 32)
     experts: Tensor  # (E, S + 1, N, C), each expert's probabilities
@@ -76,37 +72,30 @@ class Exploration:
     """The mixtures of a preset on single images, each attacked by PGD on itself.
 
     preset: its name or path, as the reader gave it. models: those that are trained or come with the project; missing:
-    the others. budgets: values of eps, E of them, 0 first. Raises ValueError if there is no model at all.
-    """
+    the others. budgets: values of eps, E of them, 0 first. Raises ValueError if there is no model at all."""
 
     def __init__(self, settings: Settings, dataset: Dataset, preset: str = ""):
         self.settings, self.dataset = settings, dataset
         self._preset = preset or settings.preset
         self.budgets = [settings.recipe.eps * factor for factor in BUDGETS if settings.recipe.eps * factor <= 1]
-        self.models, self.missing = [], []
-        for name in explored_models(settings):
-            there = (model_folder(settings, name) / "record.json").exists()
-            (self.models if there else self.missing).append(name)
+        names = explored_models(settings)
+        self.models = [name for name in names if (model_folder(settings, name) / "record.json").exists()]
+        self.missing = [name for name in names if name not in self.models]
         if not self.models:
-            raise ValueError(
-                f"no mixture of preset {settings.preset} is trained yet; this trains one: {self.training_command()}"
-            )
+            told = f"no mixture of preset {settings.preset} is trained yet"
+            raise ValueError(f"{told}; this trains one: {self.training_command()}")
         test, self.gallery = dataset.splits["test"], []
         per_class = max(1, GALLERY // len(dataset.class_names))
         for label, class_name in enumerate(dataset.class_names[:GALLERY]):
             for row in (test.labels == label).nonzero()[:per_class, 0].tolist():
                 masks = () if test.part_masks is None else (test.part_masks[row],)
-                title = f"{class_name}, test image {row}"
-                self.gallery.append(Subject(title, test.images[row] / 255, label, *masks))
+                self.gallery.append(Subject(f"{class_name}, test image {row}", test.images[row] / 255, label, *masks))
 
     def training_command(self) -> str:
         """The shell command that trains the first model that is missing."""
-        own = self._preset not in preset_names()
-        given = {
-            "preset": Path(self._preset).expanduser().resolve() if own else self._preset,
-            "model": self.missing[0], "data": self.settings.data_folder,
-            "output": self.settings.output_folder,
-        }  # fmt: skip
+        preset = self._preset if self._preset in preset_names() else Path(self._preset).expanduser().resolve()
+        given = {"preset": preset, "model": self.missing[0]}
+        given |= {"data": self.settings.data_folder, "output": self.settings.output_folder}
         options = [f"--{option}={value}" for option, value in given.items() if value]
         return shlex.join([sys.executable, "-m", "study.graph.job", "02_training", *options])
 
@@ -119,33 +108,27 @@ class Exploration:
     def answers(self, name: ModelName, subject: Subject, attacked_gate: Gate) -> Answers:
         """What the model says on the way of an attack on it that sees this gate."""
         model, image = self._folded(name), subject.image.to(chosen_device())[None]
-        asked = subject.label
-        if asked is None:
-            asked = int(model(image, gate="uniform").argmax())
+        asked = int(model(image, gate="uniform").argmax()) if subject.label is None else subject.label
         eps = torch.tensor([float(budget) for budget in self.budgets])
         frames = self._attack(model, image.repeat(len(eps), 1, 1, 1), asked, attacked_gate, eps)
         with torch.no_grad():
             outputs = model.expert_outputs(frames.flatten(0, 1))
         found = outputs.log_probs.exp(), outputs.gate, switched_probabilities(outputs)
-        by_point = (one.unflatten(0, frames.shape[:2]).cpu() for one in found)
-        return Answers(frames.cpu(), *by_point, asked)
+        return Answers(frames.cpu(), *(one.unflatten(0, frames.shape[:2]).cpu() for one in found), asked)
 
     @_kept
     def maps(
         self, name: ModelName, subject: Subject, attacked_gate: Gate,
         budget: int = PRESET_BUDGET, method: str = OURS, explained: int | str = TRUE_CLASS,
     ) -> Tensor:  # fmt: skip
-        """Heat maps (S + 1, N, 32, 32) on the way with one of the budgets, each summing to 1.
+        """Heat maps (S + 1, N, 32, 32) on the way with one of the budgets, each summing to 1, by one of CAM_METHODS.
 
-        method: one of CAM_METHODS. explained: the class they are for; TRUE_CLASS: the one asked for; ANSWER: what the
-        plain ensemble answers at each point.
-        """
+        explained: the class they are for; TRUE_CLASS: the one asked for; ANSWER: the plain ensemble's at each point."""
         answers, device = self.answers(name, subject, attacked_gate), chosen_device()
         labels = answers.experts[budget].mean(1).argmax(-1)
         if explained != ANSWER:
             labels.fill_(answers.asked if explained == TRUE_CLASS else explained)
-        frames = answers.frames[budget].to(device)
-        return explanation_maps(self.model(name), frames, labels.to(device), method).cpu()
+        return explanation_maps(self.model(name), answers.frames[budget].to(device), labels.to(device), method).cpu()
 
     @_kept
     def verdicts(self, name: ModelName, attacked_gate: Gate) -> tuple[GateVerdicts, GateVerdicts]:
@@ -156,12 +139,10 @@ class Exploration:
         eps = torch.full((len(images),), float(self.settings.recipe.eps))
         attacked = self._attack(model, images, labels, attacked_gate, eps)[:, -1]
         with torch.no_grad():
-            outputs = model.expert_outputs(images), model.expert_outputs(attacked)
-        return verdicts(outputs[0], labels), verdicts(outputs[1], labels)
+            return tuple(verdicts(model.expert_outputs(some), labels) for some in (images, attacked))
 
     def broken(self, name: ModelName, attacked_gate: Gate) -> list[bool]:
-        """For each image of the gallery, whether the plain ensemble is right before the attack, and wrong after
-        it."""
+        """For each image of the gallery, whether the plain ensemble is right before the attack, and wrong after it."""
         before, after = self.verdicts(name, attacked_gate)
         return (before.uniform & ~after.uniform).tolist()
 
@@ -172,26 +153,18 @@ class Exploration:
     def _attack(self, model, images: Tensor, labels: int | Tensor, gate: Gate, eps: Tensor):
         """Where PGD without a random start is, (B, S + 1, 3, 32, 32)."""
         labels = torch.as_tensor(labels, device=images.device).expand(len(images))
-        path = attack_path(
-            model, images, labels, gate, eps=eps.to(images.device),
-            step_size=float(self.settings.recipe.step_size), steps=self.settings.steps,
-        )  # fmt: skip
-        return path.transpose(0, 1)
+        steps = {"step_size": float(self.settings.recipe.step_size), "steps": self.settings.steps}
+        return attack_path(model, images, labels, gate, eps=eps.to(images.device), **steps).transpose(0, 1)
 
 
 def own_subject(content: bytes, name: str) -> Subject:
-    """A reader's image file, made to fit; its title says what was changed.
-
-    Raises ValueError that says why a file is refused, and what would do.
-    """
-    from PIL import Image
-
+    """A reader's image file, made to fit; its title says what was changed. Raises ValueError that says why a file is
+    refused, and what would do."""
     try:
         image = torch.from_numpy(pixels(BytesIO(content)).copy()) / 255
     except Exception as error:  # for a broken file, Pillow raises errors of all kinds
-        raise ValueError(
-            f"{name} cannot be read as an image; give an intact PNG, JPEG or WebP file ({error})"
-        ) from error
+        told = f"{name} cannot be read as an image; give an intact PNG, JPEG or WebP file ({error})"
+        raise ValueError(told) from error
     picture = Image.open(BytesIO(content))  # of one of the formats that were just read
     was = f"{picture.width}x{picture.height} pixels, {picture.mode}"
     fitted = " made to fit: its middle at 32x32 pixels, RGB, opaque, of a film the first frame"

@@ -1,9 +1,7 @@
 """What the explorer shows, once computed: as a page to step through, and as still figures.
 
 `page.html` draws the page, with a few lines of plain JavaScript that ask nothing of a kernel or a network: in the
-explorer's widget as in the file that a reader takes home. The figures show the same ways with the same colours, on
-the same scale.
-"""
+explorer's widget as in the file that a reader takes home. The figures show the same ways, colours and scale."""
 
 import base64
 import json
@@ -17,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from immunity_lib.heatmaps import GRID, is_empty
@@ -28,8 +27,7 @@ from study.figures import COLOURS, SCREEN, literal
 from study.tables import budget_text
 
 COLOUR_MAP = "magma"  # rises evenly in lightness: readable without colours, and in print
-# Okabe and Ito's colours, told apart by colour-blind readers too
-PART_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")
+PART_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")  # Okabe and Ito's, for the colour-blind too
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
 ATTACKED_GATES = {"uniform": "all gates alike (the plain ensemble)", "trained": "the gate as trained"}
 
@@ -38,10 +36,8 @@ def explorer_page(
     exploration: Exploration, names: Sequence[ModelName], subjects: Sequence[Subject],
     attacked_gate: str, budget: int, method: str = OURS, explained: int | str = TRUE_CLASS,
 ) -> str:  # fmt: skip
-    """HTML that steps through the attack on each model, image by image, and through the gate.
-
-    budget: which of the exploration's budgets; the others as for `Exploration.maps`.
-    """
+    """HTML that steps through the attack on each model, image by image, and through the gate; budget: which of the
+    exploration's budgets; the others as for `Exploration.maps`."""
     dataset, shown = exploration.dataset, []
     for subject in subjects:
         key = subject, attacked_gate
@@ -61,8 +57,7 @@ def explorer_page(
         "ramp": plt.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3].tolist(),
         "subjects": shown,
     }
-    folder = jinja2.PackageLoader("study", "explorer")
-    environment = jinja2.Environment(loader=folder, autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("study", "explorer"), autoescape=True)
     return environment.get_template("page.html").render(
         attacked=ATTACKED_GATES[attacked_gate], eps=budget_text(exploration.budgets[budget]),
         dataset=DATA[dataset.name], steps=exploration.settings.steps, method=method,
@@ -76,11 +71,10 @@ def _way(answers: Answers, maps: Tensor, masks: Tensor, budget: int, top: float)
     """One model's way at one budget: pictures as two sheets, steps down; the rest as numbers."""
     frames = answers.frames[budget]
     heat = (brightness(maps, top) * 255).round().astype(np.uint8)  # (S + 1, N, 32, 32)
-    sheet = heat.transpose(0, 2, 1, 3).reshape(len(heat) * GRID, -1)
     return {
         "asked": answers.asked,
         "images": data_address(np.concatenate([colours(frame) for frame in frames])),
-        "heat": data_address(sheet),
+        "heat": data_address(heat.transpose(0, 2, 1, 3).reshape(len(heat) * GRID, -1)),
         "moved": _rounded((frames - frames[0]).abs().flatten(1).amax(1) * 255),
         "weights": _rounded(answers.gate[budget]),
         "experts": _rounded(answers.experts[budget]),  # each one's probabilities
@@ -95,8 +89,7 @@ def _rounded(numbers: Tensor) -> list:
 
 
 def scale_top(maps: Sequence[Tensor]) -> float:
-    """Where one scale for all these maps, each summing to 1, ends: 0.1 % of their pixels lie above. In units of an
-    even spread."""
+    """Where one scale for these maps, each of sum 1, ends, in units of an even spread: 0.1 % of pixels lie above."""
     pixels = torch.cat([one.flatten() for one in maps]) * GRID**2
     return max(pixels.kthvalue(int(0.999 * len(pixels))).values.item(), 1.0)
 
@@ -114,8 +107,6 @@ def colours(image: Tensor) -> np.ndarray:
 
 def data_address(pixels: np.ndarray) -> str:
     """A PNG as a `data:` address, for the source of an HTML image."""
-    from PIL import Image
-
     content = BytesIO()
     Image.fromarray(pixels).save(content, "PNG")
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
@@ -154,9 +145,8 @@ def attack_figure(
         for panel, title, said in zip(row, titles, of_panels, strict=True):
             answer = int(said.argmax())
             sign = "" if answer == answers.asked else " x"
-            class_name = literal(exploration.dataset.class_names[answer])
             panel.set_title(title, fontsize=8)
-            panel.set_xlabel(f"{class_name} {said[answer]:.0%}{sign}", fontsize=8)
+            panel.set_xlabel(f"{literal(exploration.dataset.class_names[answer])} {said[answer]:.0%}{sign}", fontsize=8)
             for mask, colour in zip(subject.part_masks, PART_COLOURS, strict=False):
                 if mask.any():
                     panel.contour(mask.float().numpy(), levels=[0.5], colors=[colour], linewidths=1)
@@ -171,10 +161,8 @@ def gates_figure(exploration: Exploration, names: Sequence[ModelName], subject: 
     """Which gates are right at the attack's last step, a panel for each model: budgets down, states of the gate
     across, sorted by how many budgets they withstand."""
     budgets = [budget_text(eps) for eps in exploration.budgets]
-    figure, axes = plt.subplots(
-        len(names), 1, figsize=(9.4, 0.28 * len(budgets) * len(names) + 1.1), dpi=SCREEN,
-        squeeze=False, sharex=True, layout="constrained",
-    )  # fmt: skip
+    size = (9.4, 0.28 * len(budgets) * len(names) + 1.1)
+    figure, axes = plt.subplots(len(names), figsize=size, dpi=SCREEN, squeeze=False, sharex=True, layout="constrained")
     for panel, name in zip(axes.flat, names, strict=True):
         answers = exploration.answers(name, subject, attacked_gate)
         right = (answers.mixtures[:, -1].argmax(-1) == answers.asked).numpy()
@@ -193,7 +181,5 @@ def gates_figure(exploration: Exploration, names: Sequence[ModelName], subject: 
 
 
 def _grid(rows: int, columns: int, size: tuple) -> tuple[Figure, np.ndarray]:
-    return plt.subplots(
-        rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained",
-        subplot_kw={"xticks": [], "yticks": []},
-    )  # fmt: skip
+    bare = {"xticks": [], "yticks": []}
+    return plt.subplots(rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained", subplot_kw=bare)

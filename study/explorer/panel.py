@@ -1,8 +1,7 @@
 """The explorer's widgets: what the kernel must compute is chosen here, and the page below moves by itself.
 
 Everything shown is computed by an `Exploration`, once: a new image, model, method, class or budget when it is chosen.
-The page's own sliders (step, gate, expert) then answer at once.
-"""
+The page's own sliders (step, gate, expert) then answer at once."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +17,9 @@ from study.tables import budget_text
 
 GALLERY_STYLE = """
 .explorer-gallery { flex-flow: row wrap; max-height: 132px; overflow: auto; }
-.explorer-gallery .jupyter-button { width: 46px; height: 60px; margin: 1px; padding: 44px 0 0;
-  line-height: 14px; font-size: 11px; background: 4px 4px / 36px 36px no-repeat
-  var(--jp-layout-color2, #eee); color: var(--jp-ui-font-color1, #000);
-  image-rendering: pixelated; }
+.explorer-gallery .jupyter-button { width: 46px; height: 60px; margin: 1px; padding: 44px 0 0; line-height: 14px;
+  font-size: 11px; image-rendering: pixelated; color: var(--jp-ui-font-color1, #000);
+  background: 4px 4px / 36px 36px no-repeat var(--jp-layout-color2, #eee); }
 .explorer-gallery .jupyter-button.shown { outline: 3px solid var(--jp-brand-color1, #2a7ab0); }
 """
 # tornado, Jupyter's web server, closes the connection on a message of more than 10 MiB
@@ -42,23 +40,19 @@ class Explorer(widgets.VBox):
         explained = {one: one for one in (TRUE_CLASS, ANSWER)}
         explained |= {name: k for k, name in enumerate(exploration.dataset.class_names)}
         budgets = {budget_text(eps): k for k, eps in enumerate(exploration.budgets)}
-        gates = {title: gate for gate, title in ATTACKED_GATES.items()}
         self.subject = subject or exploration.gallery[0]
         self.seen: list[Subject] = []
 
         self.upload = widgets.FileUpload(accept="image/*", description="own image")
         self.model = _chooser("model", names, alike[-1])
-        other = alike[0] if len(alike) > 1 else None
-        self.other = _chooser("compared with", {"none": None} | names, other)
-        self.attacked_gate = _chooser("attack sees", gates, "uniform")
+        self.other = _chooser("compared with", {"none": None} | names, alike[0] if len(alike) > 1 else None)
+        self.attacked_gate = _chooser("attack sees", {title: gate for gate, title in ATTACKED_GATES.items()}, "uniform")
         self.method = _chooser("CAM method", CAM_METHODS, CAM_METHODS[0])
         self.explained = _chooser("map is for", explained, TRUE_CLASS)
-        budget = min(PRESET_BUDGET, len(budgets) - 1)
-        self.budget = _chooser("eps", budgets, budget, widgets.SelectionSlider)
-        self.save = widgets.Button(
-            description="take the session home", icon="download", layout={"width": "auto"},
-            tooltip="write the images looked at, with their maps under attack, as one HTML file",
-        )  # fmt: skip
+        self.budget = _chooser("eps", budgets, min(PRESET_BUDGET, len(budgets) - 1), widgets.SelectionSlider)
+        shown = {"description": "take the session home", "icon": "download", "layout": {"width": "auto"}}
+        told = "write the images looked at, with their maps under attack, as one HTML file"
+        self.save = widgets.Button(tooltip=told, **shown)
         self.status, self.view = widgets.HTML(), widgets.HTML()
         self.thumbnails, style = [], GALLERY_STYLE
         for number, one in enumerate(exploration.gallery):
@@ -72,8 +66,8 @@ class Explorer(widgets.VBox):
         gallery.add_class("explorer-gallery")
         of_models = [self.model, self.other, self.attacked_gate]
         of_maps = [self.method, self.explained, self.budget]
-        upload = _line(self.upload, widgets.HTML(UPLOAD_LIMIT))
-        lines = [upload, gallery, _line(*of_models), _line(*of_maps, self.save)]
+        upload = self.upload, widgets.HTML(UPLOAD_LIMIT)
+        lines = [_line(*upload), gallery, _line(*of_models), _line(*of_maps, self.save)]
         super().__init__([widgets.HTML(f"<style>{style}</style>"), *lines, self.status, self.view])
         for control in of_models + of_maps:
             control.observe(lambda _: self._look_at(self.subject), "value")
@@ -94,11 +88,9 @@ class Explorer(widgets.VBox):
             (thumbnail.add_class if one is subject else thumbnail.remove_class)("shown")
 
     def _page(self, subjects: Sequence[Subject]) -> str:
-        names = dict.fromkeys(filter(None, (self.model.value, self.other.value)))
-        return explorer_page(
-            self.exploration, list(names), subjects, self.attacked_gate.value, self.budget.value,
-            self.method.value, self.explained.value,
-        )  # fmt: skip
+        names = list(dict.fromkeys(filter(None, (self.model.value, self.other.value))))
+        controls = (self.attacked_gate, self.budget, self.method, self.explained)
+        return explorer_page(self.exploration, names, subjects, *(control.value for control in controls))
 
     def _take_own_images(self) -> None:
         for file in self.upload.value:
