@@ -56,7 +56,7 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     further_datasets: list[DatasetName] = Field([], description="of Table 2, beside `dataset`")
     baselines: list[BaselineName] = Field([], description="networks to compare with in Table 2")
     baseline_layers: int | None = Field(None, description="cells of each baseline; null: as published", ge=3)
-    baseline_recipes: Literal["own", "preset"] = Field("own", description="how baselines train: as published, or as all")
+    baseline_recipes: Literal["own", "preset"] = Field("own", description="train baselines as published, or as all")
     regimes: list[Regime] = Field(["standard", "adversarial"], min_length=1)
     seeds: list[Seed] = Field([0], min_length=1)
     trades_weight: Weight = Field(6.0, description="of the divergence that TRADES adds")
