@@ -58,7 +58,7 @@ pretrained: $(INSTALLED)  ## write the weights that come with the project from t
 test: $(INSTALLED)  ## check the style and run all tests but those of test-node
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	.venv/bin/python -m pytest -m "not node" -n 2 --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest -m "not node" -n 2 --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
 	.venv/bin/python -m pytest -m "not slow"

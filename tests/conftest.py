@@ -24,16 +24,24 @@ hypothesis_settings.register_profile("reproducible", deadline=None, max_examples
 hypothesis_settings.load_profile("reproducible")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups
 def pytest_collection_modifyitems(items):
-    """What takes minutes to an hour is slow, too. Of tests beside each other (pytest-xdist), those of the smoke preset
-    come first and stay together, since they share a run of it, and so do those of each other file."""
+    """What takes minutes to an hour is slow, too. First comes what needs a run of the smoke preset, the longest."""
     items.sort(key=lambda item: "smoke" not in item.fixturenames)
     for item in items:
         if item.get_closest_marker("node"):
             item.add_marker("slow")
-        of_smoke = "smoke" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("smoke" if of_smoke else item.path.name))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Files of tests beside each other; those that share the run of the smoke preset stay together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "smoke" if file.endswith(("test_faults.py", "test_reproduce.py")) else file
+
+    return Scheduling(config, log)
 
 
 def pytest_addoption(parser):
