@@ -209,8 +209,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert (tmp_path / "deep" / "file").read_text() == "old"
 
 
-def test_a_record_that_is_missing_names_the_command_that_makes_it(make_settings, tmp_path):
-    settings = make_settings(output_folder=str(tmp_path))
+def test_a_record_that_is_missing_names_the_command_that_makes_it(settings):
     with pytest.raises(FileNotFoundError, match=f"{NAME}.* run: make reproduce PRESET=tiny"):
         read_frame(settings, [NAME], "attacks")
 
