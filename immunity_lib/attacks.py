@@ -1,9 +1,9 @@
 """Attacks in l_inf on images in [0, 1]: the paper's, and those that know the random switch gate.
 
-An attack takes a model, images (B, 3, 32, 32) in [0, 1] and labels (B,), raises ValueError on
-others, and gives adversarial images, each pixel within eps of its image's. eps and step sizes are
-in units of [0, 1]. gate: what the attacker's forward passes use, see `ImmunityMoE`; libraries call
-a bare `model(images)`, so it is set as the model's `evaluation_gate`.
+An attack takes a model, images (B, 3, 32, 32) in [0, 1] and labels (B,), raises ValueError on others, and gives
+adversarial images, each pixel within eps of its image's. eps and step sizes are in units of [0, 1]. gate: what the
+attacker's forward passes use, see `ImmunityMoE`; libraries call a bare `model(images)`, so it is set as the model's
+`evaluation_gate`.
 """
 
 import copy
@@ -31,8 +31,8 @@ from immunity_lib.moe import (
     verdicts,
 )
 
-# Each attacks a model with (images, labels) at (eps, step size, number of steps). PGD starts at a
-# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0.
+# Each attacks a model with (images, labels) at (eps, step size, number of steps). PGD starts at a random point of the
+# ball and BIM at the image, their one difference; MIM's momentum decays by 1.0.
 ATTACKS: dict[str, Callable] = {
     "fgsm": lambda library, model, eps, step, steps: library.FGSM(model, eps),
     "bim": lambda library, model, eps, step, steps: library.BIM(model, eps, step, steps),
@@ -42,12 +42,12 @@ ATTACKS: dict[str, Callable] = {
     "tpgd": lambda library, model, eps, step, steps: library.TPGD(model, eps, step, steps),
     # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
     "ffgsm": lambda library, model, eps, step, steps: library.FFGSM(model, eps, 1.25 * eps),
-    # PGD on the Carlini-Wagner margin, as Madry et al. (2018, arXiv 1706.06083) use it at a given
-    # eps; torchattacks' own CW is an l_2 attack without one
+    # PGD on the Carlini-Wagner margin, as Madry et al. (2018, arXiv 1706.06083) use it at a given eps; torchattacks'
+    # own CW is an l_2 attack without one
     "cw": lambda library, model, *budget: partial(_margin_pgd, model, *budget),
-    # Auto-PGD (Croce & Hein 2020, arXiv 2003.01690) on the cross entropy, from one start: each
-    # image's point of the highest loss. A plain call would hand back unmoved what it did not fool
-    # or what was misclassified anyway: right for one fixed gate, but too weak for the others.
+    # Auto-PGD (Croce & Hein 2020, arXiv 2003.01690) on the cross entropy, from one start: each image's point of the
+    # highest loss. A plain call would hand back unmoved what it did not fool or what was misclassified anyway: right
+    # for one fixed gate, but too weak for the others.
     "apgd": lambda library, model, eps, step, steps: (
         lambda *batch: library.APGD(model, eps=eps, steps=steps).perturb(*batch, best_loss=True)[1]
     ),
@@ -64,8 +64,8 @@ def attack_images(
     model: ImmunityMoE, images: Tensor, labels: Tensor, attack: str, gate: Gate, *,
     eps: float, step_size: float, steps: int,
 ) -> Tensor:  # fmt: skip
-    """Adversarial images by one of ATTACKS, checked to keep their budget. The model is attacked in
-    eval mode, and the mode of each of its modules is as before afterwards."""
+    """Adversarial images by one of ATTACKS, checked to keep their budget. The model is attacked in eval mode, and the
+    mode of each of its modules is as before afterwards."""
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
     check_batch(model, images, labels)
@@ -84,8 +84,8 @@ def ascent_path(
 ) -> Iterator[Tensor]:  # fmt: skip
     """PGD (Madry et al. 2018, arXiv 1706.06083): where it starts, and where it is after each step.
 
-    objective: from points (B, 3, 32, 32) to what is raised, (B,). eps: a float, or each image's own
-    as (B, 1, 1, 1), then without a random start.
+    objective: from points (B, 3, 32, 32) to what is raised, (B,). eps: a float, or each image's own as (B, 1, 1, 1),
+    then without a random start.
     """
     points = images = images.detach()
     if random_start:
@@ -99,23 +99,18 @@ def ascent_path(
         yield points
 
 
-def _margin_pgd(
-    model: ImmunityMoE, eps: float, step: float, steps: int, images: Tensor, labels: Tensor
-) -> Tensor:
-    *_, last = ascent_path(
-        lambda points: margin(model(points), labels), images, eps=eps, step_size=step, steps=steps
-    )
+def _margin_pgd(model: ImmunityMoE, eps: float, step: float, steps: int, images: Tensor, labels: Tensor) -> Tensor:
+    *_, last = ascent_path(lambda points: margin(model(points), labels), images, eps=eps, step_size=step, steps=steps)
     return last
 
 
 def attack_path(
-    model: ImmunityMoE, images: Tensor, labels: Tensor, gate: Gate, *,
-    eps: Tensor, step_size: float, steps: int,
-) -> Tensor:  # fmt: skip
+    model: ImmunityMoE, images: Tensor, labels: Tensor, gate: Gate, *, eps: Tensor, step_size: float, steps: int
+) -> Tensor:
     """Where PGD on the cross entropy under a gate is after each step, (steps + 1, B, 3, 32, 32).
 
-    The first points are the images themselves (no random start), the last ones are adversarial.
-    eps: (B,), each image's own budget; 0 leaves it where it is.
+    The first points are the images themselves (no random start), the last ones are adversarial. eps: (B,), each
+    image's own budget; 0 leaves it where it is.
     """
     check_batch(model, images, labels)
     with in_eval_mode(model):
@@ -132,11 +127,11 @@ def exact_pgd(
 ) -> Tensor:  # fmt: skip
     """PGD on the exact cross entropy over all permutations of the gate.
 
-    The N! gates share the experts' outputs, so the loss under each of them, its expectation and its
-    gradient cost one pass; averaging the loss of sampled gates ("expectation over transformation",
-    Athalye et al. 2018, arXiv 1802.00420) costs one for every sample.
-    aim: what is raised for each image: the "expected" cross entropy over a uniform permutation, or
-    that under its "weakest" gate, where it is the largest.
+    The N! gates share the experts' outputs, so the loss under each of them, its expectation and its gradient cost one
+    pass; averaging the loss of sampled gates ("expectation over transformation", Athalye et al. 2018, arXiv
+    1802.00420) costs one for every sample.
+    aim: what is raised for each image: the "expected" cross entropy over a uniform permutation, or that under its
+    "weakest" gate, where it is the largest.
     """
     if aim not in ("expected", "weakest"):
         raise ValueError(f"unknown aim {aim!r}; choose expected or weakest")
@@ -160,8 +155,8 @@ def cross_entropy_by_gate(outputs: ExpertOutputs, labels: Tensor) -> Tensor:
 
 
 def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """(B,): max_{j != y} z_j - z_y, positive where the model is fooled (Carlini & Wagner 2017,
-    arXiv 1608.04644). Log-probabilities z (B, C) have the margins of logits."""
+    """(B,): max_{j != y} z_j - z_y, positive where the model is fooled (Carlini & Wagner 2017, arXiv 1608.04644).
+    Log-probabilities z (B, C) have the margins of logits."""
     own = labels[:, None]
     return log_probs.scatter(1, own, -torch.inf).amax(1) - log_probs.gather(1, own).squeeze(1)
 
@@ -170,18 +165,15 @@ BEYOND = 1.05  # times the estimated distance to a decision boundary
 
 
 @torch.no_grad()
-def arc(
-    model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, step_size: float, steps: int
-) -> Tensor:
-    """Greedy attack on the share of gates that are fooled, after ARC (Dbouk & Shanbhag 2022, arXiv
-    2206.06737), which is made for classifiers that are drawn at random.
+def arc(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
+    """Greedy attack on the share of gates that are fooled, after ARC (Dbouk & Shanbhag 2022, arXiv 2206.06737), which
+    is made for classifiers that are drawn at random.
 
-    Gradients of different experts may cancel in the mean loss. Each step turns to one expert at a
-    time, in the order of the batch's mean gate weights, and moves along the sign of its margin's
-    gradient: just beyond its decision boundary, by a linear estimate, or by step_size if it is
-    beyond already. An image keeps a move that fools no fewer gates. In ARC the classifiers are the
-    drawn ones themselves; here they would be the N! mixtures, which share N experts' gradients.
-    """
+    Gradients of different experts may cancel in the mean loss. Each step turns to one expert at a time, in the order
+    of the batch's mean gate weights, and moves along the sign of its margin's gradient: just beyond its decision
+    boundary, by a linear estimate, or by step_size if it is beyond already. An image keeps a move that fools no fewer
+    gates. In ARC the classifiers are the drawn ones themselves; here they would be the N! mixtures, which share N
+    experts' gradients."""
     check_batch(model, images, labels)
     points = images = images.detach()
     outputs = model.expert_outputs(images)
@@ -205,12 +197,10 @@ def arc(
 
 
 @torch.no_grad()
-def random_noise(
-    model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, draws: int
-) -> Tensor:
-    """Of so many corners of the eps-ball around each image, drawn at random, the one that the most
-    gates get wrong. It uses no gradient: if it finds what gradients miss, they mislead (Carlini et
-    al. 2019, arXiv 1902.06705, sections 4.3 and 4.11)."""
+def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, draws: int) -> Tensor:
+    """Of so many corners of the eps-ball around each image, drawn at random, the one that the most gates get wrong.
+    It uses no gradient: if it finds what gradients miss, they mislead (Carlini et al. 2019, arXiv 1902.06705,
+    sections 4.3 and 4.11)."""
     best = images.clone()
     most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
     for _ in range(draws):
@@ -234,12 +224,11 @@ def auto_attack(
 ) -> tuple[Tensor, list[str]]:  # fmt: skip
     """AutoAttack (Croce & Hein 2020, arXiv 2003.01690): adversarial images, and its warnings.
 
-    A fixed gate gets the "standard" version (APGD on the cross entropy, targeted APGD and FAB,
-    Square), a random one "rand" (APGD on cross entropy and DLR, gradients averaged over 20 draws).
-    It stops at the first point that fools the gate it sees, and under a random gate one lucky draw
-    counts, so its images want judging under all gates. steps: of each gradient attack; 100 is
-    AutoAttack as published. only: some of its attacks, as ("square",). Raises ValueError also for
-    fewer than four classes where an attack needs them.
+    A fixed gate gets the "standard" version (APGD on the cross entropy, targeted APGD and FAB, Square), a random one
+    "rand" (APGD on cross entropy and DLR, gradients averaged over 20 draws). It stops at the first point that fools
+    the gate it sees, and under a random gate one lucky draw counts, so its images want judging under all gates.
+    steps: of each gradient attack; 100 is AutoAttack as published. only: some of its attacks, as ("square",). Raises
+    ValueError also for fewer than four classes where an attack needs them.
     """
     from pyautoattack import AutoAttack  # costs a second, which only attackers should pay
 
@@ -309,15 +298,13 @@ class AdaptiveAttack:
     perturb: Callable[[Tensor, Tensor], tuple[Tensor, list[str]]]
 
 
-def adaptive_attacks(
-    model: ImmunityMoE, effort: Effort, surrogates: Mapping[str, ImmunityMoE]
-) -> list[AdaptiveAttack]:
-    """Every attack that knows the defence, on the model's folded copy, in the order of a report:
-    from the paper's setting over sampled gates to their exact expectation, and standard judges.
+def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str, ImmunityMoE]) -> list[AdaptiveAttack]:
+    """Every attack that knows the defence, on the model's folded copy, in the order of a report: from the paper's
+    setting over sampled gates to their exact expectation, and standard judges.
 
-    surrogates: other trained models by name, through whose plain ensembles it is attacked too.
-    AutoAttack is left out for fewer than four classes. To add an attack, add it here. Raises
-    ValueError for a model that cannot give what they need: a mixture's experts and gate.
+    surrogates: other trained models by name, through whose plain ensembles it is attacked too. AutoAttack is left out
+    for fewer than four classes. To add an attack, add it here. Raises ValueError for a model that cannot give what
+    they need: a mixture's experts and gate.
     """
     if not isinstance(model, ImmunityMoE):
         raise ValueError(
@@ -371,9 +358,9 @@ def adaptive_attacks(
 def fold(model: nn.Module) -> nn.Module:
     """A copy for evaluation: the same function within rounding, computed faster.
 
-    It is in eval mode, and its parameters take no gradients. A model under evaluation no longer
-    changes, so every batch norm right behind a convolution in an `nn.Sequential` becomes part of
-    that convolution; others stay. What happens to the model later does not reach the copy.
+    It is in eval mode, and its parameters take no gradients. A model under evaluation no longer changes, so every
+    batch norm right behind a convolution in an `nn.Sequential` becomes part of that convolution; others stay. What
+    happens to the model later does not reach the copy.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:

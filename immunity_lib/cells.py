@@ -1,11 +1,11 @@
-"""The networks of architecture search that the paper compares Immunity with: the network of cells
-that DARTS introduced (Liu et al. 2019, arXiv 1806.09055), and the published designs of P-DARTS,
-AdvRush and the RobNets, which build on it and are in designs.json.
+"""The networks of architecture search that the paper compares Immunity with: the network of cells that DARTS
+introduced (Liu et al. 2019, arXiv 1806.09055), and the published designs of P-DARTS, AdvRush and the RobNets, which
+build on it and are in designs.json.
 
-A cell is a small graph. Its states 0 and 1 are the outputs of the two cells before it, brought to
-its own number of channels; each further state is the sum of operations on earlier states; what the
-cell puts out is the concatenation of its own states. Two of the cells, at a third and at two
-thirds of the depth, halve the grid and double the channels.
+A cell is a small graph. Its states 0 and 1 are the outputs of the two cells before it, brought to its own number of
+channels; each further state is the sum of operations on earlier states; what the cell puts out is the concatenation
+of its own states. Two of the cells, at a third and at two thirds of the depth, halve the grid and double the
+channels.
 """
 
 import json
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from immunity_lib.experts import Expert, convolution, scale_channels
 
-# By name, in the order of `experts.BASELINES`: the source, the channels of a state of the first
-# cells, the number of cells, whether batch norms within cells have weights, and the designs: two
-# for the cells that keep the grid and the two that halve it, or one for each cell
+# By name, in the order of `experts.BASELINES`: the source, the channels of a state of the first cells, the number of
+# cells, whether batch norms within cells have weights, and the designs: two for the cells that keep the grid and the
+# two that halve it, or one for each cell
 NETWORKS = json.loads(Path(__file__).with_name("designs.json").read_text("utf-8"))
 
-# All other operations begin with a ReLU and leave it to the cell, where those that read a state
-# share the state's ReLU.
+# All other operations begin with a ReLU and leave it to the cell, where those that read a state share the state's
+# ReLU.
 UNRECTIFIED = (nn.Identity, nn.AvgPool2d, nn.MaxPool2d)
 
 
@@ -50,9 +50,7 @@ def pointwise(in_channels: int, out_channels: int, affine: bool) -> nn.Module:
     return nn.Sequential(layer, nn.BatchNorm2d(out_channels, affine=affine))
 
 
-def _separable(
-    channels: int, stride: int, affine: bool, *, size: int, dilation: int = 1, times: int = 1
-) -> nn.Module:
+def _separable(channels: int, stride: int, affine: bool, *, size: int, dilation: int = 1, times: int = 1) -> nn.Module:
     """A depthwise and a pointwise convolution and batch norm, once or twice."""
     padding, layers = dilation * (size - 1) // 2, []
     for step in (stride, 1)[:times]:
@@ -113,8 +111,8 @@ class Cell(nn.Module):
         self, design: Design, before_last_channels: int, last_channels: int, channels: int, *,
         halves: bool, after_halving: bool, affine: bool,
     ) -> None:  # fmt: skip
-        """channels: of each state. halves: whether the cell halves the grid; after_halving:
-        whether the cell before did, so that the output before the last is twice as large."""
+        """channels: of each state. halves: whether the cell halves the grid; after_halving: whether the cell before
+        did, so that the output before the last is twice as large."""
         super().__init__()
         check_design(design)
         self.relu = nn.ReLU()
@@ -172,12 +170,11 @@ class CellNetwork(Expert):
     """
 
     def __init__(
-        self, designs: Sequence[Design], channels: int, *, affine: bool = True,
-        auxiliary: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
-        """channels: of a state of the first cells, 36 in the published networks. affine: whether
-        batch norms within cells have weights. auxiliary: with a second classifier behind the
-        second cell that halves the grid, for training alone. options: as in `Expert`."""
+        self, designs: Sequence[Design], channels: int, *, affine: bool = True, auxiliary: bool = False, **options: Any
+    ) -> None:
+        """channels: of a state of the first cells, 36 in the published networks. affine: whether batch norms within
+        cells have weights. auxiliary: with a second classifier behind the second cell that halves the grid, for
+        training alone. options: as in `Expert`."""
         halving = reduction_cells(len(designs))
         stem_channels = 3 * channels
         stages = {"stem": Stem(*convolution(3, stem_channels, 3, bias=False)[:2])}
@@ -237,15 +234,12 @@ def build_cells(name: str, width: float, layers: int | None = None, **options: A
 
 
 # Two bits for an edge of a RobNet: the first for a skip, the second for a separable convolution
-CODES = {
-    "00": (), "01": ("sep_conv_3x3",), "10": ("skip_connect",),
-    "11": ("skip_connect", "sep_conv_3x3"),
-}  # fmt: skip
+CODES = {"00": (), "01": ("sep_conv_3x3",), "10": ("skip_connect",), "11": ("skip_connect", "sep_conv_3x3")}
 
 
 def decode(encoding: str) -> Design:
-    """The design of a cell of a RobNet, from one of `CODES` for each of the 14 edges between its
-    six states; ValueError for anything else."""
+    """The design of a cell of a RobNet, from one of `CODES` for each of the 14 edges between its six states;
+    ValueError for anything else."""
     codes = encoding.split()
     if len(codes) != 14 or not all(code in CODES for code in codes):
         raise ValueError(
@@ -254,14 +248,13 @@ def decode(encoding: str) -> Design:
         )
     rest = iter(codes)
     return [
-        [(operation, source) for source in range(state) for operation in CODES[next(rest)]]
-        for state in (2, 3, 4, 5)
+        [(operation, source) for source in range(state) for operation in CODES[next(rest)]] for state in (2, 3, 4, 5)
     ]
 
 
 def _kept_cells(layers: int) -> list[int]:
-    """Which of RobNet-free's cells a network of fewer layers is made of: of each of the three parts
-    between the halvings, the first ones."""
+    """Which of RobNet-free's cells a network of fewer layers is made of: of each of the three parts between the
+    halvings, the first ones."""
     published = NETWORKS["robnet-free"]["layers"]
     if layers > published:
         raise ValueError(f"layers is {layers}; RobNet-free has designs for {published}")

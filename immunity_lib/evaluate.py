@@ -1,9 +1,8 @@
 """How a mixture does, clean and under attack, exactly over every state of its gate.
 
-A gate of N weights has N! states, and every expert's output is shared by all of them: one pass of
-the experts gives the mixture under each. For N = 5 that is 120, so nothing is sampled; of more than
-six experts' gates, as many are drawn as six have. Images are (B, 3, 32, 32) in [0, 1], labels (B,).
-"""
+A gate of N weights has N! states, and every expert's output is shared by all of them: one pass of the experts gives
+the mixture under each. For N = 5 that is 120, so nothing is sampled; of more than six experts' gates, as many are
+drawn as six have. Images are (B, 3, 32, 32) in [0, 1], labels (B,)."""
 
 import math
 import time
@@ -36,9 +35,7 @@ BUDGETS = tuple(k / 255 for k in (0, 2, 4, 8, 16, 32, 64, 128, 255))  # eps of t
 Result = tuple[GateVerdicts, dict]  # of an attack: verdicts, and what is told of it
 
 
-def verdicts_over_gates(
-    model: ImmunityMoE, batches: Iterable[tuple[Tensor, Tensor]]
-) -> GateVerdicts:
+def verdicts_over_gates(model: ImmunityMoE, batches: Iterable[tuple[Tensor, Tensor]]) -> GateVerdicts:
     """Verdicts of a model, put in eval mode, over batches of (images, labels), one pass each."""
     model.eval()
     with torch.no_grad():
@@ -53,8 +50,8 @@ def verdicts_under_attack(
 ) -> GateVerdicts:  # fmt: skip
     """Verdicts on adversarial images made against the given gate.
 
-    The attack, one of `attacks.ATTACKS`, is on the model's folded copy. Its random starts and gates
-    are drawn from `seed`, without touching the caller's random state.
+    The attack, one of `attacks.ATTACKS`, is on the model's folded copy. Its random starts and gates are drawn from
+    `seed`, without touching the caller's random state.
     """
     target, total = fold(model), math.ceil(len(image_set) / batch_size)
     batches = evaluation_batches(image_set, batch_size, device)
@@ -63,8 +60,7 @@ def verdicts_under_attack(
         torch.manual_seed(seed)
         shown = tqdm(batches, f"{attack} on the {gate} gate", total, leave=False)
         adversarial = (
-            (attack_images(target, images, labels, attack, gate, **budget), labels)
-            for images, labels in shown
+            (attack_images(target, images, labels, attack, gate, **budget), labels) for images, labels in shown
         )
         return verdicts_over_gates(model, adversarial)
 
@@ -77,14 +73,13 @@ def evaluate_adaptively(
 ) -> tuple[dict[str, Result], dict]:  # fmt: skip
     """Every adaptive attack on a model in eval mode, over all gates image by image, and the checks.
 
-    surrogates: other models whose images are tried. tell: gets a line after every attack. done:
-    results of attacks that need not be made again. keep: gets each attack's name and result.
+    surrogates: other models whose images are tried. tell: gets a line after every attack. done: results of attacks
+    that need not be made again. keep: gets each attack's name and result.
 
-    Returns by the name of each attack its verdicts and what is told of it ("family", "sees",
-    "flags", "seconds", and "experts_alone", each expert's own accuracy); and a summary:
-    "agreement" (see there), "by_budget", pairs of eps and expected accuracy under exact PGD, and
-    "checks", a list of `Finding` as dictionaries. Raises ValueError for a model without gradients.
-    """
+    Returns by the name of each attack its verdicts and what is told of it ("family", "sees", "flags", "seconds", and
+    "experts_alone", each expert's own accuracy); and a summary: "agreement" (see there), "by_budget", pairs of eps
+    and expected accuracy under exact PGD, and "checks", a list of `Finding` as dictionaries. Raises ValueError for a
+    model without gradients."""
     target, results = fold(model), dict(done)
     if not target(images[:1].clone().requires_grad_(), "uniform").requires_grad:
         raise ValueError(
@@ -112,9 +107,7 @@ def evaluate_adaptively(
     }
 
 
-def _attack(
-    target: ImmunityMoE, images: Tensor, labels: Tensor, attack: AdaptiveAttack, eps: float
-) -> Result:
+def _attack(target: ImmunityMoE, images: Tensor, labels: Tensor, attack: AdaptiveAttack, eps: float) -> Result:
     started = time.perf_counter()
     parts, alone, flags = [], [], []
     for some, theirs in zip(images.split(BATCH), labels.split(BATCH), strict=True):
@@ -136,8 +129,8 @@ def _attack(
 
 @torch.no_grad()
 def agreement(model: ImmunityMoE, images: Tensor) -> dict[str, float]:
-    """How far a model's answers depend on the gate: "unanimous", the share of images to which all
-    gates give one answer, and "pairs", the probability that two gates drawn at random agree."""
+    """How far a model's answers depend on the gate: "unanimous", the share of images to which all gates give one
+    answer, and "pairs", the probability that two gates drawn at random agree."""
     votes = []
     for some in images.split(BATCH):
         answers = switched_probabilities(outputs := model.expert_outputs(some)).argmax(-1)
@@ -208,15 +201,14 @@ def sanity_checks(
     once: float, twice: float, zero_gradients: float, frozen: float, alone: Sequence[float],
     difference: float, flags: Sequence[str],
 ) -> list[Finding]:  # fmt: skip
-    """Checks that must pass before numbers under attack mean anything. One that fails says that the
-    attack was too weak, or that the model hides its gradients; not that the model is robust.
+    """Checks that must pass before numbers under attack mean anything. One that fails says that the attack was too
+    weak, or that the model hides its gradients; not that the model is robust.
 
-    All are accuracies, 0 .. 1, but for white and black, each image's failure probability (B,) under
-    the strongest attack with and without gradients; zero_gradients, the share of images whose
-    gradient is exactly zero; and difference, the largest of a log-probability between two passes.
-    by_budget: by eps, up to 1. once, twice: under an attack and one of twice its steps. frozen,
-    alone: of the mixture with its gate frozen and of each expert, attacked through its own
-    gradients. flags: AutoAttack's warnings.
+    All are accuracies, 0 .. 1, but for white and black, each image's failure probability (B,) under the strongest
+    attack with and without gradients; zero_gradients, the share of images whose gradient is exactly zero; and
+    difference, the largest of a log-probability between two passes. by_budget: by eps, up to 1. once, twice: under an
+    attack and one of twice its steps. frozen, alone: of the mixture with its gate frozen and of each expert, attacked
+    through its own gradients. flags: AutoAttack's warnings.
     """
     curve = [by_budget[eps] for eps in sorted(by_budget)]
     rise = max((later - sooner for sooner, later in pairwise(curve)), default=0)

@@ -1,5 +1,5 @@
-"""The experts: CIFAR-sized CNNs with their normalisation inside, which also hand out the
-activations that their Grad-CAM heat map is made of; `as_expert` makes one of any other network."""
+"""The experts: CIFAR-sized CNNs with their normalisation inside, which also hand out the activations that their
+Grad-CAM heat map is made of; `as_expert` makes one of any other network."""
 
 import copy
 from collections import OrderedDict
@@ -39,13 +39,13 @@ class Normalise(nn.Module):
 class Expert(nn.Module):
     """Images (B, 3, 32, 32) in [0, 1] to logits (B, C), by a sequence of named stages.
 
-    The Grad-CAM layer is the last stage whose grid, for a 32x32 image, is large enough for
-    `heatmap_layer`; a whole stage, since the last convolution of a branching network sees only one
-    branch. It does not enter the state dict: weights fit both readings.
+    The Grad-CAM layer is the last stage whose grid, for a 32x32 image, is large enough for `heatmap_layer`; a whole
+    stage, since the last convolution of a branching network sees only one branch. It does not enter the state dict:
+    weights fit both readings.
 
-    The *head* is the normalisation and every stage up to the Grad-CAM layer, the *tail* is the
-    rest: logits = tail(head(images)). What a stage hands to the next is its *state*: its
-    activations (B, K, u, v), unless `activations_of` is overridden.
+    The *head* is the normalisation and every stage up to the Grad-CAM layer, the *tail* is the rest: logits =
+    tail(head(images)). What a stage hands to the next is its *state*: its activations (B, K, u, v), unless
+    `activations_of` is overridden.
     """
 
     def __init__(self, stages, channels: int, *, num_classes, mean, std, heatmap_layer) -> None:
@@ -107,8 +107,8 @@ class BasicBlock(nn.Module):
         )
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            # A 1x1 convolution with a stride, in two steps: as one it writes past its buffers on
-            # processors without AVX-512 (oneDNN) where the channels are no multiple of 8
+            # A 1x1 convolution with a stride, in two steps: as one it writes past its buffers on processors without
+            # AVX-512 (oneDNN) where the channels are no multiple of 8
             projection = convolution(in_channels, out_channels, 1, bias=False)[:2]
             self.shortcut = nn.Sequential(nn.AvgPool2d(1, stride), *projection)
         self.relu = nn.ReLU()
@@ -118,8 +118,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(Expert):
-    """ResNet18 (He et al. 2016, arXiv 1512.03385), for CIFAR: the stem is a single 3x3 convolution;
-    on 32x32 images the grids of the four stages are 32, 16, 8 and 4."""
+    """ResNet18 (He et al. 2016, arXiv 1512.03385), for CIFAR: the stem is a single 3x3 convolution; on 32x32 images
+    the grids of the four stages are 32, 16, 8 and 4."""
 
     def __init__(self, width: float, **options: Any) -> None:
         channels = scale_channels(64, width)
@@ -150,9 +150,9 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet121(Expert):
-    """DenseNet121 (Huang et al. 2017, arXiv 1608.06993): a bare convolution and four dense blocks,
-    whose grids on 32x32 images are 32, 16, 8 and 4. Width scales the growth rate of 32, which all
-    channel counts follow from; with its minimum of 4, widths below 0.125 are as 0.125."""
+    """DenseNet121 (Huang et al. 2017, arXiv 1608.06993): a bare convolution and four dense blocks, whose grids on
+    32x32 images are 32, 16, 8 and 4. Width scales the growth rate of 32, which all channel counts follow from; with
+    its minimum of 4, widths below 0.125 are as 0.125."""
 
     def __init__(self, width: float, **options: Any) -> None:
         growth = scale_channels(32, width)
@@ -170,9 +170,9 @@ class DenseNet121(Expert):
         super().__init__(stages, channels, **options)
 
 
-# GoogLeNet (Szegedy et al. 2015, arXiv 1409.4842), in two forms that differ in the stem. Both have
-# the paper's nine inception blocks, with batch norm after every convolution, two 3x3 convolutions
-# in place of the 5x5 one, and no auxiliary classifier.
+# GoogLeNet (Szegedy et al. 2015, arXiv 1409.4842), in two forms that differ in the stem. Both have the paper's nine
+# inception blocks, with batch norm after every convolution, two 3x3 convolutions in place of the 5x5 one, and no
+# auxiliary classifier.
 # Output channels: 1x1 | 1x1 -> 3x3 | 1x1 -> "5x5" | pool -> 1x1.
 INCEPTION_CHANNELS = {
     "3a": (64, 96, 128, 16, 32, 32), "3b": (128, 128, 192, 32, 96, 64),
@@ -216,9 +216,9 @@ def inception_stages(channels: int, width: float) -> tuple[dict[str, nn.Module],
 
 
 class GoogLeNet(Expert):
-    """The light form, of weiaicunzai/pytorch-cifar100: three convolutions and a max-pool; on 32x32
-    images the blocks 3, 4 and 5 have grids of 16, 8 and 4. Left out are its dropout, which would
-    make the heat maps of training and evaluation differ, and a slip in a batch norm's epsilon."""
+    """The light form, of weiaicunzai/pytorch-cifar100: three convolutions and a max-pool; on 32x32 images the blocks
+    3, 4 and 5 have grids of 16, 8 and 4. Left out are its dropout, which would make the heat maps of training and
+    evaluation differ, and a slip in a batch norm's epsilon."""
 
     def __init__(self, width: float, **options: Any) -> None:
         channels = (3, *(scale_channels(count, width) for count in (64, 64, 192)))
@@ -229,8 +229,8 @@ class GoogLeNet(Expert):
 
 
 class GoogLeNetKuangliu(Expert):
-    """The heavy form, of kuangliu/pytorch-cifar: a single convolution; on 32x32 images the blocks
-    3, 4 and 5 have grids of 32, 16 and 8, for three times the compute."""
+    """The heavy form, of kuangliu/pytorch-cifar: a single convolution; on 32x32 images the blocks 3, 4 and 5 have
+    grids of 32, 16 and 8, for three times the compute."""
 
     def __init__(self, width: float, **options: Any) -> None:
         stem_channels = scale_channels(192, width)
@@ -254,11 +254,10 @@ def build_expert(
 ) -> Expert:  # fmt: skip
     """Build one of `EXPERT_NAMES`: images (B, 3, 32, 32) in [0, 1] to logits (B, C), C at least 2.
 
-    width: factor on every channel count, above 0; 1 is the published network. mean, std: of the
-    colour channels, three numbers each; the defaults suit any images, the statistics of the
-    training set are better. heatmap_layer: one of `HEATMAP_LAYERS`, see `Expert`. layers,
-    auxiliary: of one of `BASELINES`, its number of cells, at least 3 (None: as published), and
-    whether it has its second classifier, for training. ValueError for anything else.
+    width: factor on every channel count, above 0; 1 is the published network. mean, std: of the colour channels,
+    three numbers each; the defaults suit any images, the statistics of the training set are better. heatmap_layer:
+    one of `HEATMAP_LAYERS`, see `Expert`. layers, auxiliary: of one of `BASELINES`, its number of cells, at least 3
+    (None: as published), and whether it has its second classifier, for training. ValueError for anything else.
     """
     if name not in EXPERT_NAMES:
         raise ValueError(f"unknown expert {name!r}; valid names: {', '.join(EXPERT_NAMES)}")
@@ -316,11 +315,10 @@ def as_expert(
 ) -> NetworkExpert:
     """A copy of any network of normalised images (B, 3, 32, 32) to logits (B, C), as an expert.
 
-    layer: name of the module, as in `network.named_modules()`, whose output (B, K, u, v) feeds
-    Grad-CAM; "layer2" of torchvision's ResNet18, say. mean, std: those that the network was trained
-    with, or zeros and ones where it takes images in [0, 1]. TypeError for what is no module;
-    ValueError for a value out of range, and where two images passed through in either mode show
-    that heat maps of that layer cannot be made and differentiated.
+    layer: name of the module, as in `network.named_modules()`, whose output (B, K, u, v) feeds Grad-CAM; "layer2" of
+    torchvision's ResNet18, say. mean, std: those that the network was trained with, or zeros and ones where it takes
+    images in [0, 1]. TypeError for what is no module; ValueError for a value out of range, and where two images
+    passed through in either mode show that heat maps of that layer cannot be made and differentiated.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network is a {type(network).__name__}; it must be a torch.nn.Module")

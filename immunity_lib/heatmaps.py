@@ -1,8 +1,8 @@
 """Differentiable Grad-CAM heat maps of all experts at once, eq (3).
 
-No hooks: the experts hand out the activations of their Grad-CAM layer together with the logits, so
-one forward pass serves classification and maps, and with `create_graph` the maps can stand in a
-loss. Experts share nothing, hence one backward pass of the summed scores serves all of them.
+No hooks: the experts hand out the activations of their Grad-CAM layer together with the logits, so one forward pass
+serves classification and maps, and with `create_graph` the maps can stand in a loss. Experts share nothing, hence one
+backward pass of the summed scores serves all of them.
 """
 
 from contextlib import nullcontext
@@ -22,8 +22,8 @@ EXPLAINED = {
     "mixture": lambda outputs: outputs.mixture()[:, None],
 }
 
-# Added to every pixel of a map before it is divided by its sum: far below the pixels of any living
-# map, and what makes an all-zero map uniform instead of NaN.
+# Added to every pixel of a map before it is divided by its sum: far below the pixels of any living map, and what
+# makes an all-zero map uniform instead of NaN.
 _EMPTY_MAP_CONSTANT = 1e-10
 
 
@@ -33,12 +33,11 @@ def expert_heatmaps(
 ) -> Tensor:  # fmt: skip
     """Heat maps of every expert for the given labels.
 
-    images: (B, 3, 32, 32) in [0, 1]; labels: (B,). Returns (B, N, 32, 32), non-negative, each map
-    sums to 1 and an empty one (all zero behind the ReLU of eq (3)) is uniform. The defaults are
-    the one reading that scores and pictures use; `floor` is described in `normalise_maps`,
-    `explained` in `grad_cam`. For a look (without `create_graph`) the model is in eval mode, and
-    as before afterwards; in a loss (with it) batch norms mix the images of the batch as training
-    has them. ValueError for images outside of [0, 1] and labels that do not match.
+    images: (B, 3, 32, 32) in [0, 1]; labels: (B,). Returns (B, N, 32, 32), non-negative, each map sums to 1 and an
+    empty one (all zero behind the ReLU of eq (3)) is uniform. The defaults are the one reading that scores and
+    pictures use; `floor` is described in `normalise_maps`, `explained` in `grad_cam`. For a look (without
+    `create_graph`) the model is in eval mode, and as before afterwards; in a loss (with it) batch norms mix the
+    images of the batch as training has them. ValueError for images outside of [0, 1] and labels that do not match.
     """
     check_images(images)
     check_labels(labels, images, model.experts[0].num_classes)
@@ -51,22 +50,21 @@ def expert_heatmaps(
 
 
 def heatmaps_from_outputs(
-    outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False,
-    *, floor: float = 0.0, explained: str = "logit",
-) -> Tensor:  # fmt: skip
-    """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done: `grad_cam`,
-    then `normalise_maps`, where the arguments are described."""
+    outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False, *, floor: float = 0.0, explained: str = "logit"
+) -> Tensor:
+    """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done: `grad_cam`, then
+    `normalise_maps`, where the arguments are described."""
     return normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
 
 
 def normalise_maps(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False) -> Tensor:
     """Non-negative heat maps (B, N, 32, 32), each made to sum to 1; an empty one is uniform.
 
-    floor: share of the expert's mean map mass in this batch (a constant for the gradient) that is
-    spread evenly over each of its maps before dividing. 0 is the literal reading. A positive floor
-    bounds the gradient through the division, which otherwise grows as a map shrinks and kills it.
-    constant_share: whether the floor's share of each map is a constant for the gradient too. Then a
-    loss cannot fall by letting a map shrink into its floor. Values are the same.
+    floor: share of the expert's mean map mass in this batch (a constant for the gradient) that is spread evenly over
+    each of its maps before dividing. 0 is the literal reading. A positive floor bounds the gradient through the
+    division, which otherwise grows as a map shrinks and kills it. constant_share: whether the floor's share of each
+    map is a constant for the gradient too. Then a loss cannot fall by letting a map shrink into its floor. Values are
+    the same.
     """
     mass = maps.sum((-2, -1), keepdim=True)
     spread = GRID**2 * _EMPTY_MAP_CONSTANT
@@ -78,25 +76,21 @@ def normalise_maps(maps: Tensor, floor: float = 0.0, *, constant_share: bool = F
     return maps / mass.clamp(min=1e-30) * (mass.detach() / whole) + spread / whole / GRID**2
 
 
-def grad_cam(
-    outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False, *, explained: str = "logit"
-) -> Tensor:
+def grad_cam(outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False, *, explained: str = "logit") -> Tensor:
     """Unnormalised heat maps H_i of eq (3), (B, N, 32, 32), resized bilinearly.
 
-    explained: what "y_label" in eq (3) is: the expert's own "logit" of the label, its
-    "log-probability", or that of the "mixture".
+    explained: what "y_label" in eq (3) is: the expert's own "logit" of the label, its "log-probability", or that of
+    the "mixture".
     """
     if explained not in EXPLAINED:
         raise ValueError(f"explained must be one of {', '.join(EXPLAINED)}; got {explained!r}")
     scores = EXPLAINED[explained](outputs)
     scores = scores.gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1))
-    gradients = torch.autograd.grad(
-        scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True
-    )
+    gradients = torch.autograd.grad(scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True)
     maps = []
     for activations, gradient in zip(outputs.activations, gradients, strict=True):
-        # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k)
-        # Mixed precision's activations are coarser than the scores
+        # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k) Mixed precision's
+        # activations are coarser than the scores
         activations, gradient = activations.to(scores.dtype), gradient.to(scores.dtype)
         weights = gradient.sum((-2, -1)) / activations.shape[1]
         maps.append(_resize(torch.einsum("bk,bkuv->buv", weights, activations).relu()))
@@ -114,8 +108,8 @@ def is_empty(maps: Tensor) -> Tensor:
 
 
 def _resize(maps: Tensor) -> Tensor:
-    """(B, u, v) to (B, 32, 32), bilinear, as two products with a fixed matrix: deterministic on
-    every device and cheap to differentiate twice."""
+    """(B, u, v) to (B, 32, 32), bilinear, as two products with a fixed matrix: deterministic on every device and
+    cheap to differentiate twice."""
     rows, columns = (_interpolation(size, maps.device, maps.dtype) for size in maps.shape[-2:])
     return rows @ maps @ columns.mT
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 GATES = ("trained", "uniform", "switch", "switch-per-image")
-# forward_with_features: images (B, 3, 32, 32) to activations (B, K, u, v) of the Grad-CAM layer and
-# logits (B, C); num_classes: C; normalise: what the gate's images go through
+# forward_with_features: images (B, 3, 32, 32) to activations (B, K, u, v) of the Grad-CAM layer and logits (B, C);
+# num_classes: C; normalise: what the gate's images go through
 EXPERT_NEEDS = ("forward_with_features", "num_classes", "normalise")
 
 Gate = str | Sequence[int]  # one of GATES, or a permutation of range(N)
@@ -40,8 +40,8 @@ class ExpertOutputs:
 
     def mixture(self, gate: Gate = "trained") -> Tensor:
         """(B, C), log of the mixture of probabilities under the given gate."""
-        # Eq. (1): y_hat = sum_i g_i softmax(f_i), kept as its logarithm: softmax(log y_hat) is
-        # y_hat, so that cross entropies and attacks, which take logits, see the true gradient
+        # Eq. (1): y_hat = sum_i g_i softmax(f_i), kept as its logarithm: softmax(log y_hat) is y_hat, so that cross
+        # entropies and attacks, which take logits, see the true gradient
         log_gate = _switch(self.log_gate, gate)
         return torch.logsumexp(self.log_probs + log_gate[..., None], dim=1)
 
@@ -64,15 +64,14 @@ def _switch(log_gate: Tensor, gate: Gate) -> Tensor:
 
 
 class ConvolutionalGate(nn.Module):
-    """Gate weights that depend on the image: convolution, pooling, a linear layer to N. Permuting
-    its N rows permutes the N weights: so is the random switch gate carried out, on the weights."""
+    """Gate weights that depend on the image: convolution, pooling, a linear layer to N. Permuting its N rows permutes
+    the N weights: so is the random switch gate carried out, on the weights."""
 
     def __init__(self, experts: int):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU()
+        )
         self.linear = nn.Linear(16, experts)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -94,25 +93,19 @@ class ConstantGate(nn.Module):
 class ImmunityMoE(nn.Module):
     """N experts mixed by a gate, eq (1). Returns log-probabilities.
 
-    experts: as `build_expert` makes them; a single one makes a stand-alone network of the same
-    interface. gate: a module from normalised images to (B, N) log weights, by default a
-    `ConvolutionalGate`. evaluation_gate: what a bare `model(images)` uses, so that attack
-    libraries, which call just that, see the defence as deployed; "switch" for the paper's gate.
-    """
+    experts: as `build_expert` makes them; a single one makes a stand-alone network of the same interface. gate: a
+    module from normalised images to (B, N) log weights, by default a `ConvolutionalGate`. evaluation_gate: what a
+    bare `model(images)` uses, so that attack libraries, which call just that, see the defence as deployed; "switch"
+    for the paper's gate."""
 
-    def __init__(
-        self, experts: Sequence[nn.Module], gate: nn.Module | None = None,
-        evaluation_gate: Gate = "switch",
-    ):  # fmt: skip
+    def __init__(self, experts: Sequence[nn.Module], gate: nn.Module | None = None, evaluation_gate: Gate = "switch"):
         super().__init__()
         if not experts:
             raise ValueError("a mixture needs at least one expert; got none")
         for expert in experts:
             if missing := [name for name in EXPERT_NEEDS if not hasattr(expert, name)]:
                 lacks = f"a {type(expert).__name__} is no expert: it lacks {', '.join(missing)}"
-                raise TypeError(
-                    f"{lacks}; build_expert makes one, as_expert makes one of any network"
-                )
+                raise TypeError(f"{lacks}; build_expert makes one, as_expert makes one of any network")
         self.experts = nn.ModuleList(experts)
         self.gate = ConvolutionalGate(len(experts)) if gate is None else gate
         self.evaluation_gate = evaluation_gate
@@ -127,8 +120,8 @@ class ImmunityMoE(nn.Module):
         return ExpertOutputs(logits, log_gate.to(images.dtype), activations)
 
     def forward(self, images: Tensor, gate: Gate | None = None) -> Tensor:
-        """Log of the mixture, (B, C). gate: "trained", "uniform", "switch" (a fresh uniform
-        permutation each call), "switch-per-image", or a permutation; None: `evaluation_gate`."""
+        """Log of the mixture, (B, C). gate: "trained", "uniform", "switch" (a fresh uniform permutation each call),
+        "switch-per-image", or a permutation; None: `evaluation_gate`."""
         return self.expert_outputs(images).mixture(self.evaluation_gate if gate is None else gate)
 
     @contextmanager
@@ -201,8 +194,8 @@ class GateVerdicts:
 
 @cache
 def permutations(experts: int) -> Tensor:
-    """All permutations of range(experts), (N!, N), the identity first; of more than six experts,
-    720 drawn at random, always the same ones, with a warning."""
+    """All permutations of range(experts), (N!, N), the identity first; of more than six experts, 720 drawn at random,
+    always the same ones, with a warning."""
     if experts <= LARGEST_ENUMERATED:
         return torch.tensor(list(itertools.permutations(range(experts))))
     many = f"{experts} experts have {math.factorial(experts):,} gates, too many to count"

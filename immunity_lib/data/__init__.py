@@ -33,14 +33,12 @@ def load_dataset(
 ) -> Dataset:  # fmt: skip
     """A data set by its name, one of `DATASETS`.
 
-    folder: where CIFAR is, or is downloaded to (by default `data` in the working directory); for
-    "images", what holds them, in a layout that `immunity_lib.data.images` describes. `~` is home.
-    train_images, test_images: how many, from the first on; None takes all there are. The
-    validation images are the rows right after the training images, so they are never trained on.
-    seed: draws Parts-10; the others are the same for every seed.
-    Raises ValueError for an unknown name, for more images than there are, for damaged files and a
-    folder in no valid layout; ConnectionError where CIFAR is missing and cannot be downloaded.
-    """
+    folder: where CIFAR is, or is downloaded to (by default `data` in the working directory); for "images", what holds
+    them, in a layout that `immunity_lib.data.images` describes. `~` is home. train_images, test_images: how many,
+    from the first on; None takes all there are. The validation images are the rows right after the training images,
+    so they are never trained on. seed: draws Parts-10; the others are the same for every seed.
+    Raises ValueError for an unknown name, for more images than there are, for damaged files and a folder in no valid
+    layout; ConnectionError where CIFAR is missing and cannot be downloaded."""
     source = find_source(name, folder, seed)
 
     def count_of(split: str, asked: int | None, least: int, most: int) -> int:
@@ -77,8 +75,8 @@ def find_source(name: str, folder: str | os.PathLike | None = None, seed: int = 
 
 
 def _channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel of images (B, 3, 32, 32), scaled to [0, 1]; a channel that
-    is the same everywhere, as red in images of green light, gets a deviation of 1."""
+    """Mean and deviation of each channel of images (B, 3, 32, 32), scaled to [0, 1]; a channel that is the same
+    everywhere, as red in images of green light, gets a deviation of 1."""
     # Sums of integers, so that the result does not depend on a machine's order of summation.
     pixels = images[:, 0].numel()
     mean = images.sum((0, 2, 3)).double() / pixels

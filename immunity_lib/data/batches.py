@@ -1,7 +1,7 @@
 """Images in memory: where they come from, one split of them, and batches of it.
 
-On images of 32x32 pixels, a loop over images in Python costs more than the network. Crop, flip and
-rotation are therefore one affine map per image, and one resampling of the whole batch.
+On images of 32x32 pixels, a loop over images in Python costs more than the network. Crop, flip and rotation are
+therefore one affine map per image, and one resampling of the whole batch.
 """
 
 import hashlib
@@ -69,13 +69,12 @@ def training_batches(
 ) -> Batches:  # fmt: skip
     """Every image once, in random order.
 
-    augment: crop by up to 4 pixels in each direction, flip every second image on average, rotate
-    by up to `rotation` degrees. cutout: side in pixels of a square that is hidden under the colour
-    `fill` in every image (DeVries & Taylor 2017, arXiv 1708.04552); 0: none.
+    augment: crop by up to 4 pixels in each direction, flip every second image on average, rotate by up to `rotation`
+    degrees. cutout: side in pixels of a square that is hidden under the colour `fill` in every image (DeVries &
+    Taylor 2017, arXiv 1708.04552); 0: none.
 
-    All is drawn from `generator`, on the CPU, by the call itself: equal states give equal batches.
-    A last batch of a single image is dropped, since batch normalisation cannot train on it.
-    ValueError for a batch size below 2.
+    All is drawn from `generator`, on the CPU, by the call itself: equal states give equal batches. A last batch of a
+    single image is dropped, since batch normalisation cannot train on it. ValueError for a batch size below 2.
     """
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}; training needs at least 2 images in a batch")
@@ -117,9 +116,9 @@ def random_maps(count: int, generator: torch.Generator, rotation: float) -> Tens
 
 
 def affine_maps(shifts: Tensor, angles: Tensor, flipped: Tensor) -> Tensor:
-    """Maps (B, 2, 3), each from an output pixel's place, as (x, y, 1) in -1 .. 1, to its place in
-    the input: shift by (B, 2) sides of the image, to the right and down, flip left to right where
-    (B,) is true, rotate by (B,) degrees counter-clockwise about the centre, in this order."""
+    """Maps (B, 2, 3), each from an output pixel's place, as (x, y, 1) in -1 .. 1, to its place in the input: shift by
+    (B, 2) sides of the image, to the right and down, flip left to right where (B,) is true, rotate by (B,) degrees
+    counter-clockwise about the centre, in this order."""
     radians, mirror = angles.deg2rad(), 1 - 2 * flipped.float()
     cosine, sine = radians.cos(), radians.sin()
     right, down = (-2 * shifts).unbind(dim=1)
@@ -130,16 +129,16 @@ def affine_maps(shifts: Tensor, angles: Tensor, flipped: Tensor) -> Tensor:
 def resample(images: Tensor, maps: Tensor) -> Tensor:
     """Images (B, 3, 32, 32) moved by affine maps (B, 2, 3), bilinearly; black comes in outside."""
     of_column, of_row, offset = maps.to(images.device)[..., None, None].unbind(dim=2)
-    # The centres of pixels, on a side from -1 to 1. This is much faster on the CPU than
-    # affine_grid, which multiplies a small matrix for every image.
+    # The centres of pixels, on a side from -1 to 1. This is much faster on the CPU than affine_grid, which multiplies
+    # a small matrix for every image.
     centres = (2 * torch.arange(32, device=images.device) + 1) / 32 - 1
     places = (of_column * centres + offset) + of_row * centres[:, None]
     return functional.grid_sample(images, places.movedim(1, -1), align_corners=False).clamp_(0, 1)
 
 
 def cut_out(images: Tensor, centres: Tensor, side: int, fill: Sequence[float]) -> Tensor:
-    """Images (B, 3, 32, 32) with a square in the colour `fill`, cut off at the border, around the
-    pixels `centres` (B, 2), as (row, column)."""
+    """Images (B, 3, 32, 32) with a square in the colour `fill`, cut off at the border, around the pixels `centres`
+    (B, 2), as (row, column)."""
     offsets = torch.arange(32, device=images.device) - centres.to(images.device)[..., None]
     hidden = (offsets >= -side // 2) & (offsets < side // 2)
     square = hidden[:, 0, :, None] & hidden[:, 1, None, :]

@@ -33,11 +33,11 @@ SPLITS = ("train", "test")
 
 
 def source(name: str, folder: Path) -> Source:
-    """The first that there is: torchvision's archive, packed or extracted, in `folder`; parquet
-    files in `folder/<name>`; a download into `folder`.
+    """The first that there is: torchvision's archive, packed or extracted, in `folder`; parquet files in
+    `folder/<name>`; a download into `folder`.
 
-    Raises ValueError for a file that is damaged or holds something else, and ConnectionError
-    where there are no images and the download fails.
+    Raises ValueError for a file that is damaged or holds something else, and ConnectionError where there are no
+    images and the download fails.
     """
     from filelock import FileLock
     from torchvision import datasets  # costs seconds to import
@@ -79,9 +79,9 @@ def source(name: str, folder: Path) -> Source:
 def _parquet_source(name: str, folder: Path) -> Source:
     """Files train-*.parquet and test-*.parquet, as Hugging Face publishes CIFAR.
 
-    Image files of 32x32 pixels are in a column img or image, as {bytes, path} or as bytes alone;
-    labels in a column fine_label or else label. Rows whose path begins with "lossy/" went through
-    JPEG: they are left out, since robustness is measured on exact pixels, and counted.
+    Image files of 32x32 pixels are in a column img or image, as {bytes, path} or as bytes alone; labels in a column
+    fine_label or else label. Rows whose path begins with "lossy/" went through JPEG: they are left out, since
+    robustness is measured on exact pixels, and counted.
     """
     rows, lossy = {split: [] for split in SPLITS}, 0
     for split in SPLITS:

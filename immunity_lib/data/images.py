@@ -1,11 +1,11 @@
 """Your own images as a data set: a folder of image files for each class.
 
-Two layouts are valid. `<folder>/train/<class>/*` and `<folder>/test/<class>/*` say which images are
-for testing. Of `<folder>/<class>/*` alone, it is those whose name has a hash in the lowest fifth of
-its range: a fifth on average, and adding or removing files moves no other file between the splits.
+Two layouts are valid. `<folder>/train/<class>/*` and `<folder>/test/<class>/*` say which images are for testing. Of
+`<folder>/<class>/*` alone, it is those whose name has a hash in the lowest fifth of its range: a fifth on average,
+and adding or removing files moves no other file between the splits.
 
-Class folders may hold further folders. Names that begin with a dot are passed over, and so are
-files that do not end as an image's do (.jpg, .png, ...; torchvision's IMG_EXTENSIONS).
+Class folders may hold further folders. Names that begin with a dot are passed over, and so are files that do not end
+as an image's do (.jpg, .png, ...; torchvision's IMG_EXTENSIONS).
 """
 
 import hashlib
@@ -34,9 +34,8 @@ LAYOUTS = (
 def source(folder: Path) -> Source:
     """The images of a folder, each as `pixels` gives it.
 
-    The rows of a split follow the hash of their file names, which mixes the classes: the first k
-    are a fair sample. ValueError for a folder in neither layout and, once read, for broken files.
-    """
+    The rows of a split follow the hash of their file names, which mixes the classes: the first k are a fair sample.
+    ValueError for a folder in neither layout and, once read, for broken files."""
     from torchvision.datasets.folder import is_image_file, make_dataset  # costs seconds to import
 
     def is_valid(path: str) -> bool:
@@ -92,9 +91,9 @@ def read_images(rows: Rows, exact: bool, split: str, count: int) -> ImageSet:
 def pixels(file: str | BinaryIO, exact: bool = False) -> np.ndarray:
     """Pixels (3, 32, 32) uint8 of an image: upright, RGB, shorter side resized, centre cropped.
 
-    Raises ValueError for content in none of FORMATS, whatever the file's name (for some others
-    Pillow starts further programs), for more than MOST_PIXELS or 8 bits a channel, and with `exact`
-    for any size but 32x32; for a broken file, whatever Pillow does.
+    Raises ValueError for content in none of FORMATS, whatever the file's name (for some others Pillow starts further
+    programs), for more than MOST_PIXELS or 8 bits a channel, and with `exact` for any size but 32x32; for a broken
+    file, whatever Pillow does.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
     from torchvision.transforms import functional

@@ -1,14 +1,13 @@
 """Parts-10: birds made of parts, generated from a seed, with the truth about every pixel.
 
-The paper argues that experts should look at different parts of an object, and not at its
-surroundings. Here both can be measured. A bird is a body that says nothing about its class, and
-four parts of which each says it all: the colour of a part narrows the class down to two, its shape
-or texture decides, and no two parts pair the classes in the same way. Parts can be missing or
-hidden behind leaves, so it pays to know several. Each class has a habitat, where the bird is seen
-with probability `HABITAT_AGREEMENT`; in the split "test-shifted", all ten are equally likely.
+The paper argues that experts should look at different parts of an object, and not at its surroundings. Here both can
+be measured. A bird is a body that says nothing about its class, and four parts of which each says it all: the colour
+of a part narrows the class down to two, its shape or texture decides, and no two parts pair the classes in the same
+way. Parts can be missing or hidden behind leaves, so it pays to know several. Each class has a habitat, where the
+bird is seen with probability `HABITAT_AGREEMENT`; in the split "test-shifted", all ten are equally likely.
 
-Pixels are the same on every machine: numpy freezes the streams of `RandomState`, and only
-operations whose rounding IEEE 754 fixes are used (+, -, *, /, sqrt, floor, comparisons).
+Pixels are the same on every machine: numpy freezes the streams of `RandomState`, and only operations whose rounding
+IEEE 754 fixes are used (+, -, *, /, sqrt, floor, comparisons).
 """
 
 from functools import partial
@@ -31,10 +30,9 @@ PART_MISSING, PART_HIDDEN = 0.3, 0.2
 COLOUR = np.array([[*"0123401234"], [*"1133004422"], [*"2424010313"], [*"3240211043"]], int)
 VARIANT = np.array([[*"0000011111"], [*"0101010101"], [*"0011001011"], [*"0000101111"]], int) == 1
 # Colours are (3, 1, 1), as images have their channels.
-PART_COLOURS = np.float32([
-    [0.85, 0.18, 0.15], [0.95, 0.78, 0.15], [0.15, 0.35, 0.85], [0.93, 0.92, 0.90],
-    [0.55, 0.18, 0.60],
-])[..., None, None]  # fmt: skip
+PART_COLOURS = np.float32(
+    [[0.85, 0.18, 0.15], [0.95, 0.78, 0.15], [0.15, 0.35, 0.85], [0.93, 0.92, 0.90], [0.55, 0.18, 0.60]]
+)[..., None, None]
 LEAF_COLOUR = np.float32([0.3, 0.45, 0.18])[:, None, None]
 HABITAT_COLOURS = np.float32([
     [0.35, 0.50, 0.25], [0.60, 0.50, 0.30], [0.40, 0.55, 0.65], [0.50, 0.50, 0.50],
@@ -43,11 +41,9 @@ HABITAT_COLOURS = np.float32([
 ])[..., None, None]  # fmt: skip
 # How many stripes of a habitat 32 pixels cross, along x and along y.
 HABITAT_STRIPES = np.float32([[4, 0, 3, 3, 5, 2, 5, 2, 0, 6], [0, 4, 3, -3, 2, 5, -2, -5, 6, 0]])
-# The leaf that can hide each part: its centre and radii (x, y), in pixels from the centre of a bird
-# that looks to the right (y points down).
-LEAVES = (
-    (7.0, -5.5, 5.0, 6.5), (-1.5, -1.5, 6.8, 5.2), (-9.5, -1.0, 5.2, 6.2), (0.0, 7.5, 6.6, 5.0),
-)  # fmt: skip
+# The leaf that can hide each part: its centre and radii (x, y), in pixels from the centre of a bird that looks to the
+# right (y points down).
+LEAVES = ((7.0, -5.5, 5.0, 6.5), (-1.5, -1.5, 6.8, 5.2), (-9.5, -1.0, 5.2, 6.2), (0.0, 7.5, 6.6, 5.0))
 CHUNK = 250  # images drawn together, from one stream: the first k are the same for any count
 GRID_Y, GRID_X = np.mgrid[0:32, 0:32].astype(np.float32)
 
