@@ -1,16 +1,15 @@
 """Files that are whole or not there: a kill leaves the old one or the new one, never a part."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 
 class DamagedFile(ValueError):
@@ -21,10 +20,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing; folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    data = content.encode() if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -36,16 +34,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def set_aside(path: Path, reason: str) -> Path:
     """Rename a file that cannot be used, say so, and return its new name; nothing is deleted."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    target = path.with_name(f"{path.name}.aside-{stamp}")
-    os.replace(path, target)
+    target = path.replace(path.with_name(f"{path.name}.aside-{stamp}"))
     print(f"set aside as {target}: {reason}", file=sys.stderr)
     return target
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """Write tensors and JSON-able notes as one safetensors file, which executes nothing on load."""
-    from safetensors.torch import save
-
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # In one entry, since safetensors writes several in random order: equal content, equal bytes
     write_atomically(path, save(tensors, {"immunity": json.dumps(notes, sort_keys=True)}))
@@ -53,13 +48,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any])
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; raises DamagedFile if it is not whole."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {})["immunity"])
             # Copied: it hands out the file's own pages, which change when the file is written to
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, notes
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, notes
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise DamagedFile(f"{path} is not a whole file of this library: {error}") from error
