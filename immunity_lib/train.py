@@ -1,9 +1,8 @@
 """Training of a mixture by eq (12), standard or adversarial, resumable after every epoch.
 
-A `Recipe` says all that trained weights depend on, besides code and data. After every epoch the
-weights, the optimiser's momentum, the random state and the log so far go into one checkpoint: a run
-that was killed or stopped goes on from there and ends where an undisturbed one would have (on the
-CPU, bit for bit).
+After every epoch the weights, the optimiser's momentum, the random state and the log go into one
+checkpoint: a run that was killed or stopped goes on from there and ends where an undisturbed one
+would have (on the CPU, bit for bit).
 """
 
 import json
@@ -13,8 +12,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -98,23 +96,19 @@ class Recipe:
             "train_images": 2, "validation_images": 1, "experts": 1, "layers": 3, "epochs": 1,
             "batch_size": 2, "adversary_steps": 1,
         }  # fmt: skip
-        most = {"width": 4, "eps": 1, "step_size": 1, "seed": 2**63 - 1}
-        positive, below_1 = (
-            ("width", "learning_rate", "eps", "step_size"),
-            ("momentum", "drop_path"),
-        )
         for name, value in vars(self).items():
             if value is None or isinstance(value, bool | str):
                 continue
-            low, high = least.get(name, 0), most.get(name, math.inf)
-            for holds, must in (
-                (low <= value < math.inf, f"at least {low}"),  # so phrased that NaN fails
-                (value > 0 or name not in positive, "above 0"),
-                (value <= high, f"at most {high}"),
-                (value < 1 or name not in below_1, "below 1"),
-            ):
-                if not holds:
-                    raise ValueError(f"{name} is {value}; it must be {must}")
+            low = least.get(name, 0)
+            if not low <= value < math.inf:  # so phrased that NaN fails
+                raise ValueError(f"{name} is {value}; it must be at least {low}")
+            if name in ("width", "learning_rate", "eps", "step_size") and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+            high = {"width": 4, "eps": 1, "step_size": 1, "seed": 2**63 - 1}.get(name, math.inf)
+            if value > high:
+                raise ValueError(f"{name} is {value}; it must be at most {high}")
+            if name in ("momentum", "drop_path") and value >= 1:
+                raise ValueError(f"{name} is {value}; it must be below 1")
 
     def as_json(self) -> dict[str, Any]:
         """The fields for a JSON file, fractions as text."""
@@ -138,14 +132,12 @@ def build_model(recipe: Recipe, dataset: Dataset) -> ImmunityMoE:
         experts = [
             build_expert(
                 recipe.expert, len(dataset.class_names), recipe.width, mean, std,
-                recipe.heatmap_layer, layers=recipe.layers,
-                auxiliary=bool(recipe.auxiliary_weight),
+                recipe.heatmap_layer, layers=recipe.layers, auxiliary=bool(recipe.auxiliary_weight),
             )
             for _ in range(recipe.experts)
         ]  # fmt: skip
         gate = {"convolutional": ConvolutionalGate, "constant": ConstantGate}[recipe.gate_network]
-        model = ImmunityMoE(experts, gate(recipe.experts))
-    return model.to(memory_format=torch.channels_last)
+        return ImmunityMoE(experts, gate(recipe.experts)).to(memory_format=torch.channels_last)
 
 
 def train(
@@ -154,10 +146,10 @@ def train(
 ) -> tuple[ImmunityMoE, list[dict]]:  # fmt: skip
     """Train a recipe from its last checkpoint in `folder`, or from the start.
 
-    Returns the model after the last epoch and its log, one entry an epoch as described in
-    `diagnose` and `_train_epoch`, which is in `folder/log.jsonl` too. name: for the progress lines.
-    Raises TrainingDiverged at the first loss that is not finite. SIGTERM (as SystemExit(143)) and
-    Ctrl-C end it at once, with the last epoch's checkpoint left to go on from.
+    Returns the model after the last epoch and its log, in `folder/log.jsonl` too: for each epoch
+    what `_train_epoch` and `diagnose` say. name: for the progress lines. Raises TrainingDiverged at
+    the first loss that is not finite. SIGTERM (as SystemExit(143)) and Ctrl-C end it at once, with
+    the last epoch's checkpoint left to go on from.
     """
     model = build_model(recipe, dataset).to(device)
     loss = training_loss
@@ -167,10 +159,16 @@ def train(
     optimiser = make_optimiser(model, recipe)
     name, log = name or folder.name, []
     source = {"recipe": recipe.as_json(), "data": dataset.splits["train"].checksum}
-    with torch.random.fork_rng(), _sigterm_stops():
+    with torch.random.fork_rng(), ExitStack() as at_end:
+        if threading.current_thread() is threading.main_thread():  # no other handles signals
+            before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+            at_end.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
         torch.manual_seed(recipe.seed)
         try:
             log = _restore(folder, source, model, optimiser)
+            if 0 < len(log) < recipe.epochs:
+                kept = f"after epoch {len(log)} of {recipe.epochs}"
+                print(f"{folder.name} goes on {kept}", flush=True)
             while len(log) < recipe.epochs:
                 started = time.perf_counter()
                 entry = {"epoch": len(log) + 1}
@@ -192,8 +190,8 @@ def train(
 def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name) -> dict[str, float]:
     """One epoch; means over its batches of the loss's parts and of their weighted total."""
     model.train()
-    for expert in model.experts:
-        if recipe.drop_path:
+    if recipe.drop_path:
+        for expert in model.experts:
             expert.set_drop_path(recipe.drop_path * epoch / recipe.epochs)
     batches = training_batches(
         dataset.splits["train"], recipe.batch_size, torch.default_generator, recipe.augment,
@@ -215,12 +213,13 @@ def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name) -> dict[s
         if recipe.gradient_clip:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimiser.step()
-        losses = {
-            "cross_entropy": parts.cross_entropy, "mutual_information_loss": parts.mutual_information,
-            "position_stability_loss": parts.position_stability, "loss": parts.total,
-        }  # fmt: skip
-        for part, loss_value in losses.items():
-            if not math.isfinite(value := loss_value.item()):
+        for part, value in {
+            "cross_entropy": parts.cross_entropy.item(),
+            "mutual_information_loss": parts.mutual_information.item(),
+            "position_stability_loss": parts.position_stability.item(),
+            "loss": parts.total.item(),
+        }.items():
+            if not math.isfinite(value):
                 where = f"in epoch {epoch + 1}, batch {number} of {steps}"
                 raise TrainingDiverged(f"{name}: {part} is {value} {where}; {remedy}")
             sums[part] += value
@@ -234,9 +233,8 @@ def training_loss(
     model: ImmunityMoE, images: Tensor, labels: Tensor, recipe: Recipe, epochs_done: float,
     adversarial: Tensor | None = None,
 ) -> ImmunityLoss:  # fmt: skip
-    """Eq (12) on one batch; beta and gamma rise linearly over the warm-up. The total also has what
-    the recipe's pairing and auxiliary classifier add. adversarial: the images under attack, if any.
-    """
+    """Eq (12) on one batch, beta and gamma rising linearly over the warm-up, and what the recipe's
+    pairing and auxiliary classifier add. adversarial: the images under attack, if any."""
     warm = min(epochs_done / recipe.warmup_epochs, 1.0) if recipe.warmup_epochs else 1.0
     beta, gamma = warm * recipe.beta, warm * recipe.gamma
     clean_is_classified = adversarial is None or recipe.pairing == "trades"
@@ -255,10 +253,8 @@ def training_loss(
         maps = normalise_maps(heat, recipe.floor)
         # A floor's centre of mass never moves, so that eq (11) would reward maps for shrinking
         positions = normalise_maps(heat, recipe.floor, constant_share=True)
-    loss = immunity_loss(
-        outputs, labels, maps, positions, alpha=recipe.alpha, beta=beta, gamma=gamma,
-        coordinates=recipe.coordinates,
-    )  # fmt: skip
+    terms = {"alpha": recipe.alpha, "beta": beta, "gamma": gamma}
+    loss = immunity_loss(outputs, labels, maps, positions, coordinates=recipe.coordinates, **terms)
     total, mixture = loss.total, outputs.mixture()
     if recipe.pairing == "trades":  # its eq (5): KL(clean || adversarial)
         far = functional.kl_div(other_log_probs, mixture, reduction="batchmean", log_target=True)
@@ -272,15 +268,14 @@ def training_loss(
 
 def adversarial_images(
     model: ImmunityMoE, images: Tensor, labels: Tensor, recipe: Recipe
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     """The images of a batch under the recipe's attack on the trained gate; None if it has none."""
     if recipe.adversary is None:
         return None
     eps, attack = float(recipe.eps), recipe.adversary
     budget = {"step_size": float(recipe.step_size), "steps": recipe.adversary_steps}
     if recipe.pairing == "trades":
-        # It ascends the divergence from the clean answer; FFGSM is that attack's one step of 1.25
-        # eps for a cross entropy
+        # It raises the divergence from the clean answer; FFGSM is its one step on a cross entropy
         budget = {"step_size": 1.25 * eps, "steps": 1} if attack == "ffgsm" else budget
         attack = "tpgd"
     with mixed_precision(recipe, images.device):
@@ -288,12 +283,12 @@ def adversarial_images(
 
 
 def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
-    """What the log says of the model, in eval mode, maps in the fixed reading; random numbers are
-    left as they were.
+    """What the log says of the model, in eval mode; it leaves the random state as it was.
 
-    accuracy of the mixture under the trained gate and of every expert; entropy of the gate in
-    nats; share of empty maps; I(C, E) in nats; mean norm of the input's gradient of the mixture's
-    cross entropy; robust_accuracy of the mixture under the recipe's own attack, if it has one.
+    accuracy of the mixture under the trained gate and of every expert; entropy of the gate in nats;
+    of maps in the fixed reading, the share that is empty and I(C, E) in nats; mean norm of the
+    input's gradient of the mixture's cross entropy; robust_accuracy of the mixture under the
+    recipe's own attack, if it has one.
     """
     model.eval()
     sums: dict[str, Tensor | float] = defaultdict(float)
@@ -317,35 +312,31 @@ def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
             with torch.no_grad():
                 predicted = model(attacked, gate="trained").argmax(-1)
             sums["robust_accuracy"] += (predicted == labels).sum()
-    return {
-        what: torch.as_tensor(total).div(len(validation)).tolist() for what, total in sums.items()
-    }
+    return {key: torch.as_tensor(one).div(len(validation)).tolist() for key, one in sums.items()}
 
 
 def progress_line(name: str, epochs: int, entry: dict) -> str:
     """One epoch of the log as a line of text."""
-    attacked = ", {robust_accuracy:.1%} under its own attack" if "robust_accuracy" in entry else ""
-    line = (
-        "{name} epoch {epoch}/{epochs}: cross entropy {cross_entropy:.3f}, "
-        "MI {mutual_information_loss:.3f}, PS {position_stability_loss:.3g}, "
-        "accuracy {accuracy:.1%} (experts {lowest:.1%} to {highest:.1%})" + attacked + ", "
-        "gate entropy {gate_entropy:.2f}, empty maps {empty_maps:.1%}, "
-        "input gradient {input_gradient:.3f}, {seconds:.0f} s"
+    robust, experts = entry.get("robust_accuracy"), entry["expert_accuracy"]
+    attacked = "" if robust is None else f", {robust:.1%} under its own attack"
+    return (
+        f"{name} epoch {entry['epoch']}/{epochs}: cross entropy {entry['cross_entropy']:.3f}, "
+        f"MI {entry['mutual_information_loss']:.3f}, PS {entry['position_stability_loss']:.3g}, "
+        f"accuracy {entry['accuracy']:.1%} (experts {min(experts):.1%} to {max(experts):.1%})"
+        f"{attacked}, gate entropy {entry['gate_entropy']:.2f}, "
+        f"empty maps {entry['empty_maps']:.1%}, input gradient {entry['input_gradient']:.3f}, "
+        f"{entry['seconds']:.0f} s"
     )
-    experts = {"lowest": min(entry["expert_accuracy"]), "highest": max(entry["expert_accuracy"])}
-    return line.format(name=name, epochs=epochs, **experts, **entry)
 
 
 def make_optimiser(model: ImmunityMoE, recipe: Recipe) -> torch.optim.Optimizer:
     """Stochastic gradient descent on all weights of the model."""
-    weights = list(model.parameters())
-    groups: list[dict] = [{"params": weights}]
+    groups, momentum, decay = model.parameters(), recipe.momentum, recipe.weight_decay
     if recipe.decayed != "everything":  # biases and batch norms, which are vectors, are left alone
-        vectors = {"params": [one for one in weights if one.ndim < 2], "weight_decay": 0.0}
-        groups = [{"params": [one for one in weights if one.ndim >= 2]}, vectors]
-    return torch.optim.SGD(
-        groups, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
-    )
+        vectors = [one for one in model.parameters() if one.ndim < 2]
+        others = [one for one in model.parameters() if one.ndim >= 2]
+        groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, recipe.learning_rate, momentum, weight_decay=decay)
 
 
 def learning_rate_factor(schedule: str, done: float) -> float:
@@ -370,25 +361,10 @@ def mixed_precision(recipe: Recipe, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
 
 
-@contextmanager
-def _sigterm_stops() -> Iterator[None]:
-    """Within it, SIGTERM raises SystemExit(143), so that what is held is let go and the end is
-    told. Only the main thread can handle signals; in any other, SIGTERM does what it did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def _save(folder: Path, notes: dict, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+def _save(folder: Path, notes: dict, model: nn.Module, optimiser) -> None:
     """Write weights, momentum, random state and notes (recipe, data, log) as one file."""
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
@@ -399,9 +375,7 @@ def _save(folder: Path, notes: dict, model: nn.Module, optimiser: torch.optim.Op
     write_tensors(folder / CHECKPOINT, tensors, notes)
 
 
-def _restore(
-    folder: Path, source: dict, model: nn.Module, optimiser: torch.optim.Optimizer
-) -> list[dict]:
+def _restore(folder: Path, source: dict, model: nn.Module, optimiser) -> list[dict]:
     """Load the checkpoint, if there is one of this recipe and data; the log so far. Any other is
     set aside, and training starts from the beginning."""
     path, weights = folder / CHECKPOINT, model.state_dict()
@@ -429,7 +403,4 @@ def _restore(
     torch.set_rng_state(random_state)
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    epochs = source["recipe"]["epochs"]
-    if len(log) < epochs:
-        print(f"{folder.name} goes on after epoch {len(log)} of {epochs}", flush=True)
     return log
