@@ -1,7 +1,7 @@
 """The paper's claims, and what our records say of each.
 
-The claims and the rule of the verdicts are data, in claims.yaml. A claim is about a difference between two models on
-the same images, or between the two sides of one.
+They and the rule of the verdicts are data, in claims.yaml. A claim is about a difference between two models on the
+same images, or between the two sides of one.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from study import catalogue
 from study.catalogue import DATA, METHODS, MIXTURES, NETWORKS
@@ -34,10 +34,8 @@ class NotTestable(Exception):
     """Why a preset cannot say anything about a claim."""
 
 
-class Measure(BaseModel):
+class Measure(BaseModel, extra="forbid", frozen=True):
     """A model minus the strongest of those it is held against; claims.yaml lists the kinds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Annotated[str, Field(pattern=f"^({'|'.join(KINDS)})$")]
     model: Method
@@ -52,10 +50,8 @@ class Measure(BaseModel):
         return "%" if self.kind in SCORES else "points"
 
 
-class Claim(BaseModel):
+class Claim(BaseModel, extra="forbid", frozen=True):
     """A sentence of the paper and what it predicts; see claims.yaml for the rule."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     sentence: str
@@ -70,18 +66,15 @@ class Claim(BaseModel):
     def _whole(self) -> Self:
         bounds, testable = (self.at_least, self.at_most), self.measure is not None
         if testable == bool(self.untestable) or testable == (bounds == (None, None)):
-            raise ValueError(
-                f"claim {self.id} needs a measure and at_least or at_most, or else only why it is untestable"
-            )
+            raise ValueError(f"claim {self.id} needs a measure and at_least or at_most, or only why it is untestable")
         return self
 
     @property
     def prediction(self) -> str:
         if self.measure is None:
             return ""
-        if self.at_most is None:
-            return f"at least {self.at_least:+g} {self.measure.unit}"
-        return f"at most {self.at_most:+g} {self.measure.unit}"
+        bound = f"at least {self.at_least:+g}" if self.at_most is None else f"at most {self.at_most:+g}"
+        return f"{bound} {self.measure.unit}"
 
     def verdict(self, low: float, high: float) -> str:
         """By the rule in claims.yaml, for an interval in the units of the prediction."""
@@ -89,9 +82,7 @@ class Claim(BaseModel):
         most = np.inf if self.at_most is None else self.at_most
         if least <= low and high <= most:
             return "holds"
-        if high < least or low > most:
-            return "does not hold"
-        return "undecided"
+        return "does not hold" if high < least or low > most else "undecided"
 
 
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
@@ -101,9 +92,8 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
         try:
             claim = Claim.model_validate(content)
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise ValueError(f"{path}, claim {number}, {where}: {problem['msg']}") from None
+            first = error.errors()[0]
+            raise ValueError(f"{path}, claim {number}, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         if claims.setdefault(claim.id, claim) is not claim:
             raise ValueError(f"{path}: two claims are called {claim.id}; give each its own id")
     return list(claims.values())
@@ -113,22 +103,20 @@ def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
     """One line a claim: claim (its id), sentence, where, predicted, reading, effect, low, high (95 %), unit, against
     (what it was held against), seeds, images, verdict, and reason where there is none."""
     columns = [
-        "claim", "sentence", "where", "predicted", "reading", "effect", "low", "high", "unit",
-        "against", "seeds", "images", "verdict", "reason",
+        "claim", "sentence", "where", "predicted", "reading", "effect", "low", "high", "unit", "against", "seeds",
+        "images", "verdict", "reason",
     ]  # fmt: skip
     lines = []
     for claim in claims:
-        line = {"claim": claim.id, "predicted": claim.prediction}
-        line |= {field: getattr(claim, field) for field in ("sentence", "where", "reading")}
+        line = claim.model_dump(include={"sentence", "where", "reading"})
+        line |= {"claim": claim.id, "predicted": claim.prediction}
         try:
             if claim.measure is None:
                 raise NotTestable(claim.untestable)
             differences, against = paired_differences(settings, claim.measure)
             effect, low, high = (100 * one for one in paired_interval(differences))
-            seeds, images = differences.shape
-            line |= {"effect": effect, "low": low, "high": high, "unit": claim.measure.unit}
-            line |= {"against": against, "seeds": seeds, "images": images}
-            line["verdict"] = claim.verdict(low, high)
+            line |= {"effect": effect, "low": low, "high": high, "unit": claim.measure.unit, "against": against}
+            line |= {"seeds": len(differences), "images": differences.shape[1], "verdict": claim.verdict(low, high)}
         except NotTestable as reason:
             line |= {"verdict": VERDICTS[-1], "reason": str(reason)}
         lines.append(line)
@@ -137,14 +125,11 @@ def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def verdict_text(found: pd.DataFrame) -> pd.DataFrame:
     """Verdicts as text, one line a claim."""
-    lines = []
-    for row in found.astype(object).where(found.notna(), "").to_dict("records"):
-        shown = {key: row[key] for key in ("claim", "where", "predicted")}
-        effect = "{effect:+.1f} [{low:+.1f}, {high:+.1f}] {unit}"
-        shown["effect [95 % interval]"] = effect.format(**row) if row["unit"] else ""
-        reason = f": {row['reason']}" if row["reason"] else ""
-        lines.append(shown | {"against": row["against"], "verdict": row["verdict"] + reason})
-    return pd.DataFrame(lines)
+    text = found.astype(object).where(found.notna(), "")
+    effect = "{effect:+.1f} [{low:+.1f}, {high:+.1f}] {unit}"
+    text["effect [95 % interval]"] = [effect.format(**one) if one["unit"] else "" for one in text.to_dict("records")]
+    text["verdict"] += text["reason"].where(text["reason"] == "", ": " + text["reason"])
+    return text[["claim", "where", "predicted", "effect [95 % interval]", "against", "verdict"]]
 
 
 def paired_differences(settings: Settings, measure: Measure) -> tuple[np.ndarray, str]:
@@ -153,7 +138,7 @@ def paired_differences(settings: Settings, measure: Measure) -> tuple[np.ndarray
     Raises NotTestable where the preset has no such models."""
     network = measure.network or settings.recipe.expert
     column = measure.kind if measure.kind in SCORES else "switched"
-    if measure.kind == "network" and measure.model == "ensemble":
+    if (measure.kind, measure.model) == ("network", "ensemble"):
         column = "experts"  # each of the networks alone
     if measure.against == "baselines":
         others = {NETWORKS[one]: ("standalone", one, column) for one in settings.baselines}
@@ -219,9 +204,8 @@ def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
     by_image, by_seed = np.tile(np.arange(images), seeds), np.repeat(np.arange(seeds), images)
     ways = [by_image] if seeds == 1 else [np.column_stack((by_image, by_seed)), by_seed]
     for groups in ways:  # with few seeds the variance of two ways can come out negative
-        fit = statsmodels.OLS(values, np.ones(len(values))).fit(
-            cov_type="cluster", cov_kwds={"groups": groups}, use_t=True
-        )
+        model = statsmodels.OLS(values, np.ones(len(values)))
+        fit = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
         with np.errstate(invalid="ignore"):
             low, high = fit.conf_int()[0]
         if np.isfinite([low, high]).all():

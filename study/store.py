@@ -18,7 +18,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,8 @@ def provenance() -> dict[str, Any]:
     for path in sorted(path for name in source for path in (ROOT / name).rglob("*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     about = Path("/proc/cpuinfo")
-    names = re.findall("model name\\s*: (.*)", about.read_text() if about.exists() else "")
-    processor = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    named = re.search("model name\\s*: (.*)", about.read_text() if about.exists() else "")
+    processor = f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
     return {
         # An image has no history, but was told its commit when it was built
         "commit": _git("rev-parse", "HEAD") or os.environ.get("IMMUNITY_COMMIT") or None,
@@ -80,8 +79,7 @@ def provenance() -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     # Without git, or a checkout, the source's checksum still says which code it was
     with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
     return None
 
 
@@ -101,14 +99,11 @@ def chosen_device() -> torch.device:
 def load_data(settings: Settings, name: str = "") -> Dataset:
     """The preset's data set, or one of its further ones, with as many images as it says."""
     recipe = settings.recipe
-    dataset = load_dataset(
-        name or recipe.dataset, settings.data_folder or ROOT / "data",
-        recipe.train_images, recipe.validation_images, settings.test_images,
-    )  # fmt: skip
+    counts = (recipe.train_images, recipe.validation_images, settings.test_images)
+    dataset = load_dataset(name or recipe.dataset, settings.data_folder or ROOT / "data", *counts)
     available = len(dataset.splits["test"])
     for field in ("attacked_images", "adaptive_images"):
-        count = getattr(settings, field)
-        if count is not None and count > available:
+        if (count := getattr(settings, field) or 0) > available:
             raise ValueError(f"{field} is {count}, but {dataset.name} has only {available} test images; lower it")
     return dataset
 
@@ -151,8 +146,7 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
     put together from its members, with equal weights.
     """
     if name.method == "ensemble":
-        networks = [trained_model(settings, one, dataset) for one in members(settings, name)]
-        experts = [network.experts[0] for network in networks]
+        experts = [trained_model(settings, one, dataset).experts[0] for one in members(settings, name)]
         gate = ConstantGate(len(experts)).to(chosen_device())
         return ImmunityMoE(experts, gate, evaluation_gate="uniform").eval()
     model = _load_if_usable(settings, name, dataset)
@@ -161,19 +155,18 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(lock, timeout=LOCKED):  # a second process waits, and finds it trained
-                model = _load_if_usable(settings, name, dataset)
-                model = model or _train_and_save(settings, name, dataset)
+                model = _load_if_usable(settings, name, dataset) or _train_and_save(settings, name, dataset)
         except Timeout as error:
             raise TimeoutError(
-                f"{lock} is held for {LOCKED / 3600:.0f} hours, seen from {platform.node()}; if no "
-                "job works on this model any more, on any machine, remove that file"
+                f"{lock} is held for {LOCKED / 3600:.0f} hours, seen from {platform.node()}; remove that file if no "
+                "job works on this model any more, on any machine"
             ) from error
     return model.to(chosen_device()).eval()
 
 
 def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE | None:
-    """The model that was trained here, else the one that comes with the project; None where there is none that can be
-    used. Of the two, the former is set aside then."""
+    """The model that was trained here, set aside if it cannot be used, else the one that comes with the project; None
+    where there is neither."""
     recipe, own = recipe_of(settings, name), own_folder(settings, name)
     files = [own / WEIGHTS, own / "record.json"]
     if all(path.exists() for path in files):
@@ -182,8 +175,7 @@ def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         except DamagedFile as error:
             for path in files:
                 set_aside(path, f"{error}; the model is trained anew")
-    folder = model_folder(settings, name)
-    if folder != own:
+    if (folder := model_folder(settings, name)) != own:
         try:
             model = _load(folder, recipe, dataset)
             _say_once(f"{name}: weights that come with the project")
@@ -217,8 +209,8 @@ def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE:
 
 
 def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
-    wanted, folder, device = recipe_of(settings, name), own_folder(settings, name), chosen_device()
-    published, images = own_recipe(settings, name), dataset.splits["train"]
+    wanted, published = recipe_of(settings, name), own_recipe(settings, name)
+    folder, device, images = own_folder(settings, name), chosen_device(), dataset.splits["train"]
     print(f"training {name} on {device}, data from {dataset.source}", flush=True)
     started = time.perf_counter()
     model, log = train(wanted, dataset, folder, name=str(name), device=device)
@@ -226,12 +218,11 @@ def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         for expert in model.experts:
             expert(images.images[:1].to(device) / 255)
     write_tensors(folder / WEIGHTS, model.state_dict(), {"name": str(name)})
-    data = {"source": dataset.source, "images": len(images), "checksum": images.checksum}
     content = {
         "kind": "training",
         "model": str(name),
         "recipe": wanted.as_json(),
-        "data": data,
+        "data": {"source": dataset.source, "images": len(images), "checksum": images.checksum},
         "published": published and {key: published[key] for key in ("source", "gaps")},
         "weights": checksum(folder / WEIGHTS),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -256,9 +247,7 @@ def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write a frame as parquet, whole or not at all."""
-    content = BytesIO()
-    frame.to_parquet(content, index=False)
-    write_atomically(path, content.getvalue())
+    write_atomically(path, frame.to_parquet(index=False))
 
 
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
@@ -270,14 +259,12 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
     """
     frames = []
     for name in names:
-        path = record_path(settings, name, kind)
+        path = record_path(settings, name, kind).with_suffix(".parquet")
         read_summary(settings, name, kind)  # says what is missing
         try:
-            frame = pd.read_parquet(path.with_suffix(".parquet"))
+            frame = pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            reason = f"{path.with_suffix('.parquet')} cannot be read ({error})"
-            set_record_aside(path, reason)
-            raise DamagedFile(f"{reason}; the same command makes it anew") from error
+            raise set_record_aside(path.with_suffix(".json"), f"{path} cannot be read ({error})") from error
         parts = name.model_dump()
         frames.append(frame.assign(model=str(name), data=parts.pop("dataset"), **parts))
     return pd.concat(frames, ignore_index=True)
@@ -292,15 +279,15 @@ def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, An
     try:
         return read_json(path)["summary"]
     except (DamagedFile, KeyError) as error:
-        set_record_aside(path, str(error))
-        raise DamagedFile(f"{error}; the same command makes it anew") from error
+        raise set_record_aside(path, str(error)) from error
 
 
-def set_record_aside(path: Path, reason: str) -> None:
-    """Rename a record and its frame, of which one cannot be used."""
+def set_record_aside(path: Path, reason: str) -> DamagedFile:
+    """Rename a record and its frame, of which one cannot be used; returns what to raise where both are needed now."""
     for file in (path, path.with_suffix(".parquet")):
         if file.exists():
             set_aside(file, f"{reason}; it is made anew")
+    return DamagedFile(f"{reason}; the same command makes it anew")
 
 
 # Tables and figures
@@ -311,16 +298,15 @@ def write_artefact(
 ) -> list[Path]:
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
 
-    The latter holds the caption, the settings, the checksum of each file, and of every record its copy in the folder
-    records/ beside it and its provenance. The same records give the same bytes. The paths are printed and returned.
+    The latter holds the caption, the settings, the checksum of each file, and of every record its copy in records/
+    beside it and its provenance. The same records give the same bytes. The paths are printed and returned.
     """
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):
         trained = record.name == "record.json"
         copy = f"records/{record.parent.name}.training.json" if trained else f"records/{record.name}"
         write_atomically(folder / copy, record.read_bytes())
-        made = read_json(record)["provenance"]
-        made = {key: made[key] for key in made if key != "finished"}
+        made = {key: value for key, value in read_json(record)["provenance"].items() if key != "finished"}
         sources.append({"file": copy, "provenance": made})
     for ending, content in contents.items():
         write_atomically(folder / f"{name}.{ending}", content)
@@ -329,6 +315,5 @@ def write_artefact(
     asked = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
     write_json(folder / f"{name}.json", sidecar | {"settings": asked, "files": files, "records": sources})
     paths = [folder / file for file in (*files, f"{name}.json")]
-    shown = [path.relative_to(folder.parents[1]).as_posix() for path in paths]
-    print("saved", ", ".join(shown))
+    print("saved", ", ".join(path.relative_to(folder.parents[1]).as_posix() for path in paths))
     return paths
