@@ -1,8 +1,7 @@
 """Training of a mixture by eq (12), standard or adversarial, resumable after every epoch.
 
-After every epoch the weights, the optimiser's momentum, the random state and the log go into one
-checkpoint: a run that was killed or stopped goes on from there and ends where an undisturbed one
-would have (on the CPU, bit for bit).
+After every epoch the weights, the optimiser's momentum, the random state and the log go into one checkpoint: a run
+that was killed or stopped goes on from there and ends where an undisturbed one would have (on the CPU, bit for bit).
 """
 
 import json
@@ -38,8 +37,8 @@ STOPPED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM en
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that trained weights depend on, besides code and data. Units: epochs, images, pixels;
-    eps and step_size in the image's range [0, 1]. Raises ValueError for a value out of range."""
+    """All that trained weights depend on, besides code and data. Units: epochs, images, pixels; eps and step_size in
+    the image's range [0, 1]. Raises ValueError for a value out of range."""
 
     # data
     dataset: Literal["parts10", "cifar10", "cifar100", "images"] = "parts10"
@@ -115,8 +114,8 @@ class Recipe:
         return json.loads(json.dumps(vars(self), default=str))
 
     def is_that_of(self, known: dict[str, Any]) -> bool:
-        """Whether these are the fields that `as_json` once gave; fields that it did not have yet
-        stand for their defaults."""
+        """Whether these are the fields that `as_json` once gave; fields that it did not have yet stand for their
+        defaults."""
         return self.as_json() == Recipe().as_json() | known
 
 
@@ -141,15 +140,13 @@ def build_model(recipe: Recipe, dataset: Dataset) -> ImmunityMoE:
 
 
 def train(
-    recipe: Recipe, dataset: Dataset, folder: Path, *,
-    name: str = "", device: torch.device | None = None,
-) -> tuple[ImmunityMoE, list[dict]]:  # fmt: skip
+    recipe: Recipe, dataset: Dataset, folder: Path, *, name: str = "", device: torch.device | None = None
+) -> tuple[ImmunityMoE, list[dict]]:
     """Train a recipe from its last checkpoint in `folder`, or from the start.
 
-    Returns the model after the last epoch and its log, in `folder/log.jsonl` too: for each epoch
-    what `_train_epoch` and `diagnose` say. name: for the progress lines. Raises TrainingDiverged at
-    the first loss that is not finite. SIGTERM (as SystemExit(143)) and Ctrl-C end it at once, with
-    the last epoch's checkpoint left to go on from.
+    Returns the model after the last epoch and its log, in `folder/log.jsonl` too: for each epoch what `_train_epoch`
+    and `diagnose` say. name: for the progress lines. Raises TrainingDiverged at the first loss that is not finite.
+    SIGTERM (as SystemExit(143)) and Ctrl-C end it at once, with the last epoch's checkpoint left to go on from.
     """
     model = build_model(recipe, dataset).to(device)
     loss = training_loss
@@ -233,8 +230,8 @@ def training_loss(
     model: ImmunityMoE, images: Tensor, labels: Tensor, recipe: Recipe, epochs_done: float,
     adversarial: Tensor | None = None,
 ) -> ImmunityLoss:  # fmt: skip
-    """Eq (12) on one batch, beta and gamma rising linearly over the warm-up, and what the recipe's
-    pairing and auxiliary classifier add. adversarial: the images under attack, if any."""
+    """Eq (12) on one batch, beta and gamma rising linearly over the warm-up, and what the recipe's pairing and
+    auxiliary classifier add. adversarial: the images under attack, if any."""
     warm = min(epochs_done / recipe.warmup_epochs, 1.0) if recipe.warmup_epochs else 1.0
     beta, gamma = warm * recipe.beta, warm * recipe.gamma
     clean_is_classified = adversarial is None or recipe.pairing == "trades"
@@ -266,9 +263,7 @@ def training_loss(
     return replace(loss, total=total)
 
 
-def adversarial_images(
-    model: ImmunityMoE, images: Tensor, labels: Tensor, recipe: Recipe
-) -> Tensor | None:  # fmt: skip
+def adversarial_images(model: ImmunityMoE, images: Tensor, labels: Tensor, recipe: Recipe) -> Tensor | None:
     """The images of a batch under the recipe's attack on the trained gate; None if it has none."""
     if recipe.adversary is None:
         return None
@@ -285,10 +280,9 @@ def adversarial_images(
 def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
     """What the log says of the model, in eval mode; it leaves the random state as it was.
 
-    accuracy of the mixture under the trained gate and of every expert; entropy of the gate in nats;
-    of maps in the fixed reading, the share that is empty and I(C, E) in nats; mean norm of the
-    input's gradient of the mixture's cross entropy; robust_accuracy of the mixture under the
-    recipe's own attack, if it has one.
+    accuracy of the mixture under the trained gate and of every expert; entropy of the gate in nats; of maps in the
+    fixed reading, the share that is empty and I(C, E) in nats; mean norm of the input's gradient of the mixture's
+    cross entropy; robust_accuracy of the mixture under the recipe's own attack, if it has one.
     """
     model.eval()
     sums: dict[str, Tensor | float] = defaultdict(float)
@@ -376,8 +370,8 @@ def _save(folder: Path, notes: dict, model: nn.Module, optimiser) -> None:
 
 
 def _restore(folder: Path, source: dict, model: nn.Module, optimiser) -> list[dict]:
-    """Load the checkpoint, if there is one of this recipe and data; the log so far. Any other is
-    set aside, and training starts from the beginning."""
+    """Load the checkpoint, if there is one of this recipe and data; the log so far. Any other is set aside, and
+    training starts from the beginning."""
     path, weights = folder / CHECKPOINT, model.state_dict()
     if not path.exists():
         return []
