@@ -1,7 +1,10 @@
 """Shared fixtures: the smallest data, settings and models on which meaning can be tested."""
 
 import copy
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ from torch import nn
 from immunity_lib import ImmunityMoE, build_expert
 from immunity_lib.data import load_dataset
 from study.catalogue import ModelName, recipe_of
-from study.settings import read_settings
+from study.settings import ROOT, read_settings
+from study.store import write_json
 
 torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -212,3 +216,19 @@ def closing_figures():
     plt.switch_backend("agg")
     yield
     plt.close("all")
+
+
+@pytest.fixture(scope="session")
+def snakemake():
+    """Snakemake itself, on a graph that a configuration describes, without a GPU."""
+
+    def make(config, *options):
+        folder = Path(config["output_folder"])
+        write_json(folder / "graph.json", config)
+        return subprocess.run(
+            [sys.executable, "-m", "snakemake", *options, "--snakefile", ROOT / "Snakefile", "--cores", "8",
+             "--directory", folder, "--configfile", folder / "graph.json"],
+            capture_output=True, text=True, timeout=900, cwd=folder, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+
+    return make

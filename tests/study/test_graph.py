@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from unittest.mock import Mock
 
 import psutil
@@ -163,10 +162,8 @@ def test_jobs_beside_each_other_take_different_gpus(tmp_path):
     """As many at once as there are GPUs; one more waits until another has ended, however."""
 
     def hold():
-        return subprocess.Popen(
-            [sys.executable, "-c", HOLD, "2,GPU-d5b7,5"], stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"TMPDIR": str(tmp_path)},
-        )  # fmt: skip
+        command, environment = [sys.executable, "-c", HOLD, "2,GPU-d5b7,5"], os.environ | {"TMPDIR": str(tmp_path)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
     holders = [hold() for _ in range(3)]
     try:
@@ -183,19 +180,8 @@ def test_jobs_beside_each_other_take_different_gpus(tmp_path):
             one.communicate()
 
 
-def snakemake(config, *options):
-    """Snakemake itself, on a graph that this configuration describes."""
-    folder = Path(config["output_folder"])
-    write_json(folder / "graph.json", config)
-    return subprocess.run(
-        [sys.executable, "-m", "snakemake", *options, "--snakefile", ROOT / "Snakefile", "--cores", "8",
-         "--directory", folder, "--configfile", folder / "graph.json"],
-        capture_output=True, text=True, timeout=900, cwd=folder, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-
-
 @pytest.mark.node
-def test_a_node_with_two_gpus_trains_two_models_at_once(tmp_path):
+def test_a_node_with_two_gpus_trains_two_models_at_once(snakemake, tmp_path):
     """However many cores it has; each job sees a GPU of its own (here, of none)."""
     preset, settings = smoke_preset(tmp_path)
     config = {"preset": str(preset), "output_folder": str(tmp_path), "gpus": "2,GPU-d5b7a1cc"}
@@ -321,21 +307,19 @@ def test_a_signal_ends_the_jobs_and_interrupts_snakemake(number, own_signals):
 
 
 @pytest.mark.slow
-def test_D11_what_draws_depends_on_all_code_that_may_draw(tmp_path):
+def test_D11_what_draws_depends_on_all_code_that_may_draw(snakemake, tmp_path):
     """And training and measuring, which take long, on none."""
     config = {"preset": "smoke", "output_folder": str(tmp_path)}
     printed = snakemake(config, "all", "--dry-run").stdout
     rules = dict(block.split(":\n", 1) for block in printed.split("\nrule ")[1:])
-    code = [
-        path for name in ("immunity_lib", "study") for path in (ROOT / name).rglob("*.*")
-        if "__pycache__" not in path.parts and path.parent != ROOT / "study/graph"
-    ]  # fmt: skip
+    files = (path for name in ("immunity_lib", "study") for path in (ROOT / name).rglob("*.*"))
+    code = [path for path in files if "__pycache__" not in path.parts and path.parent != ROOT / "study/graph"]
     assert len(code) > 20
     for path in code:
         for rule in ("start_here", "attacks", "ablation", "heatmaps", "adaptive_attacks", "claims"):
             assert f"{path}" in rules[rule], (rule, path)
-    assert str(ROOT) not in rules["train"].partition("output:")[0]
-    assert str(ROOT) not in rules["measure_attacks"].partition("output:")[0]
+    for rule in ("train", "measure_attacks"):
+        assert str(ROOT) not in rules[rule].partition("output:")[0]
 
 
 # --- the status

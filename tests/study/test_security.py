@@ -4,8 +4,6 @@ import ast
 import io
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 from datetime import UTC, datetime
 from itertools import product
@@ -24,7 +22,7 @@ from study.catalogue import ModelName
 from study.explorer.exploration import own_subject
 from study.graph import run, status
 from study.settings import ROOT, load_preset
-from study.store import own_folder, read_json, write_json
+from study.store import own_folder, read_json
 
 NAME = "parts10-moe-resnet18-standard-seed0"
 
@@ -176,19 +174,13 @@ def test_names_of_presets_and_models_are_no_paths_and_no_commands(name, tmp_path
 
 
 @pytest.mark.slow
-def test_the_graph_runs_from_and_into_folders_named_like_shell_commands(tmp_path):
+def test_the_graph_runs_from_and_into_folders_named_like_shell_commands(snakemake, tmp_path):
     ran = tmp_path / "ran"
     hostile = tmp_path / f"'; touch '{ran.name}'; $(touch {ran.name}) `touch {ran.name}` & \"x\""
     hostile.mkdir()
     preset = hostile / "it's {mine}; touch ran.yaml"
     preset.write_bytes((ROOT / "presets/smoke.yaml").read_bytes())
-    described = hostile / "graph.json"
-    write_json(described, {"preset": str(preset), "data_folder": "", "output_folder": str(hostile)})
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "start_here", "--snakefile", str(ROOT / "Snakefile"),
-         "--cores", "1", "--directory", str(hostile), "--configfile", str(described)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = snakemake({"preset": str(preset), "output_folder": str(hostile)}, "start_here")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (hostile / "figures/smoke/figure1.png").exists()
     assert not list(tmp_path.rglob("ran")) and not (ROOT / "ran").exists()
