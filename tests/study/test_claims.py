@@ -73,10 +73,8 @@ def test_relative_scores_are_in_shares_of_the_other_s(world):
 
 def test_switching_is_held_against_the_plain_ensemble_of_the_same_images(world):
     found, against = paired_differences(world.settings, claim("switching-adversarial").measure)
-    name = next(
-        one for one in catalogue.adaptive_models(world.settings)
-        if (one.method, one.regime) == ("immunity", "adversarial")
-    )  # fmt: skip
+    mixtures = catalogue.adaptive_models(world.settings)
+    name = next(one for one in mixtures if (one.method, one.regime) == ("immunity", "adversarial"))
     attacked = [world.verdicts[name, "adaptive", attack, sees] for attack, _, sees in ADAPTIVE]
     for image in range(5):
         switched = min(gates[image].mean() for gates, _, _ in attacked)
@@ -86,8 +84,7 @@ def test_switching_is_held_against_the_plain_ensemble_of_the_same_images(world):
 
 
 @pytest.mark.parametrize(
-    ("interval", "verdict"),
-    [((2.1, 4), "holds"), ((1, 5), "undecided"), ((0, 1.9), "does not hold")],
+    ("interval", "verdict"), [((2.1, 4), "holds"), ((1, 5), "undecided"), ((0, 1.9), "does not hold")]
 )
 def test_the_rule(interval, verdict):
     of = {"id": "-", "sentence": "-", "where": "-", "measure": claim("iscore").measure}

@@ -122,21 +122,15 @@ def test_D7_damaged_model_is_set_aside_and_trained_anew(settings, dataset, train
     folder = model_folder(settings, NAME)
     damage(folder)
     damaged = (folder / "model.safetensors").read_bytes()
-    found = trained_model(settings, NAME, dataset)
-    assert training.call_count == 1
-    assert same_state(found.state_dict(), expected)
-    (aside,) = folder.glob("model.safetensors.aside-*")
-    assert aside.read_bytes() == damaged
-    assert f"set aside as {aside}" in (message := capsys.readouterr().err)
-    assert "the model is trained anew" in message
-
-
-@pytest.mark.parametrize("lost", ["model.safetensors", "record.json"])
-def test_model_without_weights_or_record_is_trained_anew(settings, dataset, training, lost):
-    expected = trained_model(settings, NAME, dataset).state_dict()
-    (model_folder(settings, NAME) / lost).unlink()
     assert same_state(trained_model(settings, NAME, dataset).state_dict(), expected)
     assert training.call_count == 1
+    (aside,) = folder.glob("model.safetensors.aside-*")
+    assert aside.read_bytes() == damaged
+    assert f"set aside as {aside}" in (message := capsys.readouterr().err) and "the model is trained anew" in message
+    for file in ("model.safetensors", "record.json"):  # of a pair that is not whole, nothing is loaded
+        (folder / file).unlink()
+        trained_model(settings, NAME, dataset)
+    assert training.call_count == 3
 
 
 def test_ensemble_is_the_mean_of_its_members(make_settings, dataset, tmp_path, images, training):
@@ -291,8 +285,8 @@ def test_what_was_trained_here_goes_first_and_what_is_published_answers_alike(
 @pytest.mark.parametrize("changes", [{"pretrained": False}, {"learning_rate": 0.01}])
 def test_reproducing_and_other_settings_train_anew(published, settings, make_settings, dataset, changes, training):
     shutil.rmtree(settings.runs)
-    output = settings.output_folder
-    trained_model(make_settings(output_folder=output, epochs=1, **changes), NAME, dataset)
+    other = make_settings(output_folder=settings.output_folder, epochs=1, **changes)
+    trained_model(other, NAME, dataset)
     assert training.call_count == 1
 
 
@@ -302,7 +296,6 @@ def test_D8_damaged_ones_stay_and_are_not_used(published, settings, dataset, cap
     spoil(published / file, "truncated")
     store._say_once.cache_clear()
     trained_model(settings, NAME, dataset)
-    assert training.call_count == 1
-    assert "come with the project are not used" in capsys.readouterr().out
+    assert training.call_count == 1 and "come with the project are not used" in capsys.readouterr().out
     assert (published / file).exists() and not list(published.glob("*.aside-*"))
     assert model_folder(settings, NAME) == settings.runs / "models" / str(NAME)

@@ -22,9 +22,8 @@ KNOWN = {
 @pytest.fixture(scope="module", params=[[0], [0, 1, 2]], ids=["one seed", "three seeds"])
 def world(request, make_settings, tmp_path_factory):
     settings = make_settings(
-        compared_experts=["resnet18", "googlenet"], expert="googlenet", experts=3,
-        baselines=["robnet-free"], test_images=40, attacked_images=20, adaptive_images=12,
-        attacks=["fgsm", "pgd"], seeds=request.param,
+        compared_experts=["resnet18", "googlenet"], expert="googlenet", experts=3, baselines=["robnet-free"],
+        test_images=40, attacked_images=20, adaptive_images=12, attacks=["fgsm", "pgd"], seeds=request.param,
         output_folder=str(tmp_path_factory.mktemp("world")),
     )  # fmt: skip
     return World(settings)
