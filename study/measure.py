@@ -58,8 +58,7 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         device, seconds, frames = store.chosen_device(), {}, []
         for split, images in test_splits(dataset):
-            batches = evaluation_batches(images, evaluate.BATCH, device)
-            found = evaluate.verdicts_over_gates(model, batches)
+            found = evaluate.verdicts_over_gates(model, evaluation_batches(images, evaluate.BATCH, device))
             frames.append(_frame(found, images.labels, split=split))
         target = dataset.splits["test"].first(settings.attacked_images)
         # A single expert has one gate, whatever its name
@@ -71,11 +70,8 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
                 started = time.perf_counter()
                 found = evaluate.verdicts_under_attack(model, target, attack, gate, **budget, device=device)
                 took = seconds[f"{attack} on {gate}"] = round(time.perf_counter() - started, 1)
-                print(
-                    f"{name}: {found.accuracy.switched:.1%} expected under {attack} on the {gate} "
-                    f"gate ({found.accuracy.worst:.1%} at the worst gate), {took:.0f} s",
-                    flush=True,
-                )
+                told = f"{name}: {found.accuracy.switched:.1%} expected under {attack} on the {gate} gate"
+                print(f"{told} ({found.accuracy.worst:.1%} at the worst gate), {took:.0f} s", flush=True)
                 frames.append(_frame(found, target.labels, attack, "paper", gate))
         return pd.concat(frames, ignore_index=True), {"seconds": seconds}
 
@@ -86,8 +82,7 @@ def measure_scores(settings: Settings, name: ModelName, dataset: Dataset) -> Non
     """Clean accuracy and heat-map scores on all test images, in the one fixed reading.
 
     The summary has for each test split "expert_accuracy" (N); on Parts-10 also "part_coverage" (N, P), an expert's
-    share of heat on each part where that part is visible, and "background_heat" (N), its share of heat off the
-    object.
+    share of heat on each part where that part is visible, and "background_heat" (N), its share off the object.
     """
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
@@ -119,8 +114,7 @@ def _scores(model: ImmunityMoE, images: ImageSet, split: str) -> tuple[pd.DataFr
     summary = {"expert_accuracy": experts.mean(0).tolist()}
     if images.part_masks is not None and images.background is not None:
         summary["part_coverage"] = part_coverage(maps, images.part_masks).tolist()
-        background = images.background[:, None]
-        summary["background_heat"] = (maps * background).sum((-2, -1)).mean(0).tolist()
+        summary["background_heat"] = (maps * images.background[:, None]).sum((-2, -1)).mean(0).tolist()
     return frame, summary
 
 
@@ -142,10 +136,8 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     """
     others = catalogue.surrogates(settings, name)
     surrogates = {one.method: store.trained_model(settings, one, dataset) for one in others}
-    effort = Effort(
-        float(settings.recipe.eps), float(settings.recipe.step_size), settings.steps,
-        tuple(settings.gate_samples), settings.auto_attack_steps,
-    )  # fmt: skip
+    eps, step_size = float(settings.recipe.eps), float(settings.recipe.step_size)
+    effort = Effort(eps, step_size, settings.steps, tuple(settings.gate_samples), settings.auto_attack_steps)
     attacks = adaptive_attacks(store.trained_model(settings, name, dataset), effort, surrogates)
     # Which attacks there are, and which weights the other models have, is part of the question
     further = {"attacks": [attack.name for attack in attacks]}
@@ -158,10 +150,8 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
 
         def keep(attack: str, found: GateVerdicts, told: dict) -> None:
             done[attack] = found, told
-            right = {
-                one: torch.column_stack([found.trained, found.uniform, found.switched])
-                for one, (found, _) in done.items()
-            }
+            verdicts = {one: (found.trained, found.uniform, found.switched) for one, (found, _) in done.items()}
+            right = {one: torch.column_stack(found) for one, found in verdicts.items()}
             told = [[one, told] for one, (_, told) in done.items()]
             write_tensors(unfinished, right, {"question": question, "told": told})
 
@@ -207,25 +197,17 @@ def _frame(
     sees: str = "", split: str = "test", experts: Tensor | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """The rows of one attack on the images of one split."""
-    gates = np.packbits(found.switched.cpu().numpy(), axis=1)
     return pd.DataFrame({
-        "split": split,
-        "image": np.arange(len(labels)),
-        "label": labels.numpy(),
-        "attack": attack,
-        "family": family,
-        "sees": sees,
-        "gates": [row.tobytes() for row in gates],
+        "split": split, "image": np.arange(len(labels)), "label": labels.numpy(),
+        "attack": attack, "family": family, "sees": sees,
+        "gates": [row.tobytes() for row in np.packbits(found.switched.cpu().numpy(), axis=1)],
         "switched": found.switched.double().mean(1).cpu().numpy(),
-        "uniform": found.uniform.cpu().numpy(),
-        "trained": found.trained.cpu().numpy(),
+        "uniform": found.uniform.cpu().numpy(), "trained": found.trained.cpu().numpy(),
         "experts": np.nan if experts is None else experts.numpy(),
     })  # fmt: skip
 
 
-def _question(
-    kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict[str, Any]
-) -> dict[str, Any]:
+def _question(kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict) -> dict[str, Any]:
     """What a record answers: of which weights and test images, and what is asked of them."""
     trained = catalogue.single(settings, [name])
     return {
@@ -236,7 +218,7 @@ def _question(
 
 
 def _measure_once(
-    kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict[str, Any],
+    kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict,
     measure: Callable[[ImmunityMoE], tuple[pd.DataFrame, dict]],
 ) -> None:  # fmt: skip
     """Leave a kind of measurement of a trained model on disk, unless it is there. further: what the answer depends on
@@ -256,10 +238,6 @@ def _measure_once(
     started = time.perf_counter()
     frame, summary = measure(model)
     store.write_frame(path.with_suffix(".parquet"), frame)
-    content = {"kind": kind, "model": str(name), **question, "summary": summary}
-    content |= {
-        "data_source": dataset.source,
-        "seconds": round(time.perf_counter() - started, 1),
-        "provenance": store.provenance(),
-    }
-    store.write_json(path, content)
+    content = {"kind": kind, "model": str(name), **question, "summary": summary, "data_source": dataset.source}
+    took = round(time.perf_counter() - started, 1)
+    store.write_json(path, content | {"seconds": took, "provenance": store.provenance()})
