@@ -28,11 +28,10 @@ SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 def smoke_preset(folder, **changes):
     """A preset file of one small network, and its settings with that folder for its results."""
-    fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
-    fields |= {"expert": "resnet18", "compared_experts": ["resnet18"], "baselines": []} | changes
-    path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    return path, load_preset(str(path), output_folder=str(folder))
+    small = {"expert": "resnet18", "compared_experts": ["resnet18"], "baselines": []}
+    fields = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()) | small | changes
+    (folder / "mine.yaml").write_text(yaml.safe_dump(fields))
+    return folder / "mine.yaml", load_preset(str(folder / "mine.yaml"), output_folder=str(folder))
 
 
 def state_of(settings, name):
