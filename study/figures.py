@@ -37,9 +37,7 @@ VERDICTS = {"holds": COLOURS[0], "does not hold": COLOURS[2], "undecided": COLOU
 def save_figure(settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]) -> list[Path]:
     """Write figures/<preset>/<name>.png, .pdf and .json (see `write_artefact`); returns the paths.
 
-    records: the files that the figure was drawn from. No date goes into the pictures, so the same data give the same
-    bytes.
-    """
+    records: the files that the figure was drawn from. No date goes in: the same data give the same bytes."""
     contents = {}
     for ending, metadata in {"png": {}, "pdf": {"CreationDate": None}}.items():
         content = BytesIO()
@@ -56,8 +54,7 @@ def literal(text: str) -> str:
 
 def make_panels(count: int, columns: int, width: float, height: float, **options):
     """A figure and its panels, so many and at most so many side by side; inches a panel."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
+    columns, rows = min(columns, count), -(-count // columns)
     size = (width * columns, height * rows + 0.4)
     figure, axes = plt.subplots(rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained", **options)
     for panel in axes.flat:
@@ -99,13 +96,11 @@ def heatmap_grid(
     """Images beside the heat map of every expert, as Figure 2.
 
     images: (B, 3, 32, 32) in [0, 1]; maps: (B, N, 32, 32), drawn divided by their maxima on one colour scale; an
-    empty map is marked. titles: B; predictions: B x N, set below the maps.
-    """
+    empty map is marked. titles: B; predictions: B x N, set below the maps."""
     rows, experts = maps.shape[:2]
-    figure, axes = plt.subplots(
-        rows, experts + 1, figsize=(1.55 * (experts + 1) + 0.7, 1.75 * rows + 0.3), dpi=SCREEN,
-        squeeze=False, layout="constrained", subplot_kw={"xticks": [], "yticks": []},
-    )  # fmt: skip
+    style = {"dpi": SCREEN, "squeeze": False, "layout": "constrained", "subplot_kw": {"xticks": [], "yticks": []}}
+    size = (1.55 * (experts + 1) + 0.7, 1.75 * rows + 0.3)
+    figure, axes = plt.subplots(rows, experts + 1, figsize=size, **style)
     for panel, title in zip(axes[0], ["image", *range(1, experts + 1)], strict=True):
         panel.set_title(title if title == "image" else f"expert {title}", fontsize=10)
     for row in range(rows):
@@ -128,8 +123,7 @@ def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Share of every expert's heat on each part and on the background, a panel for each model.
 
     panels: by title, frames with a row an expert and a column a part, the last one "background", shares in 0 .. 1.
-    The parts share one colour scale; the background, in grey, has its own.
-    """
+    The parts share one colour scale; the background, in grey, has its own."""
     import seaborn as sns  # costs seconds, which only this figure should pay
 
     height = 0.42 * len(next(iter(panels.values()))) + 1.1
@@ -138,10 +132,8 @@ def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
     for panel, (title, frame) in zip(axes, panels.items(), strict=True):
         background = np.tile(frame.columns == "background", (len(frame), 1))
         for hidden, colours, top in ((background, "viridis", highest), (~background, "Greys", 1)):
-            sns.heatmap(
-                frame, mask=hidden, ax=panel, cmap=colours, vmin=0, vmax=top, annot=True,
-                fmt=".0%", cbar=False, linewidths=1,
-            )  # fmt: skip
+            style = {"cmap": colours, "vmin": 0, "vmax": top, "annot": True, "fmt": ".0%", "linewidths": 1}
+            sns.heatmap(frame, mask=hidden, ax=panel, cbar=False, **style)
         panel.set(title=title)
         panel.tick_params(axis="y", rotation=0)
     return figure
@@ -151,13 +143,11 @@ def attack_bars(cells: pd.DataFrame) -> Figure:
     """Accuracy under every attack, a panel for each data set and training: bars are the expectation over the switched
     gate, whiskers reach from its worst to its best permutation (means over seeds).
 
-    cells: as `tables.gate_cells` makes them, of one attacked gate and clean.
-    """
+    cells: as `tables.gate_cells` makes them, of one attacked gate and clean."""
     groups = cells.groupby(["data", "training"], sort=False)
     models, attacks = cells["model"].unique(), cells["attack"].unique()
     width = max(5.2, 0.25 * len(attacks) * len(models))
-    columns = cells["training"].nunique()
-    figure, panels = make_panels(len(groups), columns, width, 3.6, sharey=True)
+    figure, panels = make_panels(len(groups), cells["training"].nunique(), width, 3.6, sharey=True)
     for panel, ((data, training), own) in zip(panels, groups, strict=True):
         by = own.groupby(["header", "attack", "model"])["value"].mean().unstack()
         right, low, high = (by.loc[DEFENCES[state]].loc[attacks, models] for state in ("switched", "worst", "best"))
@@ -167,8 +157,8 @@ def attack_bars(cells: pd.DataFrame) -> Figure:
         right.plot.bar(ax=panel, yerr=reach, ylim=(0, 106), **style)
         for bars in panel.containers[1::2]:
             panel.bar_label(bars, fmt="%.0f", fontsize=8)
-        several = cells["data"].nunique() > 1
-        panel.set(title=f"{data}, " * several + f"{training} training", ylabel="accuracy, %")
+        data = f"{data}, " * (cells["data"].nunique() > 1)
+        panel.set(title=f"{data}{training} training", ylabel="accuracy, %")
     return add_legend(figure, panels[0], len(models))
 
 
@@ -223,14 +213,10 @@ def strength_curves(suite: pd.DataFrame, budget: pd.DataFrame) -> Figure:
 
 def verdict_forest(verdicts: pd.DataFrame) -> Figure:
     """Every claim's effect and 95 % interval beside what it predicts (shaded), coloured by verdict; a panel for each
-    unit. Claims that cannot be tested are left out.
-
-    verdicts: as `claims.verdicts` makes them.
-    """
+    unit. verdicts: as `claims.verdicts` makes them; what cannot be tested is left out."""
     tested = verdicts.dropna(subset="effect")
     counts = tested["unit"].value_counts(sort=False)
-    height = 0.36 * counts.mean() + 1.1
-    figure, panels = make_panels(len(counts), 1, 8.6, height, height_ratios=list(counts))
+    figure, panels = make_panels(len(counts), 1, 8.6, 0.36 * counts.mean() + 1.1, height_ratios=list(counts))
     for panel, unit in zip(panels, counts.index, strict=True):
         own = tested[tested["unit"] == unit]
         reach = 1.1 * max(own[["low", "high"]].abs().to_numpy().max(), 12)
@@ -239,8 +225,7 @@ def verdict_forest(verdicts: pd.DataFrame) -> Figure:
             ends = (float(bound), reach) if word == "least" else (-reach, float(bound))
             panel.fill_betweenx([-row - 0.4, -row + 0.4], *ends, color="0.9", linewidth=0)
             around = [[claim.effect - claim.low], [claim.high - claim.effect]]
-            colour = VERDICTS[claim.verdict]
-            panel.errorbar(claim.effect, -row, xerr=around, fmt="o", color=colour, capsize=3)
+            panel.errorbar(claim.effect, -row, xerr=around, fmt="o", color=VERDICTS[claim.verdict], capsize=3)
         panel.axvline(0, color="0.5", linewidth=0.8)
         panel.set_yticks(-np.arange(len(own)), own["claim"])
         panel.set(xlim=(-reach, reach), xlabel=f"effect, {unit}")
@@ -295,13 +280,12 @@ def architecture(model: ImmunityMoE) -> Figure:
     arrow((5.8, -1.6), (8.05, -1.6))
     axes.text(6.95, -1.52, r"$g_1 \ldots g_N$", ha="center", va="bottom", fontsize=10)
     arrow((10.5, -1.6), (13.2, -1.6), (13.2, mixture - 0.35))
-    arrow((13.2, losses), (13.2, total + 0.15))
-    arrow((13.2, mixture), (13.2, total - 0.15))
+    for start, end in ((losses, total + 0.15), (mixture, total - 0.15)):
+        arrow((13.2, start), (13.2, end))
     box(0.1, middle, "image")
     box(5.0, -1.6, f"gate\n({type(model.gate).__name__})", switch)
     box(9.3, -1.6, "random switch, section 4.1\nat evaluation, one of N! orders", switch)
-    of_experts = r"$\hat y=\sum_i\, g_i\,\mathrm{softmax}(f_i)$"
-    box(13.2, mixture, f"mixture, eq (1)\n{of_experts}", output)
+    box(13.2, mixture, "mixture, eq (1)\n" r"$\hat y=\sum_i\, g_i\,\mathrm{softmax}(f_i)$", output)
     box(13.2, losses, "losses on the heat maps:\nMI, eq (9), and PS, eq (11)", heat)
     box(13.2, total, r"loss, eq (12): CE $+\,\beta$ MI $+\,\gamma$ PS")
     return figure

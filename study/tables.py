@@ -1,8 +1,7 @@
 """The tables of the paper and of notebooks 03, 04 and 06: filters and pivots of the long frame.
 
 The long frame (see `measure`) has a row for each model, attack and image. From it come cells: what labels their row,
-header ("column (unit)"), value and images; and from cells tidy tables, a line for each cell, its value the mean of
-`count` numbers, one a seed or one a network.
+header ("column (unit)"), value and images; and from these tidy tables, of means over `count` seeds or networks.
 """
 
 import math
@@ -64,15 +63,13 @@ def gate_cells(settings: Settings, names: Names, kind: str = "attacks") -> pd.Da
     for key, rows in read_rows(settings, names, kind).groupby(labels, sort=False):
         experts = 1 if rows["method"].iloc[0] == "standalone" else settings.recipe.experts
         packed = np.frombuffer(b"".join(rows["gates"]), np.uint8).reshape(len(rows), -1)
-        gates = min(math.factorial(experts), DRAWN)
-        by_gate = np.unpackbits(packed, axis=1, count=gates).mean(0)
+        by_gate = np.unpackbits(packed, axis=1, count=min(math.factorial(experts), DRAWN)).mean(0)
         found = rows[["switched", "uniform", "trained"]].astype(float).mean()
         found["switching"] = found["switched"] - found["uniform"]
         found["every"] = (rows["switched"] == 1).mean()
         found["best"], found["worst"] = by_gate.max(), by_gate.min()
         label = dict(zip(labels, key, strict=True)) | {"images": len(rows)}
-        for defence, header in DEFENCES.items():
-            cells.append(label | {"header": header, "value": 100 * found[defence]})
+        cells += [label | {"header": DEFENCES[one], "value": 100 * found[one]} for one in DEFENCES]
     return pd.DataFrame(cells)
 
 
@@ -93,16 +90,14 @@ def score_cells(settings: Settings, names: Names) -> pd.DataFrame:
     groups = read_rows(settings, names, "scores").groupby(["model", "seed"], sort=False)
     means = groups[list(SCORES)].mean() * [scale for _, scale in SCORES.values()]
     means.columns = [header for header, _ in SCORES.values()]
-    means = means.assign(images=groups.size()).reset_index()
-    return means.melt(["model", "seed", "images"], var_name="header")
+    return means.assign(images=groups.size()).reset_index().melt(["model", "seed", "images"], var_name="header")
 
 
 def summarise(cells: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
     """The tidy table of cells: values of one row and header become their mean and deviation."""
     groups = cells.groupby([*labels, "header"], sort=False)
     table = groups["value"].agg(["mean", "std", "size"]).assign(images=groups["images"].first())
-    table.columns = ["value", "standard_deviation", "count", "images"]
-    table = table.reset_index()
+    table = table.set_axis(FIELDS[2:-1], axis=1).reset_index()
     names = table["header"].str.extract(r"(?P<column>.*) \((?P<unit>.*)\)")
     table = table.join(names)[[*labels, *FIELDS[:-1]]]
     rows = table.groupby(list(labels), sort=False).ngroup()  # each row's cells together
@@ -128,7 +123,7 @@ def table1(settings: Settings) -> pd.DataFrame:
             "experts alone (%)": alone,
             "ensemble (%)": [mixture[DEFENCES["uniform"]]],
         }
-        own = [pd.DataFrame({"header": key, "value": columns[key]}) for key in columns]
+        own = [pd.DataFrame({"header": header, "value": values}) for header, values in columns.items()]
         title = network if independent else f"Immunity-{network}"
         cells.append(pd.concat([*own, scores]).assign(model=title, images=scores["images"][0]))
     return beside_paper(settings, summarise(pd.concat(cells), ["model"]), "table1")
@@ -137,8 +132,8 @@ def table1(settings: Settings) -> pd.DataFrame:
 def table2(settings: Settings) -> pd.DataFrame:
     """Table 2: accuracy under attack, expected over the switched gate that the attack sees too."""
     labels = ["data"] * bool(settings.further_datasets) + ["training", "model"]
-    cells = attack_cells(settings, catalogue.table2_models(settings))
-    return beside_paper(settings, summarise(cells, labels), "table2")
+    table = summarise(attack_cells(settings, catalogue.table2_models(settings)), labels)
+    return beside_paper(settings, table, "table2")
 
 
 def table3(settings: Settings) -> pd.DataFrame:
@@ -162,8 +157,7 @@ def beside_paper(settings: Settings, table: pd.DataFrame, artefact: str) -> pd.D
     """A table with the numbers that the paper reports, on CIFAR-10 for data that it does not have.
 
     They lie in reported.csv, as far as our source of the paper shows them; who has the printed tables can add lines.
-    Raises ValueError for a file that has no numbers, or two for a cell.
-    """
+    Raises ValueError for a file that has no numbers, or two for a cell."""
     cell = ["table", "data", "training", "model", "column"]
     data = table.get("data", pd.Series(DATA[settings.recipe.dataset], table.index))
     rows = table[["model", "column"]].assign(
@@ -185,8 +179,7 @@ def beside_paper(settings: Settings, table: pd.DataFrame, artefact: str) -> pd.D
 def worst_case(rows: pd.DataFrame, families: Collection[str] = tuple(FAMILIES)) -> pd.DataFrame:
     """The least of what is right under each gate over the attacks of some families: switched, uniform and trained, by
     training, model, name and image. rows: as `read_rows` gives them."""
-    attacked = rows[rows["family"].isin(families)]
-    groups = attacked.groupby(["training", "model", "name", "image"], sort=False)
+    groups = rows[rows["family"].isin(families)].groupby(["training", "model", "name", "image"], sort=False)
     return groups[["switched", "uniform", "trained"]].min()
 
 
@@ -194,8 +187,8 @@ def worth_of_the_gate(settings: Settings, names: Names) -> pd.DataFrame:
     """The headline: a row for each mixture, image by image the worst case over all attacks.
 
     "same answer": share of images to which all gates give one answer, unattacked. Then accuracies: unattacked; under
-    the paper's attacks; and under all of them, by what defends. Last, how often an attacker succeeds who may try k
-    times: 1 - (1 - q)^k where a try fools with probability q."""
+    the paper's attacks; under all, by what defends. Last, how often an attacker who may try k times succeeds:
+    1 - (1 - q)^k where a try fools with probability q."""
     rows, by = read_rows(settings, names, "adaptive"), ["training", "model", "name"]
     left = worst_case(rows)
     same = {str(one): read_summary(settings, one, "adaptive")["agreement"] for one in names}
@@ -220,21 +213,18 @@ def suite_table(settings: Settings, names: Names) -> pd.DataFrame:
     cells = gate_cells(settings, names, "adaptive")
     held = cells["header"].isin([DEFENCES["best"], DEFENCES["worst"]])
     cells = cells[(cells["family"] != "clean") & ~held]
-    cells = cells.assign(kind=cells["family"].map(FAMILIES))
-    return summarise(cells, ["training", "model", "kind", "attack", "sees"])
+    return summarise(cells.assign(kind=cells["family"].map(FAMILIES)), ["training", "model", "kind", "attack", "sees"])
 
 
 def checks_table(settings: Settings, names: Names) -> pd.DataFrame:
     """One line a check: how many of the models pass, the evidence of those that do not (or of the first), why it
     matters and who says so."""
-    told = [read_summary(settings, name, "adaptive")["checks"] for name in names]
-    lines = []
+    told, lines = [read_summary(settings, name, "adaptive")["checks"] for name in names], []
     for found in zip(*told, strict=True):  # one check of all models
         pairs = zip(names, found, strict=True)
         failures = [f"{name}: {one['evidence']}" for name, one in pairs if not one["passed"]]
         evidence = "; ".join(failures) or f"for example {found[0]['evidence']}"
-        passed = f"{len(names) - len(failures)} of {len(names)}"
-        lines.append(found[0] | {"passed": passed, "evidence": evidence})
+        lines.append(found[0] | {"passed": f"{len(names) - len(failures)} of {len(names)}", "evidence": evidence})
     return pd.DataFrame(lines)
 
 
@@ -244,8 +234,7 @@ def budget_curves(settings: Settings, names: Names) -> pd.DataFrame:
     for name in names:
         for eps, accuracy in read_summary(settings, name, "adaptive")["by_budget"]:
             lines.append([name.regime, MIXTURES[name.method], eps, 100 * accuracy])
-    found = pd.DataFrame(lines, columns=[*by, "value"])
-    return found.groupby(by, sort=False, as_index=False).mean()
+    return pd.DataFrame(lines, columns=[*by, "value"]).groupby(by, sort=False, as_index=False).mean()
 
 
 # From tables to text and files
@@ -283,10 +272,8 @@ def evidence(settings: Settings, table: pd.DataFrame) -> str:
     for images, group in table.groupby("images", sort=False):
         right = group.loc[group["unit"] == "%", "value"] / 100 * images
         low, high = proportion_confint(right.to_numpy(), images, method="wilson")
-        sentences.append(
-            f"{', '.join(group['column'].unique())}: {images} images "
-            f"(95 % interval at most ± {50 * (high - low).max():.1f} points)."
-        )
+        error = f"(95 % interval at most ± {50 * (high - low).max():.1f} points)"
+        sentences.append(f"{', '.join(group['column'].unique())}: {images} images {error}.")
     if "paper" in table:
         if table["paper"].notna().any():
             of = "CIFAR-10, or CIFAR-100 in rows of it," if "data" in table else "CIFAR-10"
