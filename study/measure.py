@@ -82,8 +82,7 @@ def measure_scores(settings: Settings, name: ModelName, dataset: Dataset) -> Non
     """Clean accuracy and heat-map scores on all test images, in the one fixed reading.
 
     The summary has for each test split "expert_accuracy" (N); on Parts-10 also "part_coverage" (N, P), an expert's
-    share of heat on each part where that part is visible, and "background_heat" (N), its share off the object.
-    """
+    share of heat on each part where that part is visible, and "background_heat" (N), its share off the object."""
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         found = {split: _scores(model, images, split) for split, images in test_splits(dataset)}
@@ -121,8 +120,7 @@ def _scores(model: ImmunityMoE, images: ImageSet, split: str) -> tuple[pd.DataFr
 def part_coverage(maps: Tensor, part_masks: Tensor) -> Tensor:
     """Share of each expert's heat on each part, (N, P), mean over the images that show the part.
 
-    maps: (B, N, a, b), each summing to 1; part_masks: (B, P, a, b) bool.
-    """
+    maps: (B, N, a, b), each summing to 1; part_masks: (B, P, a, b) bool."""
     heat = torch.einsum("bnuv,bpuv->bnp", maps, part_masks.to(maps.dtype))
     visible = part_masks.any(-1).any(-1).to(maps.dtype)
     return (heat * visible[:, None]).sum(0) / visible.sum(0).clamp(min=1)
@@ -132,8 +130,7 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     """A model under every adaptive attack, on the first `adaptive_count` test images.
 
     The summary is that of `evaluate_adaptively`, with "attacks", what is told of each. What a run that was stopped
-    had finished is kept beside the record, and used again.
-    """
+    had finished is kept beside the record, and used again."""
     others = catalogue.surrogates(settings, name)
     surrogates = {one.method: store.trained_model(settings, one, dataset) for one in others}
     eps, step_size = float(settings.recipe.eps), float(settings.recipe.step_size)

@@ -143,14 +143,12 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
     """A model of the preset, in eval mode; trained first if it is not there yet.
 
     Weights that are damaged, or were trained with other settings or data, are set aside and made anew. An ensemble is
-    put together from its members, with equal weights.
-    """
+    put together from its members, with equal weights."""
     if name.method == "ensemble":
         experts = [trained_model(settings, one, dataset).experts[0] for one in members(settings, name)]
         gate = ConstantGate(len(experts)).to(chosen_device())
         return ImmunityMoE(experts, gate, evaluation_gate="uniform").eval()
-    model = _load_if_usable(settings, name, dataset)
-    if model is None:
+    if (model := _load_if_usable(settings, name, dataset)) is None:
         lock = own_folder(settings, name) / ".lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -255,8 +253,7 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
     "method", "expert", "regime" and "seed".
 
     Raises FileNotFoundError, with the command that makes it, where a model has none yet. One that is damaged is set
-    aside, so that the graph makes it anew, and is a DamagedFile.
-    """
+    aside, so that the graph makes it anew, and is a DamagedFile."""
     frames = []
     for name in names:
         path = record_path(settings, name, kind).with_suffix(".parquet")
@@ -299,8 +296,7 @@ def write_artefact(
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
 
     The latter holds the caption, the settings, the checksum of each file, and of every record its copy in records/
-    beside it and its provenance. The same records give the same bytes. The paths are printed and returned.
-    """
+    beside it and its provenance. The same records give the same bytes. The paths are printed and returned."""
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):
         trained = record.name == "record.json"
