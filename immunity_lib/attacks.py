@@ -24,8 +24,8 @@ from immunity_lib.moe import (
     ExpertOutputs,
     Gate,
     ImmunityMoE,
+    check_batch,
     check_images,
-    check_labels,
     in_eval_mode,
     permutations,
     verdicts,
@@ -52,12 +52,6 @@ ATTACKS: dict[str, Callable] = {
         lambda *batch: library.APGD(model, eps=eps, steps=steps).perturb(*batch, best_loss=True)[1]
     ),
 }
-
-
-def check_batch(model: ImmunityMoE, images: Tensor, labels: Tensor) -> None:
-    """Raise ValueError on images and labels that the model cannot have."""
-    check_images(images)
-    check_labels(labels, images, model.experts[0].num_classes)
 
 
 def attack_images(

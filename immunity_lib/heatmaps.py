@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from immunity_lib.moe import ExpertOutputs, ImmunityMoE, check_images, check_labels, in_eval_mode
+from immunity_lib.moe import ExpertOutputs, ImmunityMoE, check_batch, in_eval_mode
 
 GRID = 32  # heat maps have the resolution of the images
 # As `grad_cam` describes them: (B, N, C) or, of the mixture, (B, 1, C)
@@ -39,13 +39,12 @@ def expert_heatmaps(
     `create_graph`) the model is in eval mode, and as before afterwards; in a loss (with it) batch norms mix the
     images of the batch as training has them. ValueError for images outside of [0, 1] and labels that do not match.
     """
-    check_images(images)
-    check_labels(labels, images, model.experts[0].num_classes)
+    check_batch(model, images, labels)
     if not create_graph:
         images = images.detach().requires_grad_()  # a graph even where all weights are frozen
     with nullcontext() if create_graph else in_eval_mode(model), torch.enable_grad():
         outputs = model.expert_outputs(images)
-        maps = normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
+        maps = heatmaps_from_outputs(outputs, labels, create_graph, floor=floor, explained=explained)
     return maps if create_graph else maps.detach()
 
 
@@ -89,8 +88,8 @@ def grad_cam(outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False,
     gradients = torch.autograd.grad(scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True)
     maps = []
     for activations, gradient in zip(outputs.activations, gradients, strict=True):
-        # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k) Mixed precision's
-        # activations are coarser than the scores
+        # Eq. (3): a_k = (1/M) sum_uv dy/dA(u, v), M the number of channels; H = ReLU(sum_k a_k A_k).
+        # Mixed precision's activations are coarser than the scores
         activations, gradient = activations.to(scores.dtype), gradient.to(scores.dtype)
         weights = gradient.sum((-2, -1)) / activations.shape[1]
         maps.append(_resize(torch.einsum("bk,bkuv->buv", weights, activations).relu()))

@@ -230,8 +230,10 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images must lie in [0, 1], found {low:g} to {high:g}: {remedy}")
 
 
-def check_labels(labels: Tensor, images: Tensor, classes: int) -> None:
-    """Raise ValueError unless there is a label for each image, in 0 .. classes - 1."""
+def check_batch(model: ImmunityMoE, images: Tensor, labels: Tensor) -> None:
+    """Raise ValueError unless the images lie in [0, 1], each with a label in 0 .. C - 1."""
+    check_images(images)
+    classes = model.experts[0].num_classes
     if labels.shape != images.shape[:1]:
         found = f"labels of shape {tuple(labels.shape)} for {len(images)} images"
         raise ValueError(f"{found}; give each image one")
