@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.timing import take_turns
 from immunity_lib import ImmunityMoE, build_expert
 from immunity_lib.experts import Expert
-from immunity_lib.train import Recipe, training_loss
+from immunity_lib.recipe import Recipe
+from immunity_lib.train import training_loss
 
 EXPERTS, IMAGES, ROUNDS = 5, 32, 7
 CASES = (("googlenet", 0.25), ("googlenet-kuangliu", 0.125))

@@ -5,10 +5,12 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+
+from immunity_lib.recipe import BaselineName, ExpertName
 
 # The paper takes "the last convolutional layer with dimensions exceeding 8*8" for Grad-CAM.
 # Both readings of "exceeding", as the smallest admissible side of the feature grid.
@@ -243,8 +245,7 @@ EXPERTS: dict[str, type[Expert]] = {
     "googlenet": GoogLeNet, "googlenet-kuangliu": GoogLeNetKuangliu,
 }  # fmt: skip
 # The networks of architecture search that the paper compares Immunity with; experts like the others
-BASELINES = ("pdarts", "advrush", "robnet-free", "robnet-large-v1", "robnet-large-v2")
-EXPERT_NAMES = (*EXPERTS, *BASELINES)
+BASELINES, EXPERT_NAMES = get_args(BaselineName), get_args(ExpertName)
 
 
 def build_expert(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from immunity_lib.data import DATASETS
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
-from immunity_lib.train import Recipe
+from immunity_lib.recipe import Recipe
 from study.settings import Settings, read_yaml
 
 REGIMES = {

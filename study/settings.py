@@ -1,6 +1,6 @@
 """What a preset and a notebook's parameters may say, checked strictly before any computing.
 
-A preset is a flat YAML file: the study's own fields (`Settings`) and those of training (`immunity_lib.train.Recipe`).
+A preset is a flat YAML file: the study's own fields (`Settings`) and those of training (`immunity_lib.recipe.Recipe`).
 """
 
 import ast
@@ -13,15 +13,11 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from immunity_lib.experts import EXPERT_NAMES
-from immunity_lib.train import Recipe
+from immunity_lib.recipe import BaselineName, DatasetName, ExpertName, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "presets"
 
-DatasetName = Literal["parts10", "cifar10", "cifar100", "images"]
-BaselineName = Literal["pdarts", "advrush", "robnet-free", "robnet-large-v1", "robnet-large-v2"]
-ExpertName = Literal["resnet18", "densenet121", "googlenet", "googlenet-kuangliu", BaselineName]
 AttackName = Literal["fgsm", "bim", "mim", "pgd", "cw", "apgd"]
 GateName = Literal["trained", "uniform", "switch", "switch-per-image"]
 Regime = Literal["standard", "adversarial", "trades", "alp"]
@@ -76,11 +72,8 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         for field, values in [("datasets", self.datasets), *self]:
             if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{field} repeat: {values}; give each once")
-        expert, experts = self.recipe.expert, self.recipe.experts
-        if experts < 2:
+        if (experts := self.recipe.experts) < 2:
             raise ValueError(f"experts is {experts}; a mixture has at least 2")
-        if expert not in EXPERT_NAMES:
-            raise ValueError(f"expert is {expert!r}; valid names: {', '.join(EXPERT_NAMES)}")
         if "images" in self.datasets and not self.data_folder:
             raise ValueError("data set images, but data_folder is empty; name the folder with a folder for each class")
         for field in ("attacked_images", "adaptive_images"):

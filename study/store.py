@@ -29,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from immunity_lib.data import Dataset, load_dataset
 from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
 from immunity_lib.moe import ConstantGate, ImmunityMoE
-from immunity_lib.train import CHECKPOINT, Recipe, build_model, train
+from immunity_lib.recipe import Recipe
+from immunity_lib.train import CHECKPOINT, build_model, train
 from study.catalogue import ModelName, members, own_recipe, recipe_of
 from study.settings import NOT_OF_THE_RESULT, ROOT, Settings
 

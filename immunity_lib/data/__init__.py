@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from immunity_lib.data import cifar, images, parts10
+from immunity_lib.data import images, parts10
 from immunity_lib.data.batches import ImageSet, Source
 
 __all__ = ["DATASETS", "Dataset", "ImageSet", "Source", "find_source", "load_dataset"]
@@ -34,7 +34,7 @@ def load_dataset(
     """A data set by its name, one of `DATASETS`.
 
     folder: where CIFAR is, or is downloaded to (by default `data` in the working directory); for "images", what holds
-    them, in a layout that `immunity_lib.data.images` describes. `~` is home. train_images, test_images: how many,
+    them, in a layout that `images.folder_source` describes. `~` is home. train_images, test_images: how many,
     from the first on; None takes all there are. The validation images are the rows right after the training images,
     so they are never trained on. seed: draws Parts-10; the others are the same for every seed.
     Raises ValueError for an unknown name, for more images than there are, for damaged files and a folder in no valid
@@ -57,7 +57,7 @@ def load_dataset(
     rows = source.read("train", trained + held_out)
     splits = {"train": rows.first(trained), "validation": rows.rows(trained, len(rows))}
     splits |= {split: source.read(split, count) for split, count in counts.items()}
-    mean, std = cifar.STATISTICS.get(name) or _channel_statistics(splits["train"].images)
+    mean, std = images.STATISTICS.get(name) or _channel_statistics(splits["train"].images)
     part_names = parts10.PART_NAMES if name == "parts10" else ()
     return Dataset(name, source.class_names, mean, std, part_names, source.description, splits)
 
@@ -71,7 +71,7 @@ def find_source(name: str, folder: str | os.PathLike | None = None, seed: int = 
     if name == "images" and not folder:
         raise ValueError(f"images of which folder? Name it; {images.LAYOUTS}")
     folder = Path(folder or "data").expanduser().resolve()
-    return images.source(folder) if name == "images" else cifar.source(name, folder)
+    return images.folder_source(folder) if name == "images" else images.cifar_source(name, folder)
 
 
 def _channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

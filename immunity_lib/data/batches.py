@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from immunity_lib.recipe import Recipe
+
 MAXIMAL_SHIFT = 4  # pixels, as a random crop of 32x32 pixels out of an image padded by 4
-MAXIMAL_ANGLE = 15.0  # degrees
 
 Device = torch.device | str | None
 # images (B, 3, 32, 32) float32 in [0, 1], channels_last; labels (B,)
@@ -64,7 +65,7 @@ class Source:
 
 def training_batches(
     image_set: ImageSet, batch_size: int, generator: torch.Generator, augment: bool = True,
-    device: Device = None, *, rotation: float = MAXIMAL_ANGLE, cutout: int = 0,
+    device: Device = None, *, rotation: float = Recipe.rotation, cutout: int = 0,
     fill: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> Batches:  # fmt: skip
     """Every image once, in random order.

@@ -20,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from immunity_lib.attacks import DRAWS, DRAWS_PER_STEP, QUERIES_PER_STEP
 from immunity_lib.data import Dataset, find_source
-from immunity_lib.data.cifar import CLASS_NAMES
+from immunity_lib.data.images import CLASS_NAMES
 from immunity_lib.evaluate import BATCH, BUDGETS
 from immunity_lib.heatmaps import heatmaps_from_outputs
-from immunity_lib.train import Recipe, build_model, training_loss
+from immunity_lib.recipe import Recipe
+from immunity_lib.train import build_model, training_loss
 from study import catalogue
 from study.graph import parse_options, preset_parser
 from study.settings import Settings

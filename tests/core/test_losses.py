@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from immunity_lib import losses, scores
 from immunity_lib.moe import ExpertOutputs
-from immunity_lib.train import Recipe
+from immunity_lib.recipe import Recipe
 
 
 def cross_entropy_by_loops(outputs, labels, alpha):

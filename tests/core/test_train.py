@@ -16,8 +16,8 @@ from immunity_lib.cells import Cell
 from immunity_lib.experts import build_expert
 from immunity_lib.heatmaps import grad_cam, normalise_maps
 from immunity_lib.losses import immunity_loss
+from immunity_lib.recipe import Recipe
 from immunity_lib.train import (
-    Recipe,
     TrainingDiverged,
     adversarial_images,
     build_model,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from immunity_lib.data import DATASETS
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
-from immunity_lib.train import Recipe
+from immunity_lib.recipe import Recipe
 from study import catalogue
 from study.catalogue import METHODS, REGIMES, ModelName, members, recipe_of, table2_models, table3_models
 

@@ -7,7 +7,7 @@ import torch
 
 from immunity_lib.attacks import attack_images
 from immunity_lib.data import Dataset
-from immunity_lib.data.cifar import CLASS_NAMES, STATISTICS
+from immunity_lib.data.images import CLASS_NAMES, STATISTICS
 from immunity_lib.train import adversarial_images, build_model, training_loss
 from study.catalogue import recipe_of, trained_models
 from study.settings import load_preset

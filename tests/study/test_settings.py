@@ -34,7 +34,7 @@ def test_eps_can_be_a_fraction_or_a_decimal(make_settings):
         ("beta", math.nan, "beta = nan: .*finite"),
         ("dataset", "mnist", "dataset = 'mnist': .*'parts10', 'cifar10', 'cifar100' or 'images'"),
         ("dataset", "images", "data set images, but data_folder is empty; name the folder"),
-        ("expert", "vgg", "expert is 'vgg'; valid names: resnet18"),
+        ("expert", "vgg", "expert = 'vgg': Input should be 'resnet18'"),
         ("compared_experts", [], r"compared_experts = \[\]: .*at least 1"),
         ("attacks", ["deepfool"], "attacks.0 = 'deepfool': .*'fgsm'"),
         ("seeds", [1, 1], r"seeds repeat: \[1, 1\]"),
