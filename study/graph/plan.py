@@ -13,9 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import ClassVar
 
 import pandas as pd
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from immunity_lib.attacks import DRAWS, DRAWS_PER_STEP, QUERIES_PER_STEP
@@ -23,6 +25,7 @@ from immunity_lib.data import Dataset, find_source
 from immunity_lib.data.images import CLASS_NAMES
 from immunity_lib.evaluate import BATCH, BUDGETS
 from immunity_lib.heatmaps import heatmaps_from_outputs
+from immunity_lib.moe import ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import build_model, training_loss
 from study import catalogue
@@ -33,6 +36,7 @@ ASSUMED_TFLOPS = 10.0  # sustained; a guess for one data-centre GPU on images th
 MARGIN = 2.0  # of what a cluster is asked for: the speed is a guess, and to queue longer loses less than to be ended
 STARTING = 10  # minutes, for the kernel, the libraries and the data
 LIBRARIES = 4000  # MB of a process that has loaded them
+CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
 WORK = ["02_training", "03_attacks", "06_adaptive_attacks", "scores"]
 
 
@@ -78,64 +82,121 @@ def adaptive_passes(settings: Settings) -> tuple[int, int]:
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
     """Of a recipe's experts, from shapes alone: "parameters", bytes of "memory", and the multiply-accumulates of one
     image's "forward" pass, "gradient" by the image, heat "maps" and training "step" without its attack."""
-    alike = replace(
-        recipe, experts=1, gate_network="constant", precision="float32", seed=0, epochs=1, alpha=0.0, gamma=0.0,
-        beta=float(recipe.beta + recipe.gamma > 0), floor=0.0, warmup_epochs=0.0, adversary=None, adversary_steps=1,
+    alike = replace(  # whatever changes no shape; one expert on two images, the fewest that batch norms take
+        recipe, experts=1, gate_network="constant", precision="float32", seed=0, epochs=1, batch_size=2, alpha=0.0,
+        gamma=0.0, beta=float(recipe.beta + recipe.gamma > 0), floor=0.0, warmup_epochs=0.0, adversary=None,
+        adversary_steps=1,
     )  # fmt: skip
-    return {what: recipe.experts * one for what, one in _cost_of_expert(alike, classes).items()}
+    plain = replace(alike, beta=0.0, pairing="none", pairing_weight=0.0, auxiliary_weight=0.0)
+    cost = _cost_of_step(alike, classes) | _cost_of_measuring(plain, classes)
+    weights = 4 * cost["parameters"]
+    training = 3 * weights + recipe.batch_size * cost["kept by a step"] // 2
+    cost["memory"] = max(training, weights + BATCH * cost["kept by a gradient"] // 2)
+    shown = ("parameters", "memory", "forward", "gradient", "maps", "step")
+    return {what: recipe.experts * cost[what] for what in shown}
 
 
 @cache
-def _cost_of_expert(recipe: Recipe, classes: int) -> dict[str, int]:
-    with torch.device("meta"):
-        model = build_model(recipe, Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {}))
-        pair, labels = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
-
-    def attack() -> tuple[torch.Tensor, torch.Tensor]:
-        attacked = 1 * pair.clone().requires_grad_()  # the counter's hooks want no leaf
-        return model.eval()(attacked, gate="uniform").sum(), attacked
-
-    def train() -> torch.Tensor:
-        other = None if recipe.pairing == "none" else pair
-        return training_loss(model.train(), pair, labels, recipe, 1.0, other).total
-
-    weights = sum(one.nbytes for one in model.experts.parameters())
-    training = 3 * weights + recipe.batch_size * _kept_bytes(model, train) // 2
-    return {
-        "parameters": sum(one.numel() for one in model.experts.parameters()),
-        "memory": max(training, weights + BATCH * _kept_bytes(model, attack) // 2),
-        "forward": _macs(lambda: model(pair, gate="uniform")),
-        "gradient": _macs(lambda: torch.autograd.grad(*attack())),
-        "maps": _macs(lambda: heatmaps_from_outputs(model.expert_outputs(pair), labels)),
-        "step": _macs(lambda: train().backward()),
-    }
+def _cost_of_step(recipe: Recipe, classes: int) -> dict[str, int]:
+    model, pair, labels = _without_contents(recipe, classes)
+    kept, counter = _KeptBytes(model), _Counter()
+    with counter:
+        with kept:
+            other = None if recipe.pairing == "none" else pair
+            loss = training_loss(model.train(), pair, labels, recipe, 1.0, other).total
+        loss.backward()
+    parameters = sum(one.numel() for one in model.experts.parameters())
+    return {"parameters": parameters, "step": counter.macs, "kept by a step": kept.bytes}
 
 
-def _macs(compute: Callable) -> int:
-    """Multiply-accumulates for each image of a computation on two."""
+@cache
+def _cost_of_measuring(recipe: Recipe, classes: int) -> dict[str, int]:
+    model, pair, labels = _without_contents(recipe, classes)
+    kept, counter = _KeptBytes(model), _Counter()
+    with counter:
+        with kept:
+            outputs = model.eval().expert_outputs(pair.requires_grad_())
+            answers = outputs.mixture("uniform").sum()
+        forward = counter.macs
+        heatmaps_from_outputs(outputs, labels)
+        maps = counter.macs
+        torch.autograd.grad(answers, pair)
+    gradient = forward + counter.macs - maps
+    return {"forward": forward, "gradient": gradient, "maps": maps, "kept by a gradient": kept.bytes}
 
-    # PyTorch's own formula takes a depthwise convolution's backward pass for a full one's
-    def backward(gradient, inputs, weight, *others, **_) -> int:  # their shapes
-        return sum(others[-1][:2]) * conv_flop_count(inputs, weight, gradient)
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: backward}) as counter:
-        compute()
-    return counter.get_total_flops() // 4
+def _without_contents(recipe: Recipe, classes: int) -> tuple[ImmunityMoE, torch.Tensor, torch.Tensor]:
+    """A model, two images and their labels."""
+    with torch.device("meta"), _Counter():  # it measures itself, too
+        data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {})
+        return build_model(recipe, data), torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
 
 
-def _kept_bytes(model: torch.nn.Module, compute: Callable) -> int:
-    """What a computation holds on to for its backward pass, weights aside, each tensor once."""
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept = {}  # holds the storages, so that none is counted under another's address
+class _Counter(TorchDispatchMode):
+    """Counts what is computed within it on tensors without contents. Each operation is carried out once for all
+    arguments of the same shapes: what would come of it, PyTorch takes a millisecond to tell."""
 
-    def keep(tensor):
+    known: ClassVar[dict] = {}  # what comes of an operation, and its floating-point operations
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for each of two images."""
+        return self.operations // 4
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if any(one.alias_info for one in function._schema.returns):  # a view, or in place
+            return function(*arguments, **options)
+        key = (function, _each(_shape, arguments), _each(_shape, tuple(options.items())))
+        if key not in self.known:
+            with FlopCounterMode(display=False, custom_mapping={CONVOLUTION_BACKWARD: _backward_flops}) as counter:
+                found = function(*arguments, **options)
+            self.known[key] = (_each(_another, found), counter.get_total_flops())
+        found, operations = self.known[key]
+        self.operations += operations
+        return _each(_another, found)
+
+
+def _each(change: Callable, value):
+    """A value with every tensor in it changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    return tuple(_each(change, one) for one in value) if isinstance(value, tuple | list) else value
+
+
+def _shape(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _another(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _backward_flops(gradient, inputs, weight, *others, **_) -> int:  # their shapes
+    """PyTorch's own formula takes a depthwise convolution's backward pass for a full one's."""
+    return sum(others[-1][:2]) * conv_flop_count(inputs, weight, gradient)
+
+
+class _KeptBytes(torch.autograd.graph.saved_tensors_hooks):
+    """What is computed within it holds on to for its backward pass, weights aside, each tensor once."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(self._keep, lambda tensor: tensor)
+        self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._kept = {}  # holds the storages, so that none is counted under another's address
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        self._kept[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        compute()
-    return sum(kept[address].nbytes() for address in kept.keys() - weights)
+    @property
+    def bytes(self) -> int:
+        return sum(self._kept[address].nbytes() for address in self._kept.keys() - self._weights)
 
 
 def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
