@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 
 import psutil
@@ -34,6 +35,7 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 TOKEN = "for-this-test-alone"
 PATIENCE = 600  # seconds: the machine may have much else to do
 FEW = {"test_images": 60, "attacked_images": 30, "adaptive_images": 30}  # the weights serve all
+COLOUR = "element => getComputedStyle(element).color"
 IDLE = "text=Python 3 (ipykernel) | Idle"
 FRAME = 'iframe[title="heat maps under attack"]'
 
@@ -70,13 +72,12 @@ def free_port():
 
 
 @contextmanager
-def jupyterlab(folder, state, theme="JupyterLab Light"):
+def jupyterlab(folder, state):
     """JupyterLab on a folder; yields its address."""
     settings = state / "lab-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     quiet = {"fetchNews": "false", "checkForUpdates": False}
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
-    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
     port = free_port()
     command = [sys.executable, "-m", "jupyterlab", str(folder), "--no-browser", "--allow-root"]
     command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
@@ -144,11 +145,10 @@ def state(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", ["00_start_here", "02_training"])
-def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, state):
+def test_a_notebook_runs_from_top_to_bottom(tmp_path, state):
     """With its defaults, but for the preset, which is the smallest, and where the results go."""
     folder = tmp_path / "notebooks"
-    notebook = written(folder, name, preset="smoke", output_folder=str(tmp_path))
+    notebook = written(folder, "00_start_here", preset="smoke", output_folder=str(tmp_path))
     with jupyterlab(folder, state) as address, browser_page() as page:
         run_all(page, address, notebook)
         cells = wait_for_the_end(page, notebook)
@@ -215,12 +215,16 @@ def picture_of(size):
     return content.getvalue() + bytes(size - len(content.getvalue()))
 
 
+def wait_for_the_explorer(page):
+    page.frame_locator(FRAME).locator("text=under this gate").first.wait_for()
+    page.wait_for_selector("text=/^ready/")
+    page.locator(".explorer-gallery").scroll_into_view_if_needed()
+
+
 def use_the_explorer(page):
     """Everything that moves, and what it has to move."""
     frame = page.frame_locator(FRAME)
-    frame.locator("text=under this gate").first.wait_for()
-    page.wait_for_selector("text=/^ready/")
-    page.locator(".explorer-gallery").scroll_into_view_if_needed()
+    wait_for_the_explorer(page)
     changed_by(page, lambda: page.click(".explorer-image-25"), WORDS, PICTURES)
     changed_by(page, lambda: move(frame, "step", "End"), WORDS, PICTURES)
     changed_by(page, lambda: move(frame, "state", "End"), WORDS)
@@ -245,31 +249,30 @@ def use_the_explorer(page):
     page.wait_for_selector("text=/saved .*session.html/")
 
 
-def take_picture(page, path):
-    """Of the whole explorer, at the width that the page has; with a record beside it."""
-    width = page.viewport_size["width"]
-    page.keyboard.press("Control+b")  # fold the side bar
+def show_in_theme(page, theme, width):
+    """As JupyterLab's own menu does it; the height has room for the whole explorer."""
+    page.set_viewport_size({"width": 1300, "height": 2400})
+    page.click('.lm-MenuBar-itemLabel:text-is("Settings")')
+    page.click('.lm-Menu-item[data-type="submenu"]:has-text("Theme")')
+    page.click(f'.lm-Menu-itemLabel:text-is("JupyterLab {theme}")')
+    page.wait_for_selector(f'body[data-jp-theme-name="JupyterLab {theme}"]', state="attached")
     page.set_viewport_size({"width": width, "height": 2400})
-    changed_by(page, lambda: page.click(".explorer-image-8"), WORDS, PICTURES)
-    choose(page, "CAM method", "Grad-CAM, eq (3)")
-    changed_by(page, lambda: choose(page, "compared with", "MoE, standard training"), WORDS)
-    frame = page.frame_locator(FRAME)
-    frame.locator("#overlay").uncheck()
-    page.locator(".widget-hslider .noUi-handle").press("ArrowLeft")
+
+
+def take_picture(page, path):
+    """Of the whole explorer, with a record beside it."""
     page.wait_for_timeout(5000)
     page.locator(".widget-vbox", has=page.locator(".explorer-gallery")).first.screenshot(path=path)
-    taken = {"kind": "screenshot", "notebook": "05_heatmaps", "width": width}
+    taken = {"kind": "screenshot", "notebook": "05_heatmaps", "width": page.viewport_size["width"]}
     write_json(path.with_suffix(".json"), taken | {"provenance": provenance()})
 
 
-@pytest.mark.parametrize(("theme", "width"), [("Light", 1300), ("Dark", 800)])
-def test_the_explorer_moves_in_jupyterlab(theme, width, tmp_path, state, pytestconfig):
-    """From opening the notebook to moved maps, nothing trained: the weights come with it."""
+def test_the_explorer_moves_in_jupyterlab(tmp_path, state, pytestconfig):
+    """From opening the notebook to moved maps, nothing trained: the weights come with it. In either theme."""
     pictures = pytestconfig.getoption("screenshots") or tmp_path
     folder = tmp_path / "notebooks"
     notebook = written(folder, "05_heatmaps", output_folder=str(tmp_path), **FEW)
-    lab = jupyterlab(folder, state, f"JupyterLab {theme}")
-    with lab as address, browser_page(width) as page:
+    with jupyterlab(folder, state) as address, browser_page() as page:
         started = time.monotonic()
         run_all(page, address, notebook)
         page.wait_for_selector(".jp-OutputArea img")
@@ -278,11 +281,23 @@ def test_the_explorer_moves_in_jupyterlab(theme, width, tmp_path, state, pytestc
         print(f"explorer after {time.monotonic() - started:.1f} s")
         assert not any(map(errors, wait_for_the_end(page, notebook)))
         use_the_explorer(page)
-        colour = "element => getComputedStyle(element).color"
-        assert page.frame_locator(FRAME).locator("body").evaluate(colour) == page.locator(FRAME).evaluate(colour), (
-            "words are in the theme's colour"
-        )
-        take_picture(page, pictures / f"explorer-{theme.lower()}.png")
+        frame = page.frame_locator(FRAME)
+        page.keyboard.press("Control+b")  # fold the side bar
+        choose(page, "CAM method", "Grad-CAM, eq (3)")
+        changed_by(page, lambda: choose(page, "compared with", "MoE, standard training"), WORDS)
+        frame.locator("#overlay").uncheck()
+        page.locator(".widget-hslider .noUi-handle").press("ArrowLeft")
+        colours = []
+        for theme, width in (("Dark", 800), ("Light", 1300)):
+            show_in_theme(page, theme, width)
+            for number in (25, 8):
+                page.wait_for_selector("text=/^ready/")
+                page.wait_for_timeout(2000)  # the page that is ready takes its place
+                changed_by(page, partial(page.click, f".explorer-image-{number}"), WORDS, PICTURES)
+            colours.append(page.locator(FRAME).evaluate(COLOUR))
+            assert frame.locator("body").evaluate(COLOUR) == colours[-1], "words are in the theme's colour"
+            take_picture(page, pictures / f"explorer-{theme.lower()}.png")
+        assert len(set(colours)) == 2
         print(f"explorer used after {time.monotonic() - started:.1f} s")
 
 
@@ -305,7 +320,8 @@ def test_B8_the_explorer_moves_on_voila_s_page_and_its_kernels_end(tmp_path, sta
     with server([*command, f"--port={port}"], port, state) as process:
         with browser_page() as page:
             page.goto(f"http://127.0.0.1:{port}")
-            use_the_explorer(page)
+            wait_for_the_explorer(page)
+            changed_by(page, lambda: page.click(".explorer-image-25"), WORDS, PICTURES)
             page.wait_for_timeout(15_000)
             assert len(kernels(process)) == 1, "that of an open page stays"
         deadline = time.monotonic() + PATIENCE
