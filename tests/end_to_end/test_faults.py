@@ -96,7 +96,7 @@ def test_training_killed(smoke, tmp_path, number):
     assert weights(tmp_path) == weights(smoke[0])
 
 
-@pytest.mark.parametrize("number", often(18, usually=2))
+@pytest.mark.parametrize("number", often(18, usually=1))
 def test_evaluation_killed(smoke, tmp_path, number):
     kind, notebook = [("attacks", "03_attacks"), ("adaptive", "06_adaptive_attacks")][number % 2]
     source, target = (settings_of(output) for output in (smoke[0], tmp_path))
@@ -118,11 +118,16 @@ def test_graph_killed(smoke, tmp_path, number):
         shutil.copytree(smoke[0], output)
         draw = random.Random(number)
         runs, figures = output / "runs/smoke", output / "figures/smoke"
-        shutil.rmtree(draw.choice(sorted((runs / "models").iterdir())))
-        for record in draw.sample(sorted((runs / "records").iterdir()), 3):
-            record.unlink()
-        shutil.rmtree(figures)
-        seconds /= 4
+        if number == 0:  # in the usual run, most: one measurement, and what is drawn from it alone
+            draw.choice(sorted(runs.glob("records/*-adversarial-*.attacks.json"))).unlink()
+            for path in [*figures.glob("table2.*"), *figures.glob("claims.*")]:
+                path.unlink()
+        else:
+            shutil.rmtree(draw.choice(sorted((runs / "models").iterdir())))
+            for record in draw.sample(sorted((runs / "records").iterdir()), 3):
+                record.unlink()
+            shutil.rmtree(figures)
+        seconds /= 8 if number == 0 else 4
     command = reproduce_command(output, "--jobs", "2")
     kill_after(command, moment("graph", number, seconds), [kill_all, subprocess.Popen.kill][number % 2])
     finish(command, OMP_NUM_THREADS="2")  # which would change the last bits of every sum
@@ -142,7 +147,7 @@ def small_disk(tmp_path, request):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.node
 @pytest.mark.parametrize("small_disk", ["700k"], indirect=True)
 def test_training_on_a_full_disk(smoke, small_disk):
     """There is room for one checkpoint, and not for two."""
