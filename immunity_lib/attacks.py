@@ -8,6 +8,7 @@ attacker's forward passes use, see `ImmunityMoE`; libraries call a bare `model(i
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from immunity_lib.moe import (
     check_images,
     in_eval_mode,
     permutations,
+    switched_probabilities,
     verdicts,
 )
 
@@ -115,29 +117,68 @@ def attack_path(
         return torch.stack(list(path))
 
 
+# What an attack on all gates raises for each image, from the experts' outputs and the labels, (B,): the mean over a
+# uniform permutation of the cross entropy; of sigmoid(margin), a smooth share of gates that are fooled; and of the
+# difference-of-logits ratio (Croce & Hein 2020, arXiv 2003.01690), which the scale of the logits cannot mask
+AIMS: dict[str, Callable[[ExpertOutputs, Tensor], Tensor]] = {
+    "expected": lambda outputs, labels: cross_entropy_by_gate(outputs, labels).mean(1),
+    "fooled": lambda outputs, labels: margin(*_by_gate(outputs, labels)).sigmoid().mean(-1),
+    "ratio": lambda outputs, labels: difference_of_logits_ratio(*_by_gate(outputs, labels)).mean(-1),
+}
+
+
 def exact_pgd(
     model: ImmunityMoE, images: Tensor, labels: Tensor, *,
     eps: float, step_size: float, steps: int, aim: str = "expected", random_start: bool = True,
 ) -> Tensor:  # fmt: skip
-    """PGD on the exact cross entropy over all permutations of the gate.
+    """PGD on an exact expectation over all permutations of the gate.
 
     The N! gates share the experts' outputs, so the loss under each of them, its expectation and its gradient cost one
     pass; averaging the loss of sampled gates ("expectation over transformation", Athalye et al. 2018, arXiv
     1802.00420) costs one for every sample.
-    aim: what is raised for each image: the "expected" cross entropy over a uniform permutation, or that under its
-    "weakest" gate, where it is the largest.
+    aim: what is raised, one of `AIMS`. Raises ValueError for others.
     """
-    if aim not in ("expected", "weakest"):
-        raise ValueError(f"unknown aim {aim!r}; choose expected or weakest")
+    if aim not in AIMS:
+        raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
     check_batch(model, images, labels)
-
-    def objective(points: Tensor) -> Tensor:
-        losses = cross_entropy_by_gate(model.expert_outputs(points), labels)
-        return losses.mean(1) if aim == "expected" else losses.amax(1)
-
     budget = {"eps": eps, "step_size": step_size, "steps": steps}
-    *_, last = ascent_path(objective, images, **budget, random_start=random_start)
+    raised = AIMS[aim]
+    *_, last = ascent_path(
+        lambda points: raised(model.expert_outputs(points), labels), images, **budget, random_start=random_start
+    )
     return last
+
+
+@torch.no_grad()
+def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, steps: int) -> Tensor:
+    """Of all points on the way of PGD on each of the `AIMS`, the one that the most gates get wrong.
+
+    The step falls from eps to 0 by a cosine: a long search and a fine one need both (as Auto-PGD halves its own).
+    Images that every gate gets wrong are let be."""
+    check_batch(model, images, labels)
+    best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
+    for raised in AIMS.values():
+        left = (fooled < 1).nonzero().squeeze(1)
+        start, theirs = images[left], labels[left]
+        points = within_budget(start + torch.empty_like(start).uniform_(-eps, eps), start, eps)
+        for step in range(steps + 1):
+            points.requires_grad_()
+            with torch.enable_grad():
+                outputs = model.expert_outputs(points)
+                (gradient,) = torch.autograd.grad(raised(outputs, theirs).sum(), points)
+            points, share = points.detach(), verdicts(outputs, theirs).failure
+            better = share > fooled[left]
+            best[left[better]], fooled[left[better]] = points[better], share[better]
+            length = eps * (1 + math.cos(math.pi * step / steps)) / 2
+            points = within_budget(points + length * gradient.sign(), start, eps)
+    return best
+
+
+def _by_gate(outputs: ExpertOutputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the mixture under every permutation of its gate, (B, N!, C), and the label for each."""
+    probabilities = switched_probabilities(outputs)
+    # Far below what any mixture of float32 probabilities gives, and the logarithm stays finite
+    return probabilities.clamp(min=1e-30).log(), labels[:, None].expand(probabilities.shape[:2])
 
 
 def cross_entropy_by_gate(outputs: ExpertOutputs, labels: Tensor) -> Tensor:
@@ -149,45 +190,16 @@ def cross_entropy_by_gate(outputs: ExpertOutputs, labels: Tensor) -> Tensor:
 
 
 def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """(B,): max_{j != y} z_j - z_y, positive where the model is fooled (Carlini & Wagner 2017, arXiv 1608.04644).
-    Log-probabilities z (B, C) have the margins of logits."""
-    own = labels[:, None]
-    return log_probs.scatter(1, own, -torch.inf).amax(1) - log_probs.gather(1, own).squeeze(1)
+    """(..., ): max_{j != y} z_j - z_y, positive where the model is fooled (Carlini & Wagner 2017, arXiv 1608.04644).
+    Log-probabilities z (..., C) have the margins of logits."""
+    own = labels[..., None]
+    return log_probs.scatter(-1, own, -torch.inf).amax(-1) - log_probs.gather(-1, own).squeeze(-1)
 
 
-BEYOND = 1.05  # times the estimated distance to a decision boundary
-
-
-@torch.no_grad()
-def arc(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, step_size: float, steps: int) -> Tensor:
-    """Greedy attack on the share of gates that are fooled, after ARC (Dbouk & Shanbhag 2022, arXiv 2206.06737), which
-    is made for classifiers that are drawn at random.
-
-    Gradients of different experts may cancel in the mean loss. Each step turns to one expert at a time, in the order
-    of the batch's mean gate weights, and moves along the sign of its margin's gradient: just beyond its decision
-    boundary, by a linear estimate, or by step_size if it is beyond already. An image keeps a move that fools no fewer
-    gates. In ARC the classifiers are the drawn ones themselves; here they would be the N! mixtures, which share N
-    experts' gradients."""
-    check_batch(model, images, labels)
-    points = images = images.detach()
-    outputs = model.expert_outputs(images)
-    fooled = verdicts(outputs, labels).failure
-    for _ in range(steps):
-        for expert in outputs.gate.mean(0).argsort(descending=True).tolist():
-            start = points.clone().requires_grad_()
-            with torch.enable_grad():
-                margins = margin(model.experts[expert].forward_with_features(start)[1], labels)
-                (gradient,) = torch.autograd.grad(margins.sum(), start)
-            # Along the sign of the gradient, a linear margin rises by the gradient's l_1 norm
-            slope = gradient.abs().sum((1, 2, 3)).clamp(min=1e-12)
-            length = (BEYOND * -margins / slope).clamp(step_size, 2 * eps)
-            step = length[:, None, None, None] * gradient.sign()
-            moved = within_budget(points + step, images, eps)
-            share = verdicts(model.expert_outputs(moved), labels).failure
-            kept = share >= fooled
-            points = torch.where(kept[:, None, None, None], moved, points)
-            fooled = torch.where(kept, share, fooled)
-    return points
+def difference_of_logits_ratio(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """(..., ): the margin over the distance of the first to the third largest, of log-probabilities (..., C)."""
+    largest = log_probs.topk(min(3, log_probs.shape[-1]), dim=-1).values
+    return margin(log_probs, labels) / (largest[..., 0] - largest[..., -1]).clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -208,7 +220,7 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
 
 DRAWS = 20  # of the gate for each gradient of a random gate, as AutoAttack's "rand" has it
 QUERIES_PER_STEP = 50  # of Square: 5,000 beside 100 steps of the gradient attacks, as published
-DRAWS_PER_STEP = 100  # of random noise: 10,000 points beside 100 steps
+DRAWS_PER_STEP = 5  # of random noise: 500 points beside 100 steps
 FEWEST_CLASSES = 4  # that the targeted loss of AutoAttack can tell apart
 
 
@@ -231,7 +243,7 @@ def auto_attack(
     if classes < FEWEST_CLASSES and only != ("square",):
         raise ValueError(
             f"AutoAttack needs at least {FEWEST_CLASSES} classes, the model has {classes}; attacks "
-            "that work: those of attack_images, exact_pgd, arc, and Square alone"
+            "that work: those of attack_images, exact_pgd, strongest_points, and Square alone"
         )
     target = fold(model).to(memory_format=torch.contiguous_format)  # it views gradients as lines
     target.evaluation_gate = gate
@@ -278,7 +290,8 @@ class Effort:
     step_size: float
     steps: int  # of PGD and its kin
     samples: tuple[int, ...]  # of the gate for each gradient of EOTPGD, an attack for each
-    auto_attack_steps: int  # Square has 50 queries and random noise 100 draws for each
+    auto_attack_steps: int  # Square has 50 queries for each, and random noise 5 draws
+    auto_attack_images: int | None = None  # the first ones, for AutoAttack and what needs no gradient; None: all
 
 
 @dataclass(frozen=True)
@@ -294,7 +307,8 @@ class AdaptiveAttack:
 
 def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str, ImmunityMoE]) -> list[AdaptiveAttack]:
     """Every attack that knows the defence, on the model's folded copy, in the order of a report: from the paper's
-    setting over sampled gates to their exact expectation, and standard judges.
+    setting over sampled gates to their exact expectation, and standard judges, on the gates that are not random (on a
+    random one, AutoAttack takes its first lucky draw for a success).
 
     surrogates: other trained models by name, through whose plain ensembles it is attacked too. AutoAttack is left out
     for fewer than four classes. To add an attack, add it here. Raises ValueError for a model that cannot give what
@@ -308,7 +322,7 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
         )
     from torchattacks import EOTPGD
 
-    target, device = fold(model), next(model.parameters()).device
+    target, device, several = fold(model), next(model.parameters()).device, len(model.experts) > 1
     target.evaluation_gate = "switch"  # of the bare calls of EOTPGD
     budget = {"eps": effort.eps, "step_size": effort.step_size, "steps": effort.steps}
     slow = {"eps": effort.eps, "steps": effort.auto_attack_steps}
@@ -322,20 +336,21 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
 
     for name in ("fgsm", "bim", "mim", "pgd"):
         add(name, "paper", "switch", by_library(name, "switch"))
-    for gate in ("trained", "uniform"):
+    for gate in ("trained", "uniform")[: 1 + several]:  # a single expert has one gate
         add(f"pgd-{gate}", "frozen", gate, by_library("pgd", gate))
-    for samples in effort.samples:
+    for samples in effort.samples * several:
         eot_pgd = EOTPGD(target, effort.eps, effort.step_size, effort.steps, samples)
         add(f"eotpgd-{samples}", "sampled", "switch", eot_pgd)
-    for aim in ("expected", "weakest"):
-        add(f"exact-{aim}", "exact", "all gates", partial(exact_pgd, target, aim=aim, **budget))
-    add("arc", "exact", "all gates", partial(arc, target, **budget))
+    add("exact-expected", "exact", "all gates", partial(exact_pgd, target, aim="expected", **budget))
+    search = partial(strongest_points, target, eps=effort.eps, steps=2 * effort.steps)
+    add("exact-strongest", "exact", "all gates", search)
     if target.experts[0].num_classes >= FEWEST_CLASSES:
-        for gate in ("trained", "uniform", "switch"):
+        for gate in ("trained", "uniform")[: 1 + several]:
             perturb = partial(auto_attack, target, gate=gate, **slow)
             attacks.append(AdaptiveAttack(f"autoattack-{gate}", "judges", gate, perturb))
-    # Square (Andriushchenko et al. 2020, arXiv 1912.00049) on the margin, as AutoAttack runs it
-    square = partial(auto_attack, target, gate="uniform", only=("square",), **slow)
+    # Square (Andriushchenko et al. 2020, arXiv 1912.00049) on the margin, as AutoAttack ends with it, on all images
+    few = slow | {"steps": max(effort.auto_attack_steps // 5, 1)}
+    square = partial(auto_attack, target, gate="uniform", only=("square",), **few)
     add("square", "black box", "uniform", lambda *batch: square(*batch)[0])
     draws = DRAWS_PER_STEP * effort.auto_attack_steps
     noise = partial(random_noise, target, eps=effort.eps, draws=draws)

@@ -76,10 +76,9 @@ def evaluate_adaptively(
     surrogates: other models whose images are tried. tell: gets a line after every attack. done: results of attacks
     that need not be made again. keep: gets each attack's name and result.
 
-    Returns by the name of each attack its verdicts and what is told of it ("family", "sees", "flags", "seconds", and
-    "experts_alone", each expert's own accuracy); and a summary: "agreement" (see there), "by_budget", pairs of eps
-    and expected accuracy under exact PGD, and "checks", a list of `Finding` as dictionaries. Raises ValueError for a
-    model without gradients."""
+    Returns by the name of each attack its verdicts and what is told of it ("family", "sees", "flags", "seconds"); and
+    a summary: "agreement" (see there), "by_budget", pairs of eps and expected accuracy under exact PGD, and "checks",
+    a list of `Finding` as dictionaries. Raises ValueError for a model without gradients."""
     target, results = fold(model), dict(done)
     if not target(images[:1].clone().requires_grad_(), "uniform").requires_grad:
         raise ValueError(
@@ -90,7 +89,8 @@ def evaluate_adaptively(
         for attack in adaptive_attacks(model, effort, surrogates):
             if attack.name not in results:
                 torch.manual_seed(0)  # so that an attack does not depend on those before it
-                results[attack.name] = _attack(target, images, labels, attack, effort.eps)
+                few = slice(effort.auto_attack_images if attack.family in ("judges", "black box") else None)
+                results[attack.name] = _attack(target, images[few], labels[few], attack, effort.eps)
                 keep(attack.name, *results[attack.name])
             found, told = results[attack.name]
             tell(
@@ -109,21 +109,17 @@ def evaluate_adaptively(
 
 def _attack(target: ImmunityMoE, images: Tensor, labels: Tensor, attack: AdaptiveAttack, eps: float) -> Result:
     started = time.perf_counter()
-    parts, alone, flags = [], [], []
+    parts, flags = [], []
     for some, theirs in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         adversarial, said = attack.perturb(some, theirs)
         check_budget(some, adversarial, eps)
-        with torch.no_grad():
-            outputs = target.expert_outputs(adversarial)
-        parts.append(verdicts(outputs, theirs))
-        alone.append(outputs.logits.argmax(-1) == theirs[:, None])
+        parts.append(verdicts_over_gates(target, [(adversarial, theirs)]))
         flags += said
     return GateVerdicts.join(parts), {
         "family": attack.family,
         "sees": attack.sees,
         "flags": list(dict.fromkeys(flags)),
         "seconds": round(time.perf_counter() - started, 1),
-        "experts_alone": torch.cat(alone).double().mean(0).tolist(),
     }
 
 
@@ -153,8 +149,9 @@ def _what_checks_need(
         return 1 - verdicts_over_gates(target, [(attacked, labels)]).failure.mean().item()
 
     def worst(families: Sequence[str]) -> Tensor:
+        """On the images that every one of the attacks has met."""
         failures = [found.failure for found, told in results.values() if told["family"] in families]
-        return torch.stack(failures).amax(0)
+        return torch.stack([one[: effort.auto_attack_images] for one in failures]).amax(0)
 
     points = images.clone().requires_grad_()
     # Under other gates the gate's own gradient could hide that experts have none
@@ -176,7 +173,7 @@ def _what_checks_need(
         "twice": under_exact(eps, step_size, 2 * steps),
         "zero_gradients": (gradient.flatten(1) == 0).all(1).double().mean().item(),
         "frozen": results["pgd-trained"][0].accuracy.trained,
-        "alone": [results[f"pgd-expert-{k + 1}"][1]["experts_alone"][k] for k in experts],
+        "alone": [results[f"pgd-expert-{k + 1}"][0].experts[:, k].double().mean().item() for k in experts],
         "difference": twice_the_same.abs().max().item(),
         "flags": list(flags),
     }

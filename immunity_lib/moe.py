@@ -163,11 +163,12 @@ class GateAccuracy(NamedTuple):
 
 @dataclass(frozen=True)
 class GateVerdicts:
-    """Which images are classified correctly, bool, under each way to set the gate."""
+    """Which images are classified correctly, bool, under each way to set the gate, and by each expert alone."""
 
     trained: Tensor  # (B,)
     uniform: Tensor  # (B,)
     switched: Tensor  # (B, G), under each permutation
+    experts: Tensor  # (B, N)
 
     @property
     def failure(self) -> Tensor:
@@ -213,10 +214,10 @@ def switched_probabilities(outputs: ExpertOutputs) -> Tensor:
 
 
 def verdicts(outputs: ExpertOutputs, labels: Tensor) -> GateVerdicts:
-    """Which images are classified correctly under each gate, from one pass of the experts."""
+    """Which images are classified correctly under each gate and by each expert, from one pass of the experts."""
     trained, uniform = (outputs.mixture(one).argmax(-1) == labels for one in ("trained", "uniform"))
     switched = switched_probabilities(outputs).argmax(-1) == labels[:, None]
-    return GateVerdicts(trained, uniform, switched)
+    return GateVerdicts(trained, uniform, switched, outputs.logits.argmax(-1) == labels[:, None])
 
 
 ROUNDING = 1e-6  # a float32 image plus a float32 perturbation may miss its bounds by this much

@@ -1,8 +1,11 @@
-"""The small weights that come with the project, made from trained models: `make pretrained`.
+"""What comes with the project of a preset's results, made from those in runs/: `make pretrained`.
 
-They let a notebook show its models before anything is trained. Half precision halves their size; each record says
-which weights they were rounded from and what that changed.
+Small weights let a notebook show its models before anything is trained. Half precision halves their size; each record
+says which weights they were rounded from and what that changed. Of a study too long to be repeated for a look, all
+training records and measurements come along: --measurements.
 """
+
+import shutil
 
 import torch
 
@@ -10,12 +13,13 @@ from immunity_lib.data import Dataset
 from immunity_lib.data.batches import evaluation_batches
 from immunity_lib.files import read_tensors, write_tensors
 from immunity_lib.moe import ImmunityMoE
-from study.catalogue import ModelName, explored_models
+from study.catalogue import ModelName, explored_models, measured_models, trained_models
 from study.graph import parse_options, preset_parser
 from study.settings import Settings
 from study.store import (
     WEIGHTS,
     checksum,
+    find_record,
     load_data,
     own_folder,
     pretrained_folder,
@@ -25,8 +29,22 @@ from study.store import (
 )
 
 
-def publish(settings: Settings, name: ModelName, dataset: Dataset) -> None:
-    """Write pretrained/<preset>/<name>/ from the model in runs/, if it is trained."""
+def publish_measurements(settings: Settings, name: ModelName) -> None:
+    """Write what was measured of a model, and how it was trained, to pretrained/<preset>/<name>/."""
+    folder, own = pretrained_folder(settings, name), settings.model_copy(update={"pretrained": False})
+    folder.mkdir(parents=True, exist_ok=True)
+    record = own_folder(settings, name) / "record.json"
+    if record.exists() and not (folder / WEIGHTS).exists():
+        shutil.copy(record, folder)
+    for kind in ("attacks", "adaptive", "scores"):
+        found = find_record(own, name, kind)
+        for path in (found, found.with_suffix(".parquet")):
+            if path.exists():
+                shutil.copy(path, folder / f"{kind}{path.suffix}")
+
+
+def publish_weights(settings: Settings, name: ModelName, dataset: Dataset) -> None:
+    """Write a model's weights and record to pretrained/<preset>/<name>/ from runs/, if it is trained."""
     source, folder = own_folder(settings, name), pretrained_folder(settings, name)
     if not (source / "record.json").exists():
         print(f"{name} is not trained and was left out")
@@ -53,12 +71,18 @@ def _answers(model: ImmunityMoE, dataset: Dataset) -> torch.Tensor:
     return torch.cat([model.expert_outputs(batch).logits.argmax(-1) for batch, _ in batches])
 
 
-def publish_all(settings: Settings) -> None:
-    """Publish every mixture of the preset's ablation, under each regime."""
+def publish_all(settings: Settings, measurements: bool) -> None:
+    """Publish every mixture of the preset's ablation, under each regime, and what was measured of all models."""
     dataset = load_data(settings)
     for name in explored_models(settings):
-        publish(settings, name, dataset)
+        publish_weights(settings, name, dataset)
+    if measurements:
+        for name in dict.fromkeys([*trained_models(settings), *measured_models(settings, "attacks")]):
+            publish_measurements(settings, name)
 
 
 if __name__ == "__main__":
-    publish_all(parse_options(preset_parser("pretrained/publish.py", __doc__, output=False))[1])
+    parser = preset_parser("pretrained/publish.py", __doc__, output=False)
+    parser.add_argument("--measurements", action="store_true", help="all training records and measurements, too")
+    options, settings = parse_options(parser)
+    publish_all(settings, options.measurements)

@@ -26,6 +26,7 @@ REGIMES = {
 }
 METHODS = {
     "standalone": "a single network, the mixture of one",
+    "standalone-wide": "a single network as large as the mixture: wider by the root of N",
     "ensemble": "independently trained stand-alone networks under equal weights",
     "moe": "the mixture alone: beta = gamma = 0",
     "moe-mi": "with the mutual information loss: gamma = 0",
@@ -33,6 +34,7 @@ METHODS = {
     "immunity": "with both losses",
     "immunity-literal": "with both losses on heat maps as the equations literally say",
 }
+SINGLE = ("standalone", "standalone-wide")  # of one expert
 
 # As readers call them: the mixtures of the ablation, data sets, networks, attacks
 MIXTURES = {"moe": "MoE", "moe-mi": "MoE+MI", "moe-ps": "MoE+PS", "immunity": "Immunity"}
@@ -80,21 +82,30 @@ class ModelName(BaseModel, frozen=True):
         return f"{MIXTURES[self.method]}, {self.regime} training"
 
 
+def method_title(method: str, network: str) -> str:
+    """A method with a network, as readers call it."""
+    single = {"standalone": "stand-alone {}", "standalone-wide": "stand-alone {}, as large as the mixture"}
+    title = {"ensemble": "independent {}s", **single}.get(method, MIXTURES.get(method, method))
+    return title.format(NETWORKS[network]).removeprefix("stand-alone " * (network in BASELINES))
+
+
 def recipe_of(settings: Settings, name: ModelName) -> Recipe:
     """How this model is trained: the preset's recipe, what the method changes, a baseline's own recipe."""
     if name.method == "ensemble":
         raise ValueError(f"{name} is not trained; its members are: {members(settings, name)}")
     changes: dict[str, Any] = {"dataset": name.dataset, "expert": name.expert, "seed": name.seed}
     if name.expert in BASELINES:
-        changes["layers"] = settings.baseline_layers
+        changes |= {"layers": settings.baseline_layers, "width": settings.baseline_width or settings.recipe.width}
     if published := own_recipe(settings, name):
         changes |= published["fields"]
-    if name.method == "standalone":
+    if name.method in SINGLE:
         # One expert has nothing to be different from, and its own loss is the mixture's
         changes |= {"experts": 1, "alpha": 0.0}
-    if name.method in ("standalone", "moe", "moe-ps"):
+    if name.method == "standalone-wide":
+        changes["width"] = settings.recipe.width * settings.recipe.experts**0.5
+    if name.method in (*SINGLE, "moe", "moe-ps"):
         changes["beta"] = 0.0
-    if name.method in ("standalone", "moe", "moe-mi"):
+    if name.method in (*SINGLE, "moe", "moe-mi"):
         changes["gamma"] = 0.0
     if name.method == "immunity-literal":
         changes |= {"floor": 0.0, "warmup_epochs": 0.0}
@@ -102,7 +113,7 @@ def recipe_of(settings: Settings, name: ModelName) -> Recipe:
     if name.regime in weights:
         changes |= {"pairing": name.regime, "pairing_weight": weights[name.regime]}
     # What a model does not use stays at its default, so that changing it trains nothing anew
-    unused = ["floor", "warmup_epochs", "coordinates", "explained"] * (name.method in ("standalone", "moe"))
+    unused = ["floor", "warmup_epochs", "coordinates", "explained"] * (name.method in (*SINGLE, "moe"))
     if name.regime == "standard":
         changes["adversary"] = None
         unused += ["adversary_steps", "eps", "step_size"]
@@ -141,8 +152,8 @@ def table2_models(settings: Settings) -> list[ModelName]:
     found = []
     for dataset, regime in product(settings.datasets, settings.regimes):
         of = {"datasets": [dataset], "regimes": [regime]}
-        found += _models(settings, "standalone", experts=settings.baselines, **of)
-        found += _models(settings, "standalone", "moe", "immunity", **of)
+        found += _models(settings, "standalone", experts=settings.baselines, seeds=settings.baseline_seeds, **of)
+        found += _models(settings, *settings.controls, "moe", "immunity", **of)
     return found
 
 
@@ -162,8 +173,19 @@ def attacked_models(settings: Settings) -> list[ModelName]:
 
 
 def adaptive_models(settings: Settings) -> list[ModelName]:
-    """The mixtures under adaptive attacks: with and without the losses, under every regime."""
-    return _models(settings, "moe", "immunity", regimes=settings.regimes)
+    """Those of Table 2, on the first data set, that the preset's `adaptive` names."""
+    found = []
+    for name in table2_models(settings):
+        kind = "baselines" if name.method == "standalone" and name.expert in settings.baselines else name.method
+        found += [name] * (kind in settings.adaptive and name.dataset == settings.recipe.dataset)
+    return found
+
+
+def measured_models(settings: Settings, kind: str) -> list[ModelName]:
+    """Every model that has a frame of this kind."""
+    if kind == "scores":
+        return list(dict.fromkeys(table1_models(settings) + table3_models(settings)))
+    return attacked_models(settings) if kind == "attacks" else adaptive_models(settings)
 
 
 def explored_models(settings: Settings) -> list[ModelName]:
@@ -181,15 +203,16 @@ def surrogates(settings: Settings, attacked: ModelName) -> list[ModelName]:
 def trained_models(settings: Settings) -> list[ModelName]:
     """Every model that the preset trains, once."""
     of_table1 = single(settings, table1_models(settings))
-    return list(dict.fromkeys([*attacked_models(settings), literal_model(settings), *of_table1]))
+    attacked = single(settings, attacked_models(settings))
+    return list(dict.fromkeys([*attacked, literal_model(settings), *of_table1]))
 
 
 def _models(
     settings: Settings, *methods: str, experts: Sequence[str] | None = None, regimes: Sequence[str] = ("standard",),
-    datasets: Sequence[str] | None = None,
+    datasets: Sequence[str] | None = None, seeds: int | None = None,
 ) -> list[ModelName]:  # fmt: skip
-    """Every combination, with every seed; by default of the preset's own expert and data."""
+    """Every combination, with every seed or the first few; by default of the preset's own expert and data."""
     experts = [settings.recipe.expert] if experts is None else experts
-    parts = product(datasets or [settings.recipe.dataset], regimes, experts, methods, settings.seeds)
+    parts = product(datasets or [settings.recipe.dataset], regimes, experts, methods, settings.seeds[:seeds])
     keys = ("dataset", "regime", "expert", "method", "seed")
     return [ModelName(**dict(zip(keys, values, strict=True))) for values in parts]

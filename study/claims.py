@@ -1,31 +1,52 @@
 """The paper's claims, and what our records say of each.
 
 They and the rule of the verdicts are data, in claims.yaml. A claim is about a difference between two models on the
-same images, or between the two sides of one.
+same images, or between the two sides of one. The unit of evidence is a training: what one training shows, another may
+take back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from scipy import stats
 
 from study import catalogue
-from study.catalogue import DATA, METHODS, MIXTURES, NETWORKS
+from study.catalogue import DATA, METHODS, NETWORKS
 from study.settings import Settings
 from study.tables import SCORES, read_rows
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
-VERDICTS = ("holds", "does not hold", "undecided", "not testable at this scale")
-KINDS = {  # of measures: the frame that they are read from, and whose models
-    "accuracy": ("attacks", (catalogue.table2_models, catalogue.table3_models)),
-    "network": ("scores", (catalogue.table1_models,)),
-    "worst-case": ("adaptive", (catalogue.adaptive_models,)),
-    **dict.fromkeys(SCORES, ("scores", (catalogue.table1_models, catalogue.table3_models))),
+VERDICTS = ("holds", "does not hold", "no effect", "undecided", "one training: no verdict", "not testable")
+FEWEST_TRAININGS = 3  # of each side, for a verdict
+MARGIN = 1.0  # points, or %: what lies within is no effect
+HALVES = 20  # of the images, drawn to see whether a verdict stays
+# Of an effect under attack, in points, from training to training and from image to image: as the demo showed them
+DEVIATIONS = 6.0, 40.0
+KINDS = {  # of measures: the frame that they are read from, and which of its rows, by a column and what it matches
+    "clean": ("attacks", "family", "clean"),
+    "attacks": ("attacks", "family", "paper"),
+    "magnitudes": ("attacks", "family", "magnitude"),
+    "worst-case": ("adaptive", "family", "(?!clean).*"),
+    "unattacked": ("adaptive", "family", "clean"),
+    "noise": ("adaptive", "attack", "noise"),
+    "weak spots": ("adaptive", "attack", "pgd-expert-.*"),
+    **dict.fromkeys(["network", *SCORES, "background_heat"], ("scores", "family", "clean")),
 }
+OWN_SIDES = {  # what a model can be held against of its own
+    "its plain ensemble": {"column": "uniform"},
+    "its trained gate": {"column": "trained"},
+    "a random expert of its own": {"column": "experts"},
+    "the expert under attack": {"column": "attacked_expert"},
+    "the background's share of pixels": {"column": "background"},
+    "the same images clean": {"kind": "unattacked"},
+    "standard training": {"regime": "standard"},
+}
+
 
 Method = Annotated[str, Field(pattern=f"^({'|'.join(METHODS)})$")]
 
@@ -34,28 +55,43 @@ class NotTestable(Exception):
     """Why a preset cannot say anything about a claim."""
 
 
+class Side(NamedTuple):
+    """One of the two that a claim compares: rows of a kind, of models, in a column of the long frame."""
+
+    kind: str
+    method: str
+    network: str
+    regime: str
+    column: str
+
+
 class Measure(BaseModel, extra="forbid", frozen=True):
-    """A model minus the strongest of those it is held against; claims.yaml lists the kinds."""
+    """A model minus what it is held against; claims.yaml lists the kinds."""
 
     kind: Annotated[str, Field(pattern=f"^({'|'.join(KINDS)})$")]
     model: Method
-    against: Literal["baselines", "other networks", "its plain ensemble"] | list[Method]
+    against: Literal["baselines", "other networks", *OWN_SIDES] | list[Method]
     data: str = ""  # another data set than the preset's first
     regime: Literal["standard", "adversarial"] = "standard"
-    under: Literal["clean", "attacks"] = "clean"
     network: str = ""  # of Table 1; empty: the preset's
 
     @property
+    def is_ratio(self) -> bool:
+        return self.kind in SCORES
+
+    @property
     def unit(self) -> str:
-        return "%" if self.kind in SCORES else "points"
+        return "%" if self.is_ratio else "points"
 
 
 class Claim(BaseModel, extra="forbid", frozen=True):
     """A sentence of the paper and what it predicts; see claims.yaml for the rule."""
 
     id: str
+    title: str
     sentence: str
     where: str
+    check: bool = False  # of what the losses are trained for, beside the paper's claims
     measure: Measure | None = None
     at_least: float | None = None
     at_most: float | None = None
@@ -65,7 +101,7 @@ class Claim(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         bounds, testable = (self.at_least, self.at_most), self.measure is not None
-        if testable == bool(self.untestable) or testable == (bounds == (None, None)):
+        if testable == bool(self.untestable) or testable == (bounds.count(None) != 1):
             raise ValueError(f"claim {self.id} needs a measure and at_least or at_most, or only why it is untestable")
         return self
 
@@ -78,11 +114,15 @@ class Claim(BaseModel, extra="forbid", frozen=True):
 
     def verdict(self, low: float, high: float) -> str:
         """By the rule in claims.yaml, for an interval in the units of the prediction."""
-        least = -np.inf if self.at_least is None else self.at_least
-        most = np.inf if self.at_most is None else self.at_most
-        if least <= low and high <= most:
+        if self.at_most is not None:
+            low, high, bound = -high, -low, -self.at_most
+        else:
+            bound = self.at_least
+        if low >= bound:
             return "holds"
-        return "does not hold" if high < least or low > most else "undecided"
+        if high < bound:
+            return "does not hold"
+        return "no effect" if max(-low, high) <= MARGIN else "undecided"
 
 
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
@@ -99,115 +139,190 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
     return list(claims.values())
 
 
+# Verdicts
+
+
 def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
-    """One line a claim: claim (its id), sentence, where, predicted, reading, effect, low, high (95 %), unit, against
-    (what it was held against), seeds, images, verdict, and reason where there is none."""
+    """One line a claim: claim (its id), title, sentence, where, check, predicted, reading, effect, low, high (95 %),
+    unit, against (what it was held against), trainings, images, stays ("23 of 23" parts of the evidence), verdict, and
+    reason where there is none."""
     columns = [
-        "claim", "sentence", "where", "predicted", "reading", "effect", "low", "high", "unit", "against", "seeds",
-        "images", "verdict", "reason",
+        "claim", "title", "sentence", "where", "check", "predicted", "reading", "effect", "low", "high", "unit",
+        "against", "trainings", "images", "stays", "verdict", "reason",
     ]  # fmt: skip
     lines = []
     for claim in claims:
-        line = claim.model_dump(include={"sentence", "where", "reading"})
+        line = claim.model_dump(include={"title", "sentence", "where", "check", "reading"})
         line |= {"claim": claim.id, "predicted": claim.prediction}
         try:
             if claim.measure is None:
                 raise NotTestable(claim.untestable)
-            differences, against = paired_differences(settings, claim.measure)
-            effect, low, high = (100 * one for one in paired_interval(differences))
-            line |= {"effect": effect, "low": low, "high": high, "unit": claim.measure.unit, "against": against}
-            line |= {"seeds": len(differences), "images": differences.shape[1], "verdict": claim.verdict(low, high)}
+            line |= {"unit": claim.measure.unit} | _judge(claim, paired_effects(settings, claim.measure))
         except NotTestable as reason:
             line |= {"verdict": VERDICTS[-1], "reason": str(reason)}
         lines.append(line)
     return pd.DataFrame(lines).reindex(columns=columns)
 
 
+def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
+    """The verdict by the rule, and what is shown of it: the comparison in which the claim does worst."""
+
+    def in_units(*values: float) -> list[float]:
+        return [100 * (np.expm1(one) if claim.measure.is_ratio else one) for one in values]
+
+    sign = 1 if claim.at_most is None else -1
+    worst = min(effects, key=lambda other: sign * effects[other].mean())
+    trainings, images = effects[worst].shape
+    effect, low, high = in_units(*estimate(effects[worst]))
+    line = {"effect": effect, "low": low, "high": high, "against": worst, "trainings": trainings, "images": images}
+    if trainings < FEWEST_TRAININGS:
+        return line | {"verdict": f"{['one training', 'two trainings'][trainings - 1]}: no verdict"}
+    each, strictly = (
+        {claim.verdict(*in_units(*estimate(one, share)[1:])) for one in effects.values()}
+        for share in (0.05, 0.05 / len(effects))
+    )
+    if each == {"holds"} or "does not hold" in strictly:
+        verdict = "holds" if each == {"holds"} else "does not hold"
+    elif max(-low, high) > MARGIN:
+        return line | {"verdict": "undecided"}
+    else:
+        verdict = "no effect"
+    tried = effects.values() if verdict == "holds" else [effects[worst]]
+    found = [in_units(part.mean())[0] for one in tried for part in parts(one)]
+    stays = [abs(one) <= MARGIN if verdict == "no effect" else claim.verdict(one, one) == verdict for one in found]
+    return line | {"stays": f"{sum(stays)} of {len(stays)}", "verdict": verdict if all(stays) else "undecided"}
+
+
 def verdict_text(found: pd.DataFrame) -> pd.DataFrame:
     """Verdicts as text, one line a claim."""
     text = found.astype(object).where(found.notna(), "")
-    effect = "{effect:+.1f} [{low:+.1f}, {high:+.1f}] {unit}"
-    text["effect [95 % interval]"] = [effect.format(**one) if one["unit"] else "" for one in text.to_dict("records")]
+    formats = {
+        "effect [95 % interval]": "{effect:+.1f} [{low:+.1f}, {high:+.1f}] {unit}", "trainings": "{trainings:.0f}",
+    }  # fmt: skip
+    for column, form in formats.items():
+        text[column] = ["" if one["effect"] == "" else form.format(**one) for one in text.to_dict("records")]
     text["verdict"] += text["reason"].where(text["reason"] == "", ": " + text["reason"])
-    return text[["claim", "where", "predicted", "effect [95 % interval]", "against", "verdict"]]
+    return text[["title", "where", "predicted", *formats, "against", "stays", "verdict"]]
 
 
-def paired_differences(settings: Settings, measure: Measure) -> tuple[np.ndarray, str]:
-    """Differences (S, B) for S seeds and B images, in shares of 1, and whom they are held against.
+def count_by_luck(found: pd.DataFrame) -> str:
+    """How many of the verdicts chance alone could give."""
+    judged = found[~found["check"] & found["trainings"].ge(FEWEST_TRAININGS)]
+    holding = (judged["verdict"] == "holds").sum()
+    chance = f"were every effect just at its bound, {0.025 * len(judged):.1f} of them would by chance"
+    return f"{holding} of {len(judged)} claims that could be judged hold; {chance}"
+
+
+# Effects
+
+
+def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray]:
+    """By the title of what a model is held against: differences (S, B) of S pairs of trainings on B images, in shares
+    of 1; of scores, whose mean over images is the logarithm of the ratio of means.
 
     Raises NotTestable where the preset has no such models."""
     network = measure.network or settings.recipe.expert
-    column = measure.kind if measure.kind in SCORES else "switched"
+    column = measure.kind if measure.kind in (*SCORES, "background_heat") else "switched"
     if (measure.kind, measure.model) == ("network", "ensemble"):
         column = "experts"  # each of the networks alone
+    if measure.kind == "weak spots":
+        column = "other_experts"
+    own = Side(measure.kind, measure.model, network, measure.regime, column)
+    mine, effects = by_image(settings, measure.data, own), {}
+    for title, other in _others(settings, measure, own).items():
+        theirs = by_image(settings, measure.data, other)
+        count = min(len(mine), len(theirs))  # seed by seed: from the same start, in the same order of images
+        ours, theirs = mine[:count], theirs[:count]
+        if measure.is_ratio:
+            mean, their_mean = (one.mean(1, keepdims=True) for one in (ours, theirs))
+            effects[title] = np.log(mean / their_mean) + ours / mean - theirs / their_mean
+        else:
+            effects[title] = ours - theirs
+    return effects
+
+
+def _others(settings: Settings, measure: Measure, own: Side) -> dict[str, Side]:
+    """What a measure's model is held against, by title; raises NotTestable where there is nothing."""
+    if isinstance(measure.against, list):
+        return {catalogue.method_title(one, own.network): own._replace(method=one) for one in measure.against}
+    if measure.against in OWN_SIDES:
+        return {measure.against: own._replace(**OWN_SIDES[measure.against])}
     if measure.against == "baselines":
-        others = {NETWORKS[one]: ("standalone", one, column) for one in settings.baselines}
-    elif measure.against == "other networks":
-        compared = settings.compared_experts
-        if network not in compared or len(compared) == 1:
-            raise NotTestable(f"the preset does not compare {NETWORKS[network]} with others")
-        others = {NETWORKS[one]: (measure.model, one, column) for one in compared if one != network}
-    elif measure.against == "its plain ensemble":
-        others = {measure.against: (measure.model, network, "uniform")}
+        others = {NETWORKS[one]: own._replace(method="standalone", network=one) for one in settings.baselines}
     else:
-        titles = {one: MIXTURES.get(one, f"independent {NETWORKS[network]}s") for one in METHODS}
-        others = {titles[one]: (one, network, column) for one in measure.against}
-    own = by_image(settings, measure, measure.model, network, column)
+        compared = settings.compared_experts * (own.network in settings.compared_experts)
+        others = {NETWORKS[one]: own._replace(network=one) for one in compared if one != own.network}
     if not others:
         raise NotTestable(f"the preset has no {measure.against}")
-    values = {title: by_image(settings, measure, *one) for title, one in others.items()}
-    best = max(values, key=lambda title: values[title].mean())
-    scale = values[best].mean() if measure.kind in SCORES else 1
-    return (own - values[best]) / scale, best
+    return others
 
 
-def by_image(settings: Settings, measure: Measure, method: str, network: str, column: str) -> np.ndarray:
-    """A column of the long frame of a method with a network, (S, B): clean, the mean over the attacks on the first of
-    the preset's gates, or the worst case over adaptive attacks."""
-    data = measure.data or settings.recipe.dataset
+def by_image(settings: Settings, data: str, side: Side) -> np.ndarray:
+    """A column of the long frame, (S, B): the mean over the rows of a kind, or the worst case of adaptive attacks."""
+    kind, method, network, regime, column = side
+    data = data or settings.recipe.dataset
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
-    kind, tables = KINDS[measure.kind]
-    names = dict.fromkeys(name for table in tables for name in table(settings))
-    wanted = {"dataset": data, "method": method, "expert": network, "regime": measure.regime}
-    names = [name for name in names if wanted.items() <= name.model_dump().items()]
+    frame, chosen_by, wanted_rows = KINDS[kind]
+    wanted = {"dataset": data, "method": method, "expert": network, "regime": regime}
+    names = [name for name in catalogue.measured_models(settings, frame) if wanted.items() <= name.model_dump().items()]
     if not names:
-        raise NotTestable(f"the preset has no {MIXTURES.get(method, NETWORKS[network])} for it")
-    rows = read_rows(settings, names, kind)
-    if kind == "adaptive":
-        rows = rows[rows["family"] != "clean"]
-    else:
-        rows = rows[rows["sees"] == ("" if measure.under == "clean" else settings.attack_gates[0])]
+        raise NotTestable(f"the preset has no {catalogue.method_title(method, network)} for it")
+    rows = read_rows(settings, names, frame)
+    rows = rows[rows[chosen_by].str.fullmatch(wanted_rows)]
+    if frame == "attacks":
+        rows = rows[rows["sees"].isin(["", settings.attack_gates[0]])]
+    if rows.empty or column not in rows or rows[column].isna().all():
+        raise NotTestable(f"the preset measures no {kind} of {DATA[data]}")
     groups = rows.groupby(["seed", "image"])[column]
-    return (groups.min() if kind == "adaptive" else groups.mean()).unstack().to_numpy(float)
+    return (groups.min() if kind == "worst-case" else groups.mean()).unstack().to_numpy(float)
 
 
-def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
-    """Mean of differences (S, B) between two models on the same B images, for S pairs of seeds, and the ends of its
-    95 % interval.
+# Intervals
 
-    By statsmodels: the differences on a constant, with a covariance clustered by image and, with more than one seed,
-    by seed too (Cameron, Gelbach & Miller 2011), and Student's t with as many degrees of freedom as the smaller of
-    the two numbers allows. With one seed the interval tells what other images would do, and not what another training
-    would. Where all differences are equal, so that none of the images says how far others may differ, the interval is
-    widened by what is compatible with no deviation in so many images (Wilson's).
-    """
-    import statsmodels.api as statsmodels  # costs seconds
-    from scipy.stats import binomtest
 
-    seeds, images = differences.shape
-    values = differences.ravel()
-    effect = float(values.mean())
-    if np.ptp(values) < 1e-12:
-        rest = float(binomtest(0, images).proportion_ci(method="wilson").high)
-        return effect, effect - rest, effect + rest
-    by_image, by_seed = np.tile(np.arange(images), seeds), np.repeat(np.arange(seeds), images)
-    ways = [by_image] if seeds == 1 else [np.column_stack((by_image, by_seed)), by_seed]
-    for groups in ways:  # with few seeds the variance of two ways can come out negative
-        model = statsmodels.OLS(values, np.ones(len(values)))
-        fit = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
-        with np.errstate(invalid="ignore"):
-            low, high = fit.conf_int()[0]
-        if np.isfinite([low, high]).all():
-            break
-    return effect, float(low), float(high)
+def estimate(effects: np.ndarray, outside: float = 0.05) -> tuple[float, float, float]:
+    """Mean of effects (S, B), S trainings by B images, and the ends of its confidence interval, which misses the truth
+    with the probability `outside`.
+
+    Trainings and images are crossed random effects, as readers and cases are in studies of diagnoses: variances by
+    mean squares, and Student's t with the degrees of freedom of Hillis (2007, Statistics in Medicine 26:596), fit for
+    as few as three readers; or the plain t interval over the effects of trainings, where it is the wider one. So that
+    rare differences are not taken for certainty, each training is given two more images, on which only the one model
+    is right, and only the other (Bonett & Price 2012, Journal of Educational and Behavioral Statistics 37:479). Of
+    one training, the interval tells what other images would do, and not what another training would."""
+    trainings, images = effects.shape
+    mean, more = float(effects.mean()), np.ones((trainings, 1))
+    values, count = np.hstack((effects, more, -more)), images + 2
+    of_training, of_image = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    between_images = trainings * of_image.var(ddof=1)
+
+    def reach(variance: float, freedom: float) -> float:
+        return stats.t.ppf(1 - outside / 2, freedom) * np.sqrt(variance / (trainings * count))
+
+    if trainings == 1:
+        half = reach(between_images, images - 1)
+        return mean, mean - half, mean + half
+    between_trainings = count * of_training.var(ddof=1)
+    rest = values - of_training - of_image + values.mean()
+    residual = np.square(rest).sum() / ((trainings - 1) * (count - 1))
+    both = between_trainings + max(between_images - residual, 0)
+    freedom = (trainings - 1) / max(between_trainings / both, 1e-6) ** 2
+    half = max(reach(both, freedom), reach(between_trainings, trainings - 1))
+    return mean, mean - half, mean + half
+
+
+def parts(effects: np.ndarray) -> Iterator[np.ndarray]:
+    """Effects (S, B) without each of the trainings, and on random halves of the images."""
+    for one in range(len(effects)):
+        yield np.delete(effects, one, axis=0)
+    generator = np.random.default_rng(0)
+    for _ in range(HALVES):
+        yield effects[:, generator.permutation(effects.shape[1])[: (effects.shape[1] + 1) // 2]]
+
+
+def smallest_visible(trainings: int, images: int) -> float:
+    """The effect under attack, in points, that so many trainings a side would show with a probability of 80 %, were its
+    deviations DEVIATIONS."""
+    of_training, of_image = DEVIATIONS[0] * trainings**-0.5, DEVIATIONS[1] * images**-0.5
+    return float(np.hypot(of_training, of_image) * stats.t.ppf([0.975, 0.8], trainings - 1).sum())

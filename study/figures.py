@@ -31,7 +31,10 @@ CURVES = {  # entries of a training log, with their axes' names
     "gate_entropy": "entropy of the gate, nats",
     "input_gradient": "norm of the input's gradient",
 }
-VERDICTS = {"holds": COLOURS[0], "does not hold": COLOURS[2], "undecided": COLOURS[3]}
+VERDICTS = {
+    "holds": COLOURS[0], "does not hold": COLOURS[2], "no effect": COLOURS[1], "undecided": COLOURS[3],
+    "no verdict": "0.7",
+}  # fmt: skip
 
 
 def save_figure(settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]) -> list[Path]:
@@ -213,7 +216,8 @@ def strength_curves(suite: pd.DataFrame, budget: pd.DataFrame) -> Figure:
 
 def verdict_forest(verdicts: pd.DataFrame) -> Figure:
     """Every claim's effect and 95 % interval beside what it predicts (shaded), coloured by verdict; a panel for each
-    unit. verdicts: as `claims.verdicts` makes them; what cannot be tested is left out."""
+    unit. Where there were too few trainings, the interval tells of other images alone: it is grey, dotted and hollow.
+    verdicts: as `claims.verdicts` makes them; what cannot be tested is left out."""
     tested = verdicts.dropna(subset="effect")
     counts = tested["unit"].value_counts(sort=False)
     figure, panels = make_panels(len(counts), 1, 8.6, 0.36 * counts.mean() + 1.1, height_ratios=list(counts))
@@ -225,14 +229,20 @@ def verdict_forest(verdicts: pd.DataFrame) -> Figure:
             ends = (float(bound), reach) if word == "least" else (-reach, float(bound))
             panel.fill_betweenx([-row - 0.4, -row + 0.4], *ends, color="0.9", linewidth=0)
             around = [[claim.effect - claim.low], [claim.high - claim.effect]]
-            panel.errorbar(claim.effect, -row, xerr=around, fmt="o", color=VERDICTS[claim.verdict], capsize=3)
+            judged, verdict = not claim.verdict.endswith("no verdict"), claim.verdict.split(": ")[-1]
+            style = {"fmt": "o", "color": VERDICTS[verdict], "capsize": 3 * judged}
+            (point, _, bars) = panel.errorbar(claim.effect, -row, xerr=around, **style)
+            if not judged:
+                point.set_markerfacecolor("none")
+                bars[0].set_linestyle(":")
         panel.axvline(0, color="0.5", linewidth=0.8)
-        panel.set_yticks(-np.arange(len(own)), own["claim"])
+        panel.set_yticks(-np.arange(len(own)), own["title"])
         panel.set(xlim=(-reach, reach), xlabel=f"effect, {unit}")
     for verdict, colour in VERDICTS.items():
-        panel.plot([], [], "o", color=colour, label=verdict)
+        hollow = {"markerfacecolor": "none"} if verdict == "no verdict" else {}
+        panel.plot([], [], "o", color=colour, label=verdict, **hollow)
     panel.fill_between([], [], color="0.9", label="predicted")
-    return add_legend(figure, panel, 4)
+    return add_legend(figure, panel, 3)
 
 
 def architecture(model: ImmunityMoE) -> Figure:

@@ -7,9 +7,10 @@ A measurement is one long frame, with a row for each split, attack and image:
     gates                 bytes: right under each permutation of the gate, packed by numpy
     switched              share of the permutations that are right, 0 .. 1
     uniform, trained      whether the plain ensemble is right, and the gate as trained
-    experts               share of the experts that are right alone, 0 .. 1
-    (scores alone)        independence_score, causality_score, mutual_information, and empty_maps,
-                          the share of the image's maps that are empty
+    experts               bytes: right by each expert alone, packed likewise
+    (scores alone)        independence_score, the same of maps divided by their maxima (independence_of_peaks),
+                          causality_score, mutual_information, and empty_maps, the share of the image's maps that
+                          are empty; on Parts-10 background and background_heat, its share of pixels and of heat
 
 It is made once: found again, it is kept if its record answers the same question about the same weights, and set aside
 and made anew otherwise.
@@ -38,15 +39,15 @@ from study.catalogue import ModelName
 from study.settings import Settings
 
 ASKED = {  # the settings that each kind of frame depends on, beside the images
-    "attacks": ("attacks", "attack_gates", "steps", "attacked_images"),
-    "adaptive": ("steps", "gate_samples", "auto_attack_steps", "adaptive_count"),
+    "attacks": ("attacks", "attack_gates", "steps", "attacked_images", "magnitudes"),
+    "adaptive": ("steps", "gate_samples", "auto_attack_steps", "auto_attack_images", "adaptive_count"),
     "scores": (),
 }
 
 
 def question_of(settings: Settings, kind: str) -> dict[str, Any]:
     """What a preset asks of a kind of frame, for a JSON file."""
-    asked = {field: getattr(settings, field) for field in (*ASKED[kind], "test_images")}
+    asked = settings.model_dump(mode="json", include={*ASKED[kind], "test_images"})
     eps, step_size = str(settings.recipe.eps), str(settings.recipe.step_size)
     return asked if kind == "scores" else asked | {"eps": eps, "step_size": step_size}
 
@@ -64,15 +65,18 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
         # A single expert has one gate, whatever its name
         gates = settings.attack_gates if len(model.experts) > 1 else settings.attack_gates[:1]
         eps, step_size = float(settings.recipe.eps), float(settings.recipe.step_size)
-        budget = {"eps": eps, "step_size": step_size, "steps": settings.steps}
-        for gate in gates:
-            for attack in settings.attacks:
-                started = time.perf_counter()
-                found = evaluate.verdicts_under_attack(model, target, attack, gate, **budget, device=device)
-                took = seconds[f"{attack} on {gate}"] = round(time.perf_counter() - started, 1)
-                told = f"{name}: {found.accuracy.switched:.1%} expected under {attack} on the {gate} gate"
-                print(f"{told} ({found.accuracy.worst:.1%} at the worst gate), {took:.0f} s", flush=True)
-                frames.append(_frame(found, target.labels, attack, "paper", gate))
+        wanted = [(attack, attack, gate, eps, step_size) for gate in gates for attack in settings.attacks]
+        # The step grows with the budget, so that every point of it can be reached
+        further = [(f"pgd at {one}", float(one)) for one in settings.magnitudes]
+        wanted += [(title, "pgd", gates[0], size, step_size * size / eps) for title, size in further]
+        for title, attack, gate, size, step in wanted:
+            started = time.perf_counter()
+            budget = {"eps": size, "step_size": step, "steps": settings.steps}
+            found = evaluate.verdicts_under_attack(model, target, attack, gate, **budget, device=device)
+            took = seconds[f"{title} on {gate}"] = round(time.perf_counter() - started, 1)
+            told = f"{name}: {found.accuracy.switched:.1%} expected under {title} on the {gate} gate"
+            print(f"{told} ({found.accuracy.worst:.1%} at the worst gate), {took:.0f} s", flush=True)
+            frames.append(_frame(found, target.labels, title, "paper" if title == attack else "magnitude", gate))
         return pd.concat(frames, ignore_index=True), {"seconds": seconds}
 
     _measure_once("attacks", settings, name, dataset, {}, measure)
@@ -93,27 +97,27 @@ def measure_scores(settings: Settings, name: ModelName, dataset: Dataset) -> Non
 
 
 def _scores(model: ImmunityMoE, images: ImageSet, split: str) -> tuple[pd.DataFrame, dict]:
-    parts, found, correct = [], [], []
+    parts, verdicts = [], []
     batches = evaluation_batches(images, evaluate.BATCH, store.chosen_device())
     total = -(-len(images) // evaluate.BATCH)
     for batch, labels in tqdm(batches, "heat maps", total, leave=False):
         parts.append(expert_heatmaps(model, batch, labels).cpu())
-        found.append(evaluate.verdicts_over_gates(model, [(batch, labels)]))
-        with torch.no_grad():
-            answers = model.expert_outputs(batch).logits.argmax(-1)
-        correct.append((answers == labels[:, None]).double().cpu())
-    maps, experts = torch.cat(parts), torch.cat(correct)
-    frame = _frame(GateVerdicts.join(found), images.labels, split=split, experts=experts.mean(1))
-    frame = frame.assign(
+        verdicts.append(evaluate.verdicts_over_gates(model, [(batch, labels)]))
+    maps, found = torch.cat(parts), GateVerdicts.join(verdicts)
+    frame = _frame(found, images.labels, split=split).assign(
         independence_score=scores.independence_by_image(maps).numpy(),
+        independence_of_peaks=scores.independence_by_image(maps / maps.amax((-2, -1), keepdim=True)).numpy(),
         causality_score=scores.causality_by_image(maps).numpy(),
         mutual_information=scores.information_by_image(maps).numpy(),
         empty_maps=is_empty(maps).float().mean(1).numpy(),
     )
-    summary = {"expert_accuracy": experts.mean(0).tolist()}
+    summary = {"expert_accuracy": found.experts.double().mean(0).tolist()}
     if images.part_masks is not None and images.background is not None:
         summary["part_coverage"] = part_coverage(maps, images.part_masks).tolist()
-        summary["background_heat"] = (maps * images.background[:, None]).sum((-2, -1)).mean(0).tolist()
+        heat = (maps * images.background[:, None]).sum((-2, -1))
+        summary["background_heat"] = heat.mean(0).tolist()
+        background = images.background.double().mean((-2, -1)).numpy()
+        frame = frame.assign(background_heat=heat.mean(1).numpy(), background=background)
     return frame, summary
 
 
@@ -131,10 +135,13 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
 
     The summary is that of `evaluate_adaptively`, with "attacks", what is told of each. What a run that was stopped
     had finished is kept beside the record, and used again."""
+    if _comes_with_the_project("adaptive", settings, name, dataset):
+        return
     others = catalogue.surrogates(settings, name)
     surrogates = {one.method: store.trained_model(settings, one, dataset) for one in others}
     eps, step_size = float(settings.recipe.eps), float(settings.recipe.step_size)
-    effort = Effort(eps, step_size, settings.steps, tuple(settings.gate_samples), settings.auto_attack_steps)
+    judges = settings.auto_attack_steps, settings.auto_attack_images
+    effort = Effort(eps, step_size, settings.steps, tuple(settings.gate_samples), *judges)
     attacks = adaptive_attacks(store.trained_model(settings, name, dataset), effort, surrogates)
     # Which attacks there are, and which weights the other models have, is part of the question
     further = {"attacks": [attack.name for attack in attacks]}
@@ -143,12 +150,11 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         question = _question("adaptive", settings, name, dataset, further)
-        done = _read_unfinished(unfinished, question)
+        done = _read_unfinished(unfinished, question, len(model.experts))
 
         def keep(attack: str, found: GateVerdicts, told: dict) -> None:
             done[attack] = found, told
-            verdicts = {one: (found.trained, found.uniform, found.switched) for one, (found, _) in done.items()}
-            right = {one: torch.column_stack(found) for one, found in verdicts.items()}
+            right = {one: torch.column_stack(tuple(vars(found).values())) for one, (found, _) in done.items()}
             told = [[one, told] for one, (_, told) in done.items()]
             write_tensors(unfinished, right, {"question": question, "told": told})
 
@@ -161,7 +167,7 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
         few = zip(images.split(evaluate.BATCH), labels.split(evaluate.BATCH), strict=True)
         frames = [_frame(evaluate.verdicts_over_gates(model, few), target.labels)]
         for attack, (found, told) in results.items():
-            frames.append(_frame(found, target.labels, attack, told["family"], told["sees"]))
+            frames.append(_frame(found, target.labels[: len(found.trained)], attack, told["family"], told["sees"]))
         told = [{"attack": attack} | one for attack, (_, one) in results.items()]
         return pd.concat(frames, ignore_index=True), {"attacks": told} | summary
 
@@ -169,7 +175,7 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     unfinished.unlink(missing_ok=True)
 
 
-def _read_unfinished(path: Path, question: dict) -> dict[str, tuple[GateVerdicts, dict]]:
+def _read_unfinished(path: Path, question: dict, experts: int) -> dict[str, tuple[GateVerdicts, dict]]:
     """Attacks that an earlier run of the same question had done."""
     try:
         tensors, notes = read_tensors(path)
@@ -180,7 +186,7 @@ def _read_unfinished(path: Path, question: dict) -> dict[str, tuple[GateVerdicts
     done, device = {}, store.chosen_device()
     for attack, told in notes["told"]:
         right = tensors[attack].to(device)
-        done[attack] = GateVerdicts(right[:, 0], right[:, 1], right[:, 2:]), told
+        done[attack] = GateVerdicts(right[:, 0], right[:, 1], right[:, 2:-experts], right[:, -experts:]), told
     return done
 
 
@@ -191,27 +197,40 @@ def test_splits(dataset: Dataset) -> list[tuple[str, ImageSet]]:
 
 def _frame(
     found: GateVerdicts, labels: Tensor, attack: str = "clean", family: str = "clean",
-    sees: str = "", split: str = "test", experts: Tensor | None = None,
+    sees: str = "", split: str = "test",
 ) -> pd.DataFrame:  # fmt: skip
     """The rows of one attack on the images of one split."""
+
+    def packed(right: Tensor) -> list[bytes]:
+        return [row.tobytes() for row in np.packbits(right.cpu().numpy(), axis=1)]
+
     return pd.DataFrame({
         "split": split, "image": np.arange(len(labels)), "label": labels.numpy(),
         "attack": attack, "family": family, "sees": sees,
-        "gates": [row.tobytes() for row in np.packbits(found.switched.cpu().numpy(), axis=1)],
+        "gates": packed(found.switched), "experts": packed(found.experts),
         "switched": found.switched.double().mean(1).cpu().numpy(),
         "uniform": found.uniform.cpu().numpy(), "trained": found.trained.cpu().numpy(),
-        "experts": np.nan if experts is None else experts.numpy(),
     })  # fmt: skip
 
 
 def _question(kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict) -> dict[str, Any]:
-    """What a record answers: of which weights and test images, and what is asked of them."""
-    trained = catalogue.single(settings, [name])
+    """What a record answers: of which trainings and test images, and what is asked of them."""
+    trained = [store.training_record(settings, one) for one in catalogue.single(settings, [name])]
     return {
-        "weights": [store.training_record(settings, one)["weights"] for one in trained],
+        # Of a training, whatever became of its weights when they were rounded to come with the project
+        "weights": [one.get("rounding", {}).get("from", one["weights"]) for one in trained],
         "data": {split: images.checksum for split, images in test_splits(dataset)},
         "asked": question_of(settings, kind) | further,
     }
+
+
+def _comes_with_the_project(kind: str, settings: Settings, name: ModelName, dataset: Dataset) -> bool:
+    """Whether a record that answers the question came along; it needs no weights, of this model or others."""
+    found = store.find_record(settings, name, kind)
+    if found == store.record_path(settings, name, kind):
+        return False
+    known, question = store.read_json(found), _question(kind, settings, name, dataset, {})
+    return question.pop("asked").items() <= known["asked"].items() and question.items() <= known.items()
 
 
 def _measure_once(
@@ -220,6 +239,8 @@ def _measure_once(
 ) -> None:  # fmt: skip
     """Leave a kind of measurement of a trained model on disk, unless it is there. further: what the answer depends on
     beside the settings."""
+    if _comes_with_the_project(kind, settings, name, dataset):
+        return
     path = store.record_path(settings, name, kind)
     model = store.trained_model(settings, name, dataset)
     question = _question(kind, settings, name, dataset, further)

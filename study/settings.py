@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from immunity_lib.recipe import BaselineName, DatasetName, ExpertName, Recipe
 
@@ -20,8 +20,14 @@ PRESETS = ROOT / "presets"
 
 AttackName = Literal["fgsm", "bim", "mim", "pgd", "cw", "apgd"]
 GateName = Literal["trained", "uniform", "switch", "switch-per-image"]
+ControlName = Literal["standalone", "standalone-wide", "ensemble"]
+AdaptiveName = Literal["baselines", ControlName, "moe", "immunity"]
 Regime = Literal["standard", "adversarial", "trades", "alp"]
 Count = Annotated[int, Field(gt=0)]
+# 0.031 means 31/1000, not the nearest binary fraction
+Magnitude = Annotated[
+    Fraction, BeforeValidator(lambda one: str(one) if isinstance(one, float) else one), Field(gt=0, le=1)
+]
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -52,7 +58,13 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     further_datasets: list[DatasetName] = Field([], description="of Table 2, beside `dataset`")
     baselines: list[BaselineName] = Field([], description="networks to compare with in Table 2")
     baseline_layers: int | None = Field(None, description="cells of each baseline; null: as published", ge=3)
+    baseline_width: float | None = Field(None, description="factor on the channels of each; null: `width`", gt=0, le=4)
+    baseline_seeds: Count | None = Field(None, description="train them with so many of the seeds; null: all")
     baseline_recipes: Literal["own", "preset"] = Field("own", description="train baselines as published, or as all")
+    controls: list[ControlName] = Field(["standalone"], description="single networks and ensembles of Table 2")
+    adaptive: list[AdaptiveName] = Field(
+        ["moe", "immunity"], description="which models of Table 2 meet the adaptive attacks", min_length=1
+    )
     regimes: list[Regime] = Field(["standard", "adversarial"], min_length=1)
     seeds: list[Seed] = Field([0], min_length=1)
     trades_weight: Weight = Field(6.0, description="of the divergence that TRADES adds")
@@ -61,11 +73,13 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     # attacks, at the recipe's eps and step_size
     attacks: list[AttackName] = Field(["fgsm", "bim", "mim", "pgd"], min_length=1)
     steps: Count = 20
+    magnitudes: list[Magnitude] = Field([], description="further eps of PGD, on the first of the gates")
     attack_gates: list[GateName] = Field(["switch", "uniform"], min_length=1)
     adaptive_images: Count | None = Field(None, description="test images for adaptive attacks; null: `attacked_images`")
     # of the gate for each gradient of EOTPGD, an attack for each
     gate_samples: list[Count] = Field([1, 2, 5, 10, 20], min_length=1)
-    auto_attack_steps: Count = Field(100, description="Square has 50 queries and random noise 100 draws for each")
+    auto_attack_images: Count | None = Field(None, description="of those, for AutoAttack; null: all")
+    auto_attack_steps: Count = Field(100, description="Square has 50 queries for each, and random noise 5 draws")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -3,7 +3,7 @@
 runs/<preset>/models/<model>/       model.safetensors, record.json, checkpoint and log
 runs/<preset>/records/              <model>.<kind>.parquet, the frame, and .json, its record
 figures/<preset>/                   what is shown, each with a .json that says what it rests on
-pretrained/<preset>/<model>/        weights that come with the project, with their record
+pretrained/<preset>/<model>/        what comes with the project: a training record, weights, frames with their records
 """
 
 import hashlib
@@ -244,6 +244,12 @@ def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
     return settings.runs / "records" / f"{name}.{kind}.json"
 
 
+def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
+    """Where a record is; what was measured here goes before what came with the project."""
+    own, shipped = record_path(settings, name, kind), pretrained_folder(settings, name) / f"{kind}.json"
+    return shipped if settings.pretrained and shipped.exists() and not own.exists() else own
+
+
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """Write a frame as parquet, whole or not at all."""
     write_atomically(path, frame.to_parquet(index=False))
@@ -257,7 +263,7 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
     aside, so that the graph makes it anew, and is a DamagedFile."""
     frames = []
     for name in names:
-        path = record_path(settings, name, kind).with_suffix(".parquet")
+        path = find_record(settings, name, kind).with_suffix(".parquet")
         read_summary(settings, name, kind)  # says what is missing
         try:
             frame = pd.read_parquet(path)
@@ -270,7 +276,7 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
 
 def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, Any]:
     """What a record says beside its frame; raises FileNotFoundError as `read_frame`."""
-    path = record_path(settings, name, kind)
+    path = find_record(settings, name, kind)
     if not path.exists():
         command = f"make reproduce PRESET={settings.preset}"
         raise FileNotFoundError(f"{name} has no record of its {kind} yet ({path}); run: {command}")
@@ -300,10 +306,10 @@ def write_artefact(
     beside it and its provenance. The same records give the same bytes. The paths are printed and returned."""
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):
-        trained = record.name == "record.json"
-        copy = f"records/{record.parent.name}.training.json" if trained else f"records/{record.name}"
+        known = read_json(record)
+        copy = f"records/{known['model']}.{known['kind']}.json"
         write_atomically(folder / copy, record.read_bytes())
-        made = {key: value for key, value in read_json(record)["provenance"].items() if key != "finished"}
+        made = {key: value for key, value in known["provenance"].items() if key != "finished"}
         sources.append({"file": copy, "provenance": made})
     for ending, content in contents.items():
         write_atomically(folder / f"{name}.{ending}", content)

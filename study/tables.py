@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from immunity_lib.attacks import FAMILIES
-from immunity_lib.experts import BASELINES
 from immunity_lib.moe import DRAWN
 from study import catalogue
 from study.catalogue import ATTACK_TITLES, DATA, MIXTURES, NETWORKS, ModelName
 from study.settings import Settings
-from study.store import read_frame, read_summary, write_artefact
+from study.store import read_frame, read_summary, training_record, write_artefact
 
 FIELDS = ["column", "unit", "value", "standard_deviation", "count", "images", "paper"]
-DECIMALS = {"%": 1, "points": 1, "1e-3": 2, "pixels^4": 0, "nats": 3}
+DECIMALS = {"%": 1, "points": 1, "1e-3": 2, "pixels": 1, "pixels^4": 0, "nats": 3, "M": 2}
 REPORTED = Path(__file__).with_name("reported.csv")
 STRONGEST_FIRST = ("pgd", "apgd", "cw", "mim", "bim", "fgsm")
 DEFENCES = {
@@ -35,6 +35,7 @@ DEFENCES = {
 }
 SCORES = {  # of the heat maps, and the factors to the units of their columns
     "independence_score": ("IScore (1e-3)", 1e3),
+    "independence_of_peaks": ("IScore of maps over their maxima (pixels)", 1),
     "causality_score": ("CScore (pixels^4)", 1),
     "mutual_information": ("I(C,E) (nats)", 1),
     "empty_maps": ("empty maps (%)", 100),
@@ -49,11 +50,24 @@ def read_rows(settings: Settings, names: Names, kind: str) -> pd.DataFrame:
     """The long frame's rows of the split "test", by name and, for readers, by data, training and model: MoE,
     Immunity, P-DARTS, stand-alone GoogLeNet."""
     frame = read_frame(settings, names, kind).rename(columns={"model": "name"})
-    network = frame["expert"].map(NETWORKS)
-    alone = network.where(frame["expert"].isin(BASELINES), "stand-alone " + network)
-    frame["model"] = frame["method"].map(MIXTURES).fillna(alone)
+    pairs = zip(frame["method"], frame["expert"], strict=True)
+    frame["model"] = [catalogue.method_title(*pair) for pair in pairs]
     frame["data"], frame["training"] = frame["data"].map(DATA), frame["regime"]
-    return frame[frame["split"] == "test"]
+    frame = frame[frame["split"] == "test"].reset_index(drop=True)
+    return frame.assign(**_right_experts(frame, settings.recipe.experts))
+
+
+def _right_experts(frame: pd.DataFrame, experts: int) -> dict[str, np.ndarray]:
+    """Shares of a model's experts that are right alone: of all of them, and where one is attacked, of that one and of
+    the others."""
+    longest = frame["experts"].str.len().max()
+    packed = b"".join(one.ljust(longest, b"\0") for one in frame["experts"])
+    right = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(len(frame), -1), axis=1)
+    count = np.where(frame["method"].str.startswith("standalone"), 1, experts)
+    attacked = frame["attack"].str.extract(r"pgd-expert-(\d+)")[0].astype(float)
+    one = np.where(attacked.notna(), right[frame.index, attacked.fillna(1).astype(int) - 1], np.nan)
+    others = (right.sum(1) - one) / np.maximum(count - 1, 1)
+    return {"experts": right.sum(1) / count, "attacked_expert": one, "other_experts": others}
 
 
 def gate_cells(settings: Settings, names: Names, kind: str = "attacks") -> pd.DataFrame:
@@ -61,7 +75,7 @@ def gate_cells(settings: Settings, names: Names, kind: str = "attacks") -> pd.Da
     labels = ["name", "data", "training", "model", "seed", "family", "attack", "sees"]
     cells = []
     for key, rows in read_rows(settings, names, kind).groupby(labels, sort=False):
-        experts = 1 if rows["method"].iloc[0] == "standalone" else settings.recipe.experts
+        experts = 1 if rows["method"].iloc[0].startswith("standalone") else settings.recipe.experts
         packed = np.frombuffer(b"".join(rows["gates"]), np.uint8).reshape(len(rows), -1)
         by_gate = np.unpackbits(packed, axis=1, count=min(math.factorial(experts), DRAWN)).mean(0)
         found = rows[["switched", "uniform", "trained"]].astype(float).mean()
@@ -86,10 +100,11 @@ def attack_cells(settings: Settings, names: Names) -> pd.DataFrame:
 
 
 def score_cells(settings: Settings, names: Names) -> pd.DataFrame:
-    """The scores of the heat maps, mean over images."""
+    """The scores of the heat maps, mean over images, and of the IScore, which few images can carry, the median."""
     groups = read_rows(settings, names, "scores").groupby(["model", "seed"], sort=False)
     means = groups[list(SCORES)].mean() * [scale for _, scale in SCORES.values()]
     means.columns = [header for header, _ in SCORES.values()]
+    means.insert(1, "IScore median (1e-3)", 1e3 * groups["independence_score"].median())
     return means.assign(images=groups.size()).reset_index().melt(["model", "seed", "images"], var_name="header")
 
 
@@ -130,9 +145,19 @@ def table1(settings: Settings) -> pd.DataFrame:
 
 
 def table2(settings: Settings) -> pd.DataFrame:
-    """Table 2: accuracy under attack, expected over the switched gate that the attack sees too."""
+    """Table 2: accuracy under attack, expected over the switched gate that the attack sees too, and how large each
+    model is: without that, no two of them can be compared."""
     labels = ["data"] * bool(settings.further_datasets) + ["training", "model"]
-    table = summarise(attack_cells(settings, catalogue.table2_models(settings)), labels)
+    names = catalogue.table2_models(settings)
+    cells = attack_cells(settings, names)
+    sizes = []
+    for cell in cells.drop_duplicates("name").to_dict("records"):
+        records = [
+            training_record(settings, one) for one in catalogue.single(settings, [ModelName.parse(cell["name"])])
+        ]
+        for header, field in (("parameters (M)", "parameters"), ("multiply-adds (M)", "multiply_accumulates")):
+            sizes.append(cell | {"header": header, "value": sum(one[field] for one in records) / 1e6, "images": np.nan})
+    table = summarise(pd.concat([pd.DataFrame(sizes), cells], ignore_index=True), labels)
     return beside_paper(settings, table, "table2")
 
 
@@ -146,7 +171,7 @@ def table3(settings: Settings) -> pd.DataFrame:
 def gates_table(settings: Settings) -> pd.DataFrame:
     """The mixtures of Table 2 under the strongest iterative attack, for every gate attacked."""
     labels = ["data"] * bool(settings.further_datasets) + ["training", "model", "attacked gate"]
-    names = [name for name in catalogue.table2_models(settings) if name.method != "standalone"]
+    names = [name for name in catalogue.table2_models(settings) if name.method in MIXTURES]
     cells = gate_cells(settings, names).rename(columns={"sees": "attacked gate"})
     strongest = min(settings.attacks, key=STRONGEST_FIRST.index)
     cells = cells[(cells["attack"] == strongest) & (cells["header"] != DEFENCES["switching"])]
@@ -233,7 +258,7 @@ def budget_curves(settings: Settings, names: Names) -> pd.DataFrame:
     by, lines = ["training", "model", "eps"], []
     for name in names:
         for eps, accuracy in read_summary(settings, name, "adaptive")["by_budget"]:
-            lines.append([name.regime, MIXTURES[name.method], eps, 100 * accuracy])
+            lines.append([name.regime, catalogue.method_title(name.method, name.expert), eps, 100 * accuracy])
     return pd.DataFrame(lines, columns=[*by, "value"]).groupby(by, sort=False, as_index=False).mean()
 
 
@@ -263,17 +288,15 @@ def table_text(table: pd.DataFrame) -> pd.DataFrame:
 def evidence(settings: Settings, table: pd.DataFrame) -> str:
     """What a table rests on, in words: data, seeds, images and the error that those leave (the 95 % Wilson interval;
     an upper bound for expectations over gates, as each image then varies less)."""
-    from statsmodels.stats.proportion import proportion_confint  # costs a second
-
     seeds = "one seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
     data = " and ".join(DATA[name] for name in settings.datasets)
     several = "; mean ± standard deviation (number of networks)" * bool(table["count"].max() > 1)
     sentences = [f"Preset {settings.preset}, {data}, {seeds}{several}."]
     for images, group in table.groupby("images", sort=False):
-        right = group.loc[group["unit"] == "%", "value"] / 100 * images
-        low, high = proportion_confint(right.to_numpy(), images, method="wilson")
-        error = f"(95 % interval at most ± {50 * (high - low).max():.1f} points)"
-        sentences.append(f"{', '.join(group['column'].unique())}: {images} images {error}.")
+        share, z2 = group.loc[group["unit"] == "%", "value"] / 100, norm.ppf(0.975) ** 2
+        half = np.sqrt(z2 * share * (1 - share) / images + (z2 / images) ** 2 / 4) / (1 + z2 / images)
+        error = f"(95 % interval at most ± {100 * half.max():.1f} points)"
+        sentences.append(f"{', '.join(group['column'].unique())}: {images:.0f} images {error}.")
     if "paper" in table:
         if table["paper"].notna().any():
             of = "CIFAR-10, or CIFAR-100 in rows of it," if "data" in table else "CIFAR-10"

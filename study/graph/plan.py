@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from immunity_lib.attacks import DRAWS, DRAWS_PER_STEP, QUERIES_PER_STEP
+from immunity_lib.attacks import AIMS, DRAWS, DRAWS_PER_STEP, QUERIES_PER_STEP
 from immunity_lib.data import Dataset, find_source
 from immunity_lib.data.images import CLASS_NAMES
 from immunity_lib.evaluate import BATCH, BUDGETS
@@ -29,6 +29,7 @@ from immunity_lib.moe import ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import build_model, training_loss
 from study import catalogue
+from study.claims import FEWEST_TRAININGS, smallest_visible
 from study.graph import parse_options, preset_parser
 from study.settings import Settings
 
@@ -56,6 +57,7 @@ def plan(settings: Settings) -> pd.DataFrame:
         own_steps = {None: 0, "ffgsm": 1, "pgd": recipe.adversary_steps}[recipe.adversary]
         gates = 1 if recipe.experts == 1 else len(settings.attack_gates)
         of_attacks = settings.attacked_images * gates * (sum(steps) * gradient + len(steps) * forward)
+        of_attacks += settings.attacked_images * len(settings.magnitudes) * (settings.steps * gradient + forward)
         of_adaptive = settings.adaptive_count * (gradients * gradient + queries * forward)
         rows[str(name)] = cost | {
             "epochs": recipe.epochs,
@@ -67,16 +69,17 @@ def plan(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").astype("float64")
 
 
-def adaptive_passes(settings: Settings) -> tuple[int, int]:
+def adaptive_passes(settings: Settings) -> tuple[float, float]:
     """Gradients and forward passes alone that the adaptive attacks take for an image, at most."""
-    of_pgd = 3 + 2 + 2 + 1 + 3  # the paper's, frozen gates, exact, single experts, other mixtures
-    arc, checks = 1, len(BUDGETS) + 2  # ARC: a gradient of every expert, and an answer after each
-    gradients = settings.steps * (of_pgd + arc + checks + sum(settings.gate_samples))
+    # The paper's, frozen gates, the expected and the strongest, single experts, other mixtures
+    of_pgd, checks = 3 + 2 + 1 + 2 * len(AIMS) + 1 + 3, len(BUDGETS) + 2
+    gradients = settings.steps * (of_pgd + checks + sum(settings.gate_samples))
     # AutoAttack on two fixed gates: APGD, on nine targets too, FAB on nine and Square; on the switched one, two APGD
-    # with 20 draws; then Square alone and noise
-    gradients += settings.auto_attack_steps * (2 * (1 + 9 + 9) + 2 * DRAWS)
-    queries = 2 * (9 + QUERIES_PER_STEP) + QUERIES_PER_STEP + DRAWS_PER_STEP
-    return (gradients, settings.steps * settings.recipe.experts + settings.auto_attack_steps * queries)
+    # with 20 draws; then, on all images, Square alone and noise
+    judged = (settings.auto_attack_images or settings.adaptive_count) / settings.adaptive_count
+    gradients += settings.auto_attack_steps * judged * (2 * (1 + 9 + 9) + 2 * DRAWS)
+    queries = judged * 2 * (9 + QUERIES_PER_STEP) + QUERIES_PER_STEP + DRAWS_PER_STEP
+    return gradients, settings.auto_attack_steps * queries
 
 
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
@@ -248,8 +251,21 @@ Preset {settings.preset}: what it would cost; per job, seeds of a model in one l
 {len(frame)} trainings; {each.sum():,.0f} GPU hours in all, {each.max():,.1f} for the longest job, \
 at an assumed {tflops:g} TFLOP/s sustained (--tflops)
 {disk:.1f} GB of disk: weights, and about 2 MB a model for logs, records and notebooks
+{format_power(settings)}
 
 {assumptions}"""
+
+
+def format_power(settings: Settings) -> str:
+    """What the preset's trainings and images can decide, as text."""
+    trainings = len(settings.seeds)
+    if trainings < FEWEST_TRAININGS:
+        return f"Trainings of each model: {trainings}; no verdicts, for which there must be {FEWEST_TRAININGS}"
+    visible = smallest_visible(trainings, settings.attacked_images)
+    return (
+        f"{trainings} trainings of each model, {settings.attacked_images} attacked images: an effect of "
+        f"{visible:.1f} points would be seen with a probability of 80 %"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,7 +56,7 @@ def test_an_honest_model_passes_every_check_under_every_family(make_linear_model
     families = [told["family"] for _, told in results.values()]
     assert families == sorted(families, key=list(FAMILIES).index) and set(families) == set(FAMILIES)
     for found, told in results.values():
-        assert found.switched.shape == (16, 6) and len(told["experts_alone"]) == 3
+        assert found.switched.shape == (16, 6) and found.experts.shape == (16, 3)
         assert told["flags"] == []
     assert [finding["passed"] for finding in summary["checks"]] == [True] * 8
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from study import catalogue
-from study.store import record_path, write_frame, write_json
+from study.store import own_folder, record_path, write_frame, write_json
 
 PROVENANCE = {"commit": "abc", "finished": "2024-01-01T00:00:00+00:00"}
 ADAPTIVE = [
@@ -16,7 +16,7 @@ ADAPTIVE = [
     ("exact-expected", "exact", "all gates"), ("autoattack-uniform", "judges", "uniform"),
     ("noise", "black box", "all gates"), ("pgd-expert-1", "transfer", "expert 1 alone"),
 ]  # fmt: skip
-SCORES = ("independence_score", "causality_score", "mutual_information", "empty_maps")
+SCORES = ("independence_score", "independence_of_peaks", "causality_score", "mutual_information", "empty_maps")
 
 
 class World:
@@ -29,12 +29,16 @@ class World:
         self.settings, self.share, self.generator = settings, share, np.random.default_rng(0)
         self.verdicts, self.scores, self.summaries = {}, {}, {}
         attacked, experts = settings.attacked_images, settings.recipe.experts
+        for name in catalogue.single(settings, catalogue.attacked_models(settings)):
+            self.write_training(name)
         for name in catalogue.attacked_models(settings):
-            gates = settings.attack_gates[: 1 if name.method == "standalone" else None]
+            gates = settings.attack_gates[: 1 if name.method in catalogue.SINGLE else None]
             rows = [self.rows(name, "attacks", settings.test_images)]
             rows.append(self.rows(name, "attacks", 7, split="test-shifted"))
             for gate, attack in product(gates, settings.attacks):
                 rows.append(self.rows(name, "attacks", attacked, attack, "paper", gate))
+            for eps in settings.magnitudes:
+                rows.append(self.rows(name, "attacks", attacked, f"pgd at {eps}", "magnitude", gates[0]))
             self.write(name, "attacks", rows, {"seconds": {}})
         for name in dict.fromkeys(catalogue.table1_models(settings) + catalogue.table3_models(settings)):
             rows = self.rows(name, "scores", settings.test_images)
@@ -43,7 +47,8 @@ class World:
             alone = self.generator.random(experts).tolist()
             coverage = self.generator.random((experts, 4)).tolist()
             test = {"expert_accuracy": alone, "part_coverage": coverage, "background_heat": alone}
-            self.write(name, "scores", [rows.assign(**self.scores[name])], {"test": test})
+            background = {"background": 0.8, "background_heat": 0.5}
+            self.write(name, "scores", [rows.assign(**self.scores[name], **background)], {"test": test})
         told = [{"attack": a, "family": f, "sees": s, "seconds": 2.0} for a, f, s in ADAPTIVE]
         for name in catalogue.adaptive_models(settings):
             rows = [self.rows(name, "adaptive", settings.adaptive_count, *attack) for attack in [(), *ADAPTIVE]]
@@ -55,7 +60,7 @@ class World:
             })  # fmt: skip
 
     def rows(self, name, kind, images, attack="clean", family="clean", sees="", split="test"):
-        experts = 1 if name.method == "standalone" else self.settings.recipe.experts
+        experts = 1 if name.method in catalogue.SINGLE else self.settings.recipe.experts
         gates = math.factorial(experts)
         right = self.generator.random((images, gates + 2)) < self.share(name, attack)
         right[0] = True  # an image that every gate gets right
@@ -67,14 +72,27 @@ class World:
             "family": family, "sees": sees,
             "gates": [row.tobytes() for row in np.packbits(right[0], axis=1)],
             "switched": right[0].mean(1), "uniform": right[1], "trained": right[2],
-            "experts": self.generator.random(images),
+            "experts": [row.tobytes() for row in np.packbits(self.right_experts(attack, images, experts), axis=1)],
         })  # fmt: skip
+
+    def right_experts(self, attack, images, experts):
+        """All but the one that was attacked."""
+        right = np.ones((images, experts), bool)
+        if attack.startswith("pgd-expert-"):
+            right[:, int(attack[-1]) - 1] = False
+        return right
+
+    def write_training(self, name):
+        folder = own_folder(self.settings, name)
+        folder.mkdir(parents=True, exist_ok=True)  # one that is a member of an ensemble, too
+        sizes = {"parameters": 2_000_000, "multiply_accumulates": 3_000_000}
+        write_json(folder / "record.json", {"kind": "training", "model": str(name), "provenance": PROVENANCE, **sizes})
 
     def write(self, name, kind, rows, summary):
         path = record_path(self.settings, name, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_frame(path.with_suffix(".parquet"), pd.concat(rows, ignore_index=True))
-        write_json(path, {"model": str(name), "summary": summary, "provenance": PROVENANCE})
+        write_json(path, {"kind": kind, "model": str(name), "summary": summary, "provenance": PROVENANCE})
         self.summaries[name, kind] = summary
 
     def accuracy(self, name, attack="clean", sees="", kind="attacks", defence="switched"):

@@ -141,21 +141,24 @@ def test_the_forest_shades_what_is_predicted_and_colours_by_verdict():
     claims = [
         ("a", "at least +5 points", 7.0, 6.0, 8.0, "points", "holds"),
         ("b", "at most -10 %", 3.0, -1.0, 7.0, "%", "does not hold"),
-        ("c", "", None, None, None, None, "not testable at this scale"),
+        ("c", "", None, None, None, None, "not testable"),
+        ("d", "at least +5 points", 7.0, 6.0, 8.0, "points", "one training: no verdict"),
     ]
-    points, relative = figures.verdict_forest(frame("claim, predicted, effect, low, high, unit, verdict", claims)).axes
-    assert texts(points.get_yticklabels()) == ["a"] and texts(relative.get_yticklabels()) == ["b"]
+    points, relative = figures.verdict_forest(frame("title, predicted, effect, low, high, unit, verdict", claims)).axes
+    assert texts(points.get_yticklabels()) == ["a", "d"] and texts(relative.get_yticklabels()) == ["b"]
     shaded = points.collections[0].get_datalim(points.transData)
     assert shaded.x0 == 5 and shaded.x1 > 8
     shaded = relative.collections[0].get_datalim(relative.transData)
     assert shaded.x1 == -10 and shaded.x0 < -10
-    assert points.containers[0][0].get_color() == figures.VERDICTS["holds"]
+    judged, alone = (container[0] for container in points.containers)
+    assert judged.get_color() == figures.VERDICTS["holds"] and judged.get_markerfacecolor() != "none"
+    assert alone.get_color() == figures.VERDICTS["no verdict"] and alone.get_markerfacecolor() == "none"
 
 
 def test_saved_figure_is_the_same_bytes_again_and_names_its_records(make_settings, tmp_path):
     settings = make_settings(output_folder=str(tmp_path))
     record = settings.runs / "models" / "one" / "record.json"
-    write_json(record, {"provenance": {"commit": "abc"}})
+    write_json(record, {"kind": "training", "model": "one", "provenance": {"commit": "abc"}})
     saved = []
     for _ in range(2):
         figure = figures.training_curves({"MoE": LOG}, ["accuracy"])

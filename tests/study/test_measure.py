@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from publish import publish_measurements
 from spoiling import spoil
 
 from immunity_lib import evaluate
 from immunity_lib.attacks import Effort, adaptive_attacks
 from immunity_lib.evaluate import verdicts_over_gates, verdicts_under_attack
 from immunity_lib.files import read_tensors, write_tensors
-from study import measure
+from study import measure, store
 from study.catalogue import ModelName
 from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
 from study.store import read_frame, read_json, read_summary, record_path, trained_model, training_record
@@ -91,6 +92,22 @@ def test_a_record_about_other_weights_or_data_is_remade(settings, dataset, measu
     assert "it is about other weights, data or settings" in capsys.readouterr().err
 
 
+def test_what_comes_with_the_project_needs_no_weights_and_answers_its_own_question_alone(
+    settings, dataset, measurement, monkeypatch, tmp_path
+):
+    """So a study that took days goes on, and is drawn, where nothing of it is but records and frames."""
+    monkeypatch.setattr(store, "PRETRAINED", tmp_path / "pretrained")
+    publish_measurements(settings, NAME)
+    elsewhere = settings.model_copy(update={"output_folder": str(tmp_path / "elsewhere")})
+    measure_attacks(elsewhere, NAME, dataset)
+    assert not measurement.called and not elsewhere.runs.exists()
+    pd.testing.assert_frame_equal(read_frame(elsewhere, [NAME], "attacks"), read_frame(settings, [NAME], "attacks"))
+    model = trained_model(settings, NAME, dataset)
+    monkeypatch.setattr(store, "trained_model", lambda *_: model)
+    measure_attacks(elsewhere.model_copy(update={"steps": 2}), NAME, dataset)
+    assert measurement.called and record_path(elsewhere, NAME, "attacks").exists()
+
+
 @pytest.mark.parametrize("change", [{"steps": 2}, {"attacks": ["fgsm"]}, {"attacked_images": 8}])
 def test_attacks_of_another_question_are_made_anew(settings, dataset, measurement, change):
     measure_attacks(settings.model_copy(update=change), NAME, dataset)
@@ -142,7 +159,10 @@ def test_scores_are_within_their_ranges(settings):
     assert (frame[["independence_score", "causality_score"]] >= 0).all(axis=None)
     assert frame["empty_maps"].isin([0, 0.5, 1]).all()
     for split, own in frame.groupby("split"):
-        assert own["experts"].mean() == pytest.approx(np.mean(summary[split]["expert_accuracy"])) and len(own) == 32
+        right = np.unpackbits(np.frombuffer(b"".join(own["experts"]), np.uint8)[:, None], axis=1)[:, :2].mean(0)
+        assert right == pytest.approx(summary[split]["expert_accuracy"]) and len(own) == 32
+        assert own["background"].between(0.4, 1).all()
+        assert own["background_heat"].mean() == pytest.approx(np.mean(summary[split]["background_heat"]))
         shares = [*summary[split]["part_coverage"], summary[split]["background_heat"]]
         assert all(0 <= share <= 1 for of_expert in shares for share in of_expert)
 

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from publish import publish
+from publish import publish_weights
 from spoiling import spoil
 
 from immunity_lib import files
@@ -211,7 +211,9 @@ def test_a_record_that_is_missing_names_the_command_that_makes_it(settings):
 def test_an_artefact_says_what_it_rests_on(make_settings, tmp_path):
     settings = make_settings(output_folder=str(tmp_path))
     record = settings.runs / "records" / "a.attacks.json"
-    write_json(record, {"provenance": {"commit": "abc", "finished": "now"}, "summary": {}})
+    write_json(
+        record, {"kind": "attacks", "model": "a", "provenance": {"commit": "abc", "finished": "now"}, "summary": {}}
+    )
     made = []
     for _ in range(2):
         paths = write_artefact(settings, "table9", {"csv": "a,b\n", "md": "x"}, "Caption.", [record])
@@ -263,7 +265,7 @@ def test_the_demo_s_models_are_there_without_training(tmp_path, monkeypatch):
 def published(settings, dataset, tmp_path, monkeypatch):
     """The folder of a model that was trained and published, in folders of the test's own."""
     monkeypatch.setattr(store, "PRETRAINED", tmp_path / "pretrained")
-    publish(settings, NAME, dataset)
+    publish_weights(settings, NAME, dataset)
     return store.pretrained_folder(settings, NAME)
 
 

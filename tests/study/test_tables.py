@@ -60,7 +60,7 @@ def test_independent_networks_stand_for_themselves_and_immunity_for_its_mixture(
         expected = mean(world.accuracy(one, kind="scores", defence=defence) for one in immunity)
         assert ours["value"] == pytest.approx(expected)
     rows = ["ResNet18", "Immunity-ResNet18", "GoogLeNet", "Immunity-GoogLeNet"]
-    assert list(table["model"]) == [row for row in rows for _ in range(7)]
+    assert list(table["model"]) == [row for row in rows for _ in range(9)]
 
 
 def test_table2_is_the_expectation_over_switches_with_the_first_gate_attacked(world, settings):
@@ -68,7 +68,8 @@ def test_table2_is_the_expectation_over_switches_with_the_first_gate_attacked(wo
     rows = table[["training", "model"]].drop_duplicates().itertuples(index=False, name=None)
     shown = ("RobNet-free", "stand-alone GoogLeNet", "MoE", "Immunity")
     assert list(rows) == list(product(("standard", "adversarial"), shown))
-    assert list(table["column"].unique()) == ["clean", "FGSM", "PGD"]
+    assert list(table["column"].unique()) == ["parameters", "multiply-adds", "clean", "FGSM", "PGD"]
+    assert set(table.loc[table["unit"] == "M", "value"]) == {2, 3}
     names = models(catalogue.table2_models(settings), "immunity", "adversarial")
     ours = cell(table, training="adversarial", model="Immunity", column="PGD")
     assert ours["value"] == pytest.approx(mean(world.accuracy(name, "pgd", "switch") for name in names))
@@ -88,7 +89,7 @@ def test_table2_of_several_data_sets_is_held_against_the_paper_s_own_rows(make_s
     )
     monkeypatch.setattr(tables, "REPORTED", reported)
     table = tables.table2(settings)
-    assert list(table["column"].unique()) == ["clean", "PGD", "C&W"]
+    assert list(table["column"].unique()) == ["parameters", "multiply-adds", "clean", "PGD", "C&W"]
     known = table[table["paper"].notna()][["data", "training", "model", "column", "paper"]]
     assert list(known.itertuples(index=False, name=None)) == [
         ("CIFAR-10", "standard", "RobNet-free", "PGD", 1),
@@ -102,7 +103,10 @@ def test_table3_has_attacks_and_scores_in_one_row(world, settings):
     table = tables.table3(settings)
     assert list(table["model"].unique()) == ["MoE", "MoE+MI", "MoE+PS", "Immunity"]
     for _, row in table.groupby("model"):
-        assert list(row["column"]) == ["clean", "FGSM", "PGD", "IScore", "CScore", "I(C,E)", "empty maps"]
+        assert list(row["column"]) == [
+            "clean", "FGSM", "PGD", "IScore", "IScore median", "IScore of maps over their maxima", "CScore", "I(C,E)",
+            "empty maps",
+        ]  # fmt: skip
     names = models(catalogue.table3_models(settings), "moe-mi")
     expected = 1e3 * mean(world.scores[name]["independence_score"].mean() for name in names)
     ours = cell(table, model="MoE+MI", column="IScore")

@@ -1,0 +1,74 @@
+"""Do two runs of a preset agree? `python figures/compare.py FIRST SECOND`, of folders like figures/demo.
+
+Prints every cell of a table that differs by more than other images and other trainings explain, and every claim whose
+verdict is another; ends with status 1 where one run says that a claim holds and the other that it does not. Equal code,
+seed and machine give equal bytes; another processor rounds otherwise, which is another training."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from study.claims import DEVIATIONS
+from study.tables import FIELDS
+
+OPPOSITE = {"holds", "does not hold"}
+
+
+def differing_cells(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Cells in % of two tidy tables (see `tables.summarise`) that differ by more than two standard errors: those of
+    so many images and trainings, a training's deviation being the cell's own or, of a single one, DEVIATIONS'."""
+    labels = [field for field in first if field in second and field not in FIELDS[2:]]
+    both = first.merge(second, on=labels, suffixes=("", " again"), how="outer", indicator=True)
+    errors = []
+    for end in ("", " again"):
+        share = (both["value" + end] / 100).clip(0, 1)
+        of_images = 1e4 * share * (1 - share) / both["images" + end]
+        of_trainings = both["standard_deviation" + end].fillna(DEVIATIONS[0]) ** 2 / both["count" + end]
+        errors.append(of_images + of_trainings)
+    both["allowed"] = 2 * np.sqrt(sum(errors))
+    apart = (both["value"] - both["value again"]).abs() > both["allowed"]
+    return both.loc[
+        (both["unit"] == "%") & apart | (both["_merge"] != "both"), [*labels, "value", "value again", "allowed"]
+    ]
+
+
+def differing_verdicts(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Claims whose verdicts differ, as `claims.verdicts` has them; "contradiction" where they exclude each other."""
+    both = first.merge(second, on="claim", suffixes=("", " again"))
+    both = both[both["verdict"] != both["verdict again"]]
+    pairs = zip(both["verdict"], both["verdict again"], strict=True)
+    both = both.assign(contradiction=[set(pair) == OPPOSITE for pair in pairs])
+    return both[["claim", "effect", "verdict", "effect again", "verdict again", "contradiction"]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what differs; returns the exit status."""
+    parser = ArgumentParser(prog="python figures/compare.py", description="Whether two runs of a preset agree.")
+    parser.add_argument("folders", nargs=2, type=Path, help="as figures/demo, of each run")
+    folders = parser.parse_args(arguments).folders
+    for folder in folders:
+        if not (folder / "claims.csv").is_file():
+            parser.error(f"{folder} has no claims.csv; name two folders of figures, as figures/demo")
+    contradictions = 0
+    for path in sorted(folders[0].glob("*.csv")):
+        tables = [pd.read_csv(folder / path.name) for folder in folders if (folder / path.name).is_file()]
+        if len(tables) < 2:
+            print(f"{path.stem}: in one of the folders alone")
+            continue
+        of_claims = path.stem == "claims"
+        found = differing_verdicts(*tables) if of_claims else differing_cells(*tables)
+        what = "verdicts that differ" if of_claims else "cells that differ by more than chance explains"
+        print(f"{path.stem}: {len(found)} of {len(tables[0])} {what}")
+        if len(found):
+            print(found.to_string(index=False, float_format="{:.1f}".format))
+        contradictions += int(of_claims and found["contradiction"].sum())
+    print(f"{contradictions} contradictions")
+    return int(contradictions > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
