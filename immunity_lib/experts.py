@@ -5,12 +5,12 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from immunity_lib.recipe import BaselineName, ExpertName
+from immunity_lib.recipe import BASELINES, EXPERT_NAMES
 
 # The paper takes "the last convolutional layer with dimensions exceeding 8*8" for Grad-CAM.
 # Both readings of "exceeding", as the smallest admissible side of the feature grid.
@@ -244,8 +244,6 @@ EXPERTS: dict[str, type[Expert]] = {
     "resnet18": ResNet18, "densenet121": DenseNet121,
     "googlenet": GoogLeNet, "googlenet-kuangliu": GoogLeNetKuangliu,
 }  # fmt: skip
-# The networks of architecture search that the paper compares Immunity with; experts like the others
-BASELINES, EXPERT_NAMES = get_args(BaselineName), get_args(ExpertName)
 
 
 def build_expert(

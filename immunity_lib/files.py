@@ -1,15 +1,19 @@
 """Files that are whole or not there: a kill leaves the old one or the new one, never a part."""
 
+from __future__ import annotations
+
 import json
 import os
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DamagedFile(ValueError):
@@ -39,8 +43,26 @@ def set_aside(path: Path, reason: str) -> Path:
     return target
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises DamagedFile that names the file if it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not a whole record ({error}); move it away") from error
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path} holds no record, but {str(content)[:40]!r}; move it away")
+    return content
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
     """Write tensors and JSON-able notes as one safetensors file, which executes nothing on load."""
+    from safetensors.torch import save  # with PyTorch, which who only reads a record does without
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # In one entry, since safetensors writes several in random order: equal content, equal bytes
     write_atomically(path, save(tensors, {"immunity": json.dumps(notes, sort_keys=True)}))

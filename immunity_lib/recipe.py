@@ -4,11 +4,13 @@ import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 DatasetName = Literal["parts10", "cifar10", "cifar100", "images"]
+# Of architecture search; the paper compares Immunity with them, and they can be experts like the others
 BaselineName = Literal["pdarts", "advrush", "robnet-free", "robnet-large-v1", "robnet-large-v2"]
 ExpertName = Literal["resnet18", "densenet121", "googlenet", "googlenet-kuangliu", BaselineName]
+DATASETS, BASELINES, EXPERT_NAMES = map(get_args, (DatasetName, BaselineName, ExpertName))
 
 
 @dataclass(frozen=True)

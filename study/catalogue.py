@@ -13,9 +13,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, TypeAdapter
 
-from immunity_lib.data import DATASETS
-from immunity_lib.experts import BASELINES, EXPERT_NAMES
-from immunity_lib.recipe import Recipe
+from immunity_lib.recipe import BASELINES, DATASETS, EXPERT_NAMES, Recipe
 from study.settings import Settings, read_yaml
 
 REGIMES = {

@@ -7,7 +7,6 @@ pretrained/<preset>/<model>/        what comes with the project: a training reco
 """
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -27,7 +26,15 @@ from filelock import FileLock, Timeout
 from torch.utils.flop_counter import FlopCounterMode
 
 from immunity_lib.data import Dataset, load_dataset
-from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
+from immunity_lib.files import (
+    DamagedFile,
+    read_json,
+    read_tensors,
+    set_aside,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, train
@@ -38,22 +45,6 @@ PRETRAINED = ROOT / "pretrained"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 WEIGHTS = "model.safetensors"
 LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises DamagedFile that names the file if it is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not a whole record ({error}); move it away") from error
-    if not isinstance(content, dict):
-        raise DamagedFile(f"{path} holds no record, but {str(content)[:40]!r}; move it away")
-    return content
 
 
 def provenance() -> dict[str, Any]:

@@ -8,10 +8,9 @@ import torch
 
 from immunity_lib.data import images, parts10
 from immunity_lib.data.batches import ImageSet, Source
+from immunity_lib.recipe import DATASETS
 
 __all__ = ["DATASETS", "Dataset", "ImageSet", "Source", "find_source", "load_dataset"]
-
-DATASETS = ("parts10", "cifar10", "cifar100", "images")
 
 
 @dataclass(frozen=True, eq=False)

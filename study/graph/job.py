@@ -22,10 +22,10 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from immunity_lib.files import write_json
 from study.catalogue import ModelName
 from study.graph import parse_options, preset_parser
 from study.settings import ROOT
-from study.store import write_json
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 LOOK_AGAIN, REFRESHED = 1, 20  # seconds between two looks, and between two signs of life

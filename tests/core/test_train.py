@@ -199,7 +199,7 @@ def test_weight_decay_may_leave_vectors_alone(make_recipe, dataset):
 @pytest.mark.slow
 def test_compiled_training_does_what_it_does_otherwise(make_recipe, dataset, tmp_path, monkeypatch):
     """The step is captured whole, with the heat maps' gradient in it. Its kernels, which take minutes to compile, are
-    PyTorch's; `make bench` times them."""
+    PyTorch's own, and are not made here."""
     captured = partial(torch.compile, backend="aot_eager", fullgraph=True)
     logs = []
     for compiled in (False, True):
