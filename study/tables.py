@@ -88,15 +88,15 @@ def gate_cells(settings: Settings, names: Names, kind: str = "attacks") -> pd.Da
 
 
 def attack_cells(settings: Settings, names: Names) -> pd.DataFrame:
-    """Accuracy expected over switches, clean and under every attack on the first of the gates."""
+    """Accuracy expected over switches, clean and under every attack and magnitude on the first of the gates."""
     gate, cells = settings.attack_gates[0], gate_cells(settings, names)
     cells = cells[cells["sees"].isin(["", gate]) & (cells["header"] == DEFENCES["switched"])]
-    if len(cells) != len(names) * (1 + len(settings.attacks)):
+    if len(cells) != len(names) * (1 + len(settings.attacks) + len(settings.magnitudes)):
         raise ValueError(
             f"records of {', '.join(cells['model'].unique())} are of other attacks or gates than "
             f"{', '.join(settings.attacks)} on {gate}; run: make reproduce PRESET={settings.preset}"
         )
-    return cells.assign(header=cells["attack"].replace(ATTACK_TITLES) + " (%)")
+    return cells.assign(header=cells["attack"].replace(ATTACK_TITLES).str.replace("pgd at", "PGD at") + " (%)")
 
 
 def score_cells(settings: Settings, names: Names) -> pd.DataFrame:

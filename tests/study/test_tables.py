@@ -24,7 +24,7 @@ def world(request, make_settings, tmp_path_factory):
     settings = make_settings(
         compared_experts=["resnet18", "googlenet"], expert="googlenet", experts=3, baselines=["robnet-free"],
         test_images=40, attacked_images=20, adaptive_images=12, attacks=["fgsm", "pgd"], seeds=request.param,
-        output_folder=str(tmp_path_factory.mktemp("world")),
+        magnitudes=["2/255"], output_folder=str(tmp_path_factory.mktemp("world")),
     )  # fmt: skip
     return World(settings)
 
@@ -68,7 +68,7 @@ def test_table2_is_the_expectation_over_switches_with_the_first_gate_attacked(wo
     rows = table[["training", "model"]].drop_duplicates().itertuples(index=False, name=None)
     shown = ("RobNet-free", "stand-alone GoogLeNet", "MoE", "Immunity")
     assert list(rows) == list(product(("standard", "adversarial"), shown))
-    assert list(table["column"].unique()) == ["parameters", "multiply-adds", "clean", "FGSM", "PGD"]
+    assert list(table["column"].unique()) == ["parameters", "multiply-adds", "clean", "FGSM", "PGD", "PGD at 2/255"]
     assert set(table.loc[table["unit"] == "M", "value"]) == {2, 3}
     names = models(catalogue.table2_models(settings), "immunity", "adversarial")
     ours = cell(table, training="adversarial", model="Immunity", column="PGD")
@@ -104,8 +104,8 @@ def test_table3_has_attacks_and_scores_in_one_row(world, settings):
     assert list(table["model"].unique()) == ["MoE", "MoE+MI", "MoE+PS", "Immunity"]
     for _, row in table.groupby("model"):
         assert list(row["column"]) == [
-            "clean", "FGSM", "PGD", "IScore", "IScore median", "IScore of maps over their maxima", "CScore", "I(C,E)",
-            "empty maps",
+            "clean", "FGSM", "PGD", "PGD at 2/255", "IScore", "IScore median",
+            "IScore of maps over their maxima", "CScore", "I(C,E)", "empty maps",
         ]  # fmt: skip
     names = models(catalogue.table3_models(settings), "moe-mi")
     expected = 1e3 * mean(world.scores[name]["independence_score"].mean() for name in names)
