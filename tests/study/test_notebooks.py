@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 
 import pytest
@@ -10,6 +11,15 @@ from study.settings import ROOT, TRAINING, Settings
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LITERALS = (ast.Constant, ast.List, ast.Dict, ast.Tuple)
+CONSTANTS = {  # that answers quote: mathematics gives them, and no run changes them
+    "1.0986": math.log(3),
+    "1.609": math.log(5),
+    "8.05": 5 * math.log(5),
+    "13.8": 6 * math.log(10),
+    "1.461": math.log(math.e + 9) - 1,  # of a softmax too many, over ten classes
+    "2.461": math.log(math.e + 9),
+    "0.942": sum(math.comb(5, k) * 0.8**k * 0.2 ** (5 - k) for k in (3, 4, 5)),
+}
 
 
 def cells(path, kind=None):
@@ -54,6 +64,32 @@ def test_closes_with_exercises_and_their_answers_folded_away(notebook):
         assert len(question) > 80 and answer.strip().endswith("</details>")
         for snippet in re.findall(r"```python\n(.*?)```", answer, re.DOTALL):
             ast.parse(snippet)
+
+
+def answers(path):
+    """The text of each folded answer, without its snippets."""
+    prose = "".join(source(cell) for cell in cells(path, "markdown"))
+    folded = re.findall("<details>(.*?)</details>", prose, re.DOTALL)
+    return [re.sub("```python\n.*?```", "", answer, flags=re.DOTALL) for answer in folded]
+
+
+def measured_like(text):
+    """The numbers in a text with a decimal point or a percent sign."""
+    numbers = re.findall(r"\d[\d.,]*(?:\s*\\?%)?", text)
+    return {number.rstrip(".,") for number in numbers if re.search(r"\.\d|%", number)}
+
+
+def test_no_folded_answer_quotes_a_run_whose_numbers_the_next_one_changes(notebook):
+    for answer in answers(notebook):
+        assert "It prints" not in answer and "```" not in answer
+        assert measured_like(answer) <= CONSTANTS.keys()
+
+
+def test_constants_of_answers_are_what_mathematics_gives_and_all_in_use():
+    for text, value in CONSTANTS.items():
+        assert text == f"{value:.{len(text.partition('.')[2])}f}"
+    assert set().union(*(measured_like(answer) for path in NOTEBOOKS for answer in answers(path))) == CONSTANTS.keys()
+    assert measured_like("1 in 5. Then 46.9 %, 8\\% and 0.89, of 1,000.") == {"46.9 %", "8\\%", "0.89"}
 
 
 def test_there_are_eight_and_the_first_names_every_other():
