@@ -109,7 +109,7 @@ def test_attack_bars_are_expectations_with_whiskers_from_worst_to_best(data_sets
 
 def test_attack_dots_have_a_mark_for_every_gate_and_attack():
     gates = {"expected over switches": 40.0, "plain ensemble": 42.0, "frozen gate": 10.0}
-    attacks = [("paper", "fgsm", 0), ("paper", "pgd", 5), ("exact", "arc", 10)]
+    attacks = [("paper", "fgsm", 0), ("paper", "pgd", 5), ("exact", "strongest", 10)]
     rows = [
         (training, model, *attack, column)
         for training, model, attack, column in product(TRAININGS, ("MoE", "Immunity"), attacks, gates)
@@ -118,7 +118,7 @@ def test_attack_dots_have_a_mark_for_every_gate_and_attack():
     suite["value"] += suite["column"].map(gates)
     panel, other = figures.attack_dots(suite, "Immunity").axes
     assert [panel.get_title(), other.get_title()] == list(TRAININGS.values())
-    assert texts(panel.get_yticklabels()) == ["fgsm", "pgd", "arc"]
+    assert texts(panel.get_yticklabels()) == ["fgsm", "pgd", "strongest"]
     marks = {mark.get_label(): mark for mark in panel.get_lines() if mark.get_label() in gates}
     for gate, value in gates.items():
         assert list(marks[gate].get_xdata()) == [value, value + 5, value + 10]
@@ -126,7 +126,7 @@ def test_attack_dots_have_a_mark_for_every_gate_and_attack():
 
 
 def test_strength_curves_run_from_one_sample_to_all_gates():
-    shown = {"pgd": 60, "eotpgd-1": 50, "eotpgd-5": 45, "exact-expected": 40, "exact-weakest": 44}
+    shown = {"pgd": 60, "eotpgd-1": 50, "eotpgd-5": 45, "exact-expected": 40, "exact-strongest": 38}
     suite = frame("attack, value", shown.items()).assign(training="standard", model="MoE")
     suite = pd.concat([suite.assign(column=gate) for gate in ("expected over switches", "plain ensemble")])
     budget = frame("eps, value", [(0.0, 100), (0.5, 99.5), (1.0, 99)]).assign(training="standard", model="MoE")
