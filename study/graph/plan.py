@@ -10,7 +10,8 @@ Memory is that of the larger phase, training or measuring: weights, in training 
 a batch keeps for its backward pass; a GPU's libraries take 1 to 2 GB beside it."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import ClassVar
@@ -18,6 +19,7 @@ from typing import ClassVar
 import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from immunity_lib.attacks import AIMS, DRAWS, DRAWS_PER_STEP, QUERIES_PER_STEP
@@ -102,30 +104,28 @@ def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
 @cache
 def _cost_of_step(recipe: Recipe, classes: int) -> dict[str, int]:
     model, pair, labels = _without_contents(recipe, classes)
-    kept, counter = _KeptBytes(model), _Counter()
-    with counter:
-        with kept:
+    with _Counter() as counter:
+        with _kept_for_backward(model) as kept:
             other = None if recipe.pairing == "none" else pair
             loss = training_loss(model.train(), pair, labels, recipe, 1.0, other).total
         loss.backward()
     parameters = sum(one.numel() for one in model.experts.parameters())
-    return {"parameters": parameters, "step": counter.macs, "kept by a step": kept.bytes}
+    return {"parameters": parameters, "step": counter.macs, "kept by a step": sum(one.nbytes() for one in kept)}
 
 
 @cache
 def _cost_of_measuring(recipe: Recipe, classes: int) -> dict[str, int]:
     model, pair, labels = _without_contents(recipe, classes)
-    kept, counter = _KeptBytes(model), _Counter()
-    with counter:
-        with kept:
+    with _Counter() as counter:
+        with _kept_for_backward(model) as kept:
             outputs = model.eval().expert_outputs(pair.requires_grad_())
             answers = outputs.mixture("uniform").sum()
         forward = counter.macs
         heatmaps_from_outputs(outputs, labels)
         maps = counter.macs
         torch.autograd.grad(answers, pair)
-    gradient = forward + counter.macs - maps
-    return {"forward": forward, "gradient": gradient, "maps": maps, "kept by a gradient": kept.bytes}
+    cost = {"forward": forward, "gradient": forward + counter.macs - maps, "maps": maps}
+    return cost | {"kept by a gradient": sum(one.nbytes() for one in kept)}
 
 
 def _without_contents(recipe: Recipe, classes: int) -> tuple[ImmunityMoE, torch.Tensor, torch.Tensor]:
@@ -136,47 +136,30 @@ def _without_contents(recipe: Recipe, classes: int) -> tuple[ImmunityMoE, torch.
 
 
 class _Counter(TorchDispatchMode):
-    """Counts what is computed within it on tensors without contents. Each operation is carried out once for all
-    arguments of the same shapes: what would come of it, PyTorch takes a millisecond to tell."""
+    """Counts multiply-accumulates for each of two images, on tensors without contents. Each operation is carried out
+    once for all arguments of the same shapes: what would come of it, PyTorch takes a millisecond to tell."""
 
-    known: ClassVar[dict] = {}  # what comes of an operation, and its floating-point operations
-
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates for each of two images."""
-        return self.operations // 4
+    known: ClassVar[dict] = {}  # what comes of an operation, and its multiply-accumulates
+    macs = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
         if any(one.alias_info for one in function._schema.returns):  # a view, or in place
             return function(*arguments, **options)
-        key = (function, _each(_shape, arguments), _each(_shape, tuple(options.items())))
+        key = (function, _shapes(arguments), _shapes(tuple(options.items())))
         if key not in self.known:
             with FlopCounterMode(display=False, custom_mapping={CONVOLUTION_BACKWARD: _backward_flops}) as counter:
-                found = function(*arguments, **options)
-            self.known[key] = (_each(_another, found), counter.get_total_flops())
-        found, operations = self.known[key]
-        self.operations += operations
-        return _each(_another, found)
+                self.known[key] = function(*arguments, **options), counter.get_total_flops() // 4
+        found, macs = self.known[key]
+        self.macs += macs
+        return tree_map_only(torch.Tensor, torch.empty_like, found)
 
 
-def _each(change: Callable, value):
-    """A value with every tensor in it changed."""
+def _shapes(value):
+    """Arguments, hashable: of each tensor in them its shape."""
     if isinstance(value, torch.Tensor):
-        return change(value)
-    return tuple(_each(change, one) for one in value) if isinstance(value, tuple | list) else value
-
-
-def _shape(tensor: torch.Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _another(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_shapes, value)) if isinstance(value, tuple | list) else value
 
 
 def _backward_flops(gradient, inputs, weight, *others, **_) -> int:  # their shapes
@@ -184,22 +167,18 @@ def _backward_flops(gradient, inputs, weight, *others, **_) -> int:  # their sha
     return sum(others[-1][:2]) * conv_flop_count(inputs, weight, gradient)
 
 
-class _KeptBytes(torch.autograd.graph.saved_tensors_hooks):
+@contextmanager
+def _kept_for_backward(model: ImmunityMoE) -> Iterator[set[torch.UntypedStorage]]:
     """What is computed within it holds on to for its backward pass, weights aside, each tensor once."""
+    kept = set()
 
-    def __init__(self, model: torch.nn.Module):
-        super().__init__(self._keep, lambda tensor: tensor)
-        self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self._kept = {}  # holds the storages, so that none is counted under another's address
-
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        self._kept[storage._cdata] = storage
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.untyped_storage())
         return tensor
 
-    @property
-    def bytes(self) -> int:
-        return sum(self._kept[address].nbytes() for address in self._kept.keys() - self._weights)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+    kept -= {parameter.untyped_storage() for parameter in model.parameters()}
 
 
 def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
