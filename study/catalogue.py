@@ -1,7 +1,6 @@
 """Models by name: which there are in a preset, which each table needs, and how each is trained.
 
-A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; variants are configurations of one model.
-"""
+A model is named by what it is, `<data>-<method>-<expert>-<regime>-seed<k>`; its variants are configurations."""
 
 import re
 from collections.abc import Sequence
@@ -82,9 +81,9 @@ class ModelName(BaseModel, frozen=True):
 
 def method_title(method: str, network: str) -> str:
     """A method with a network, as readers call it."""
-    single = {"standalone": "stand-alone {}", "standalone-wide": "stand-alone {}, as large as the mixture"}
-    title = {"ensemble": "independent {}s", **single}.get(method, MIXTURES.get(method, method))
-    return title.format(NETWORKS[network]).removeprefix("stand-alone " * (network in BASELINES))
+    titles = {"standalone": "stand-alone {}", "standalone-wide": "stand-alone {}, as large as the mixture"}
+    titles |= {"ensemble": "independent {}s"} | MIXTURES
+    return titles.get(method, method).format(NETWORKS[network]).removeprefix("stand-alone " * (network in BASELINES))
 
 
 def recipe_of(settings: Settings, name: ModelName) -> Recipe:
@@ -188,8 +187,7 @@ def measured_models(settings: Settings, kind: str) -> list[ModelName]:
 
 def explored_models(settings: Settings) -> list[ModelName]:
     """The mixtures that the explorer offers: every variant of the ablation under every regime."""
-    every = _models(settings, *MIXTURES, regimes=settings.regimes)
-    return [name for name in every if name.seed == settings.seeds[0]]
+    return _models(settings, *MIXTURES, regimes=settings.regimes, seeds=1)
 
 
 def surrogates(settings: Settings, attacked: ModelName) -> list[ModelName]:
@@ -200,9 +198,8 @@ def surrogates(settings: Settings, attacked: ModelName) -> list[ModelName]:
 
 def trained_models(settings: Settings) -> list[ModelName]:
     """Every model that the preset trains, once."""
-    of_table1 = single(settings, table1_models(settings))
-    attacked = single(settings, attacked_models(settings))
-    return list(dict.fromkeys([*attacked, literal_model(settings), *of_table1]))
+    named = [*attacked_models(settings), literal_model(settings), *table1_models(settings)]
+    return list(dict.fromkeys(single(settings, named)))
 
 
 def _models(

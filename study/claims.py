@@ -2,8 +2,7 @@
 
 They and the rule of the verdicts are data, in claims.yaml. A claim is about a difference between two models on the
 same images, or between the two sides of one. The unit of evidence is a training: what one training shows, another may
-take back.
-"""
+take back."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,8 +45,6 @@ OWN_SIDES = {  # what a model can be held against of its own
     "the same images clean": {"kind": "unattacked"},
     "standard training": {"regime": "standard"},
 }
-
-
 Method = Annotated[str, Field(pattern=f"^({'|'.join(METHODS)})$")]
 
 

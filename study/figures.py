@@ -21,6 +21,7 @@ from study.tables import DEFENCES
 
 COLOURS = color_sequences["petroff10"]  # told apart by colour-blind readers too
 SCREEN, PRINT = 90, 150  # dots per inch
+BARE = {"xticks": [], "yticks": []}
 CURVES = {  # entries of a training log, with their axes' names
     "accuracy": "accuracy, held out",
     "cross_entropy": "cross entropy, eq (2)",
@@ -55,11 +56,15 @@ def literal(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
 
 
+def make_grid(rows: int, columns: int, size: tuple[float, float], **options) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches, and its axes, (rows, columns)."""
+    return plt.subplots(rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained", **options)
+
+
 def make_panels(count: int, columns: int, width: float, height: float, **options):
     """A figure and its panels, so many and at most so many side by side; inches a panel."""
     columns, rows = min(columns, count), -(-count // columns)
-    size = (width * columns, height * rows + 0.4)
-    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained", **options)
+    figure, axes = make_grid(rows, columns, (width * columns, height * rows + 0.4), **options)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in axes.flat[count:]:
@@ -101,9 +106,8 @@ def heatmap_grid(
     images: (B, 3, 32, 32) in [0, 1]; maps: (B, N, 32, 32), drawn divided by their maxima on one colour scale; an
     empty map is marked. titles: B; predictions: B x N, set below the maps."""
     rows, experts = maps.shape[:2]
-    style = {"dpi": SCREEN, "squeeze": False, "layout": "constrained", "subplot_kw": {"xticks": [], "yticks": []}}
     size = (1.55 * (experts + 1) + 0.7, 1.75 * rows + 0.3)
-    figure, axes = plt.subplots(rows, experts + 1, figsize=size, **style)
+    figure, axes = make_grid(rows, experts + 1, size, subplot_kw=BARE)
     for panel, title in zip(axes[0], ["image", *range(1, experts + 1)], strict=True):
         panel.set_title(title if title == "image" else f"expert {title}", fontsize=10)
     for row in range(rows):
@@ -111,11 +115,9 @@ def heatmap_grid(
         axes[row, 0].set_xlabel(literal(titles[row]), fontsize=9)
         for expert in range(experts):
             panel, heat = axes[row, expert + 1], maps[row, expert].numpy(force=True)
-            empty = bool(is_empty(maps[row, expert]))
-            heat = heat * 0 if empty else heat / heat.max()
-            drawn = panel.imshow(heat, cmap="magma", vmin=0, vmax=1)
-            if empty:
+            if empty := bool(is_empty(maps[row, expert])):
                 panel.text(15.5, 15.5, "empty", color="white", ha="center", va="center")
+            drawn = panel.imshow(heat * 0 if empty else heat / heat.max(), cmap="magma", vmin=0, vmax=1)
             if predictions:
                 panel.set_xlabel(literal(predictions[row][expert]), fontsize=9)
     figure.colorbar(drawn, ax=axes, label="heat / maximum", shrink=0.7)

@@ -13,8 +13,7 @@ A measurement is one long frame, with a row for each split, attack and image:
                           are empty; on Parts-10 background and background_heat, its share of pixels and of heat
 
 It is made once: found again, it is kept if its record answers the same question about the same weights, and set aside
-and made anew otherwise.
-"""
+and made anew otherwise."""
 
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from immunity_lib import evaluate, scores
 from immunity_lib.attacks import Effort, adaptive_attacks
 from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches
-from immunity_lib.files import DamagedFile, read_tensors, write_tensors
+from immunity_lib.files import DamagedFile, read_tensors, write_atomically, write_tensors
 from immunity_lib.heatmaps import expert_heatmaps, is_empty
 from immunity_lib.moe import GateVerdicts, ImmunityMoE
 from study import catalogue, store
@@ -255,7 +254,7 @@ def _measure_once(
             store.set_record_aside(path, str(error))
     started = time.perf_counter()
     frame, summary = measure(model)
-    store.write_frame(path.with_suffix(".parquet"), frame)
+    write_atomically(path.with_suffix(".parquet"), frame.to_parquet(index=False))
     content = {"kind": kind, "model": str(name), **question, "summary": summary, "data_source": dataset.source}
     took = round(time.perf_counter() - started, 1)
     store.write_json(path, content | {"seconds": took, "provenance": store.provenance()})

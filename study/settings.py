@@ -1,7 +1,6 @@
 """What a preset and a notebook's parameters may say, checked strictly before any computing.
 
-A preset is a flat YAML file: the study's own fields (`Settings`) and those of training (`immunity_lib.recipe.Recipe`).
-"""
+A preset is flat YAML: the study's own fields (`Settings`) and those of training (`immunity_lib.recipe.Recipe`)."""
 
 import ast
 from collections.abc import Mapping
@@ -125,8 +124,7 @@ def preset_names() -> list[str]:
 def load_preset(preset: str, **changes: Any) -> Settings:
     """Settings of a preset, by its name or by the path of a YAML file, with some fields changed.
 
-    A relative folder in the file starts from there. Raises ValueError that names what is wrong and what would be right.
-    """
+    A relative folder in the file starts from there. Raises ValueError that says what is wrong and would be right."""
     own = PRESETS / f"{preset}.yaml"
     path = own if own.exists() else Path(preset).expanduser()
     if not path.is_file():
@@ -197,8 +195,7 @@ def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
 
     The preset that `preset` names, and on top every parameter that was set: in the notebook's own cell of parameters,
     as it ran last, and in the one that papermill puts behind it; no other names of the kernel. A parameter that is no
-    field is an error, since papermill passes unknown ones on without one.
-    """
+    field is an error, since papermill passes unknown ones on without one."""
     names: set[str] = set()
     for cell in namespace.get("In", []):
         if cell.startswith(PARAMETERS):

@@ -241,11 +241,6 @@ def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
     return shipped if settings.pretrained and shipped.exists() and not own.exists() else own
 
 
-def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """Write a frame as parquet, whole or not at all."""
-    write_atomically(path, frame.to_parquet(index=False))
-
-
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
     """The frames of a kind of these models, one under the other (see `measure`), and what each model is: "data",
     "method", "expert", "regime" and "seed".

@@ -1,8 +1,7 @@
 """The tables of the paper and of notebooks 03, 04 and 06: filters and pivots of the long frame.
 
 The long frame (see `measure`) has a row for each model, attack and image. From it come cells: what labels their row,
-header ("column (unit)"), value and images; and from these tidy tables, of means over `count` seeds or networks.
-"""
+header ("column (unit)"), value and images; and from these tidy tables, of means over `count` seeds or networks."""
 
 import math
 import re
@@ -152,9 +151,8 @@ def table2(settings: Settings) -> pd.DataFrame:
     cells = attack_cells(settings, names)
     sizes = []
     for cell in cells.drop_duplicates("name").to_dict("records"):
-        records = [
-            training_record(settings, one) for one in catalogue.single(settings, [ModelName.parse(cell["name"])])
-        ]
+        trained = catalogue.single(settings, [ModelName.parse(cell["name"])])
+        records = [training_record(settings, one) for one in trained]
         for header, field in (("parameters (M)", "parameters"), ("multiply-adds (M)", "multiply_accumulates")):
             sizes.append(cell | {"header": header, "value": sum(one[field] for one in records) / 1e6, "images": np.nan})
     table = summarise(pd.concat([pd.DataFrame(sizes), cells], ignore_index=True), labels)

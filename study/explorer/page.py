@@ -23,7 +23,7 @@ from immunity_lib.moe import permutations
 from study.catalogue import DATA, ModelName
 from study.explorer.cam_methods import OURS
 from study.explorer.exploration import TRUE_CLASS, Answers, Exploration, Subject
-from study.figures import COLOURS, SCREEN, literal
+from study.figures import BARE, COLOURS, literal, make_grid, make_panels
 from study.tables import budget_text
 
 COLOUR_MAP = "magma"  # rises evenly in lightness: readable without colours, and in print
@@ -116,7 +116,7 @@ def gallery_figure(exploration: Exploration, columns: int = 10) -> Figure:
     """The images to choose from, by their numbers."""
     subjects = exploration.gallery
     rows = -(-len(subjects) // columns)
-    figure, axes = _grid(rows, columns, (0.95 * columns, 1.12 * rows))
+    figure, axes = make_grid(rows, columns, (0.95 * columns, 1.12 * rows), subplot_kw=BARE)
     for number, (panel, subject) in enumerate(zip(axes.T.flat, subjects, strict=False)):
         panel.imshow(colours(subject.image))
         panel.set_title(number + 1, fontsize=8, pad=2)
@@ -133,7 +133,7 @@ def attack_figure(
     answer and weight, all maps on one scale, the true parts outlined."""
     maps = [exploration.maps(name, subject, attacked_gate, budget) for name in names]
     columns, rows, top = maps[0].shape[1] + 1, len(names) * len(steps), scale_top(maps)
-    figure, axes = _grid(rows, columns, (1.5 * columns + 1, 2 * rows))
+    figure, axes = make_grid(rows, columns, (1.5 * columns + 1, 2 * rows), subplot_kw=BARE)
     for row, ((name, of_model), step) in zip(axes, product(zip(names, maps, strict=True), steps), strict=True):
         answers, at = exploration.answers(name, subject, attacked_gate), (budget, step)
         row[0].imshow(colours(answers.frames[at]))
@@ -161,9 +161,8 @@ def gates_figure(exploration: Exploration, names: Sequence[ModelName], subject: 
     """Which gates are right at the attack's last step, a panel for each model: budgets down, states of the gate
     across, sorted by how many budgets they withstand."""
     budgets = [budget_text(eps) for eps in exploration.budgets]
-    size = (9.4, 0.28 * len(budgets) * len(names) + 1.1)
-    figure, axes = plt.subplots(len(names), figsize=size, dpi=SCREEN, squeeze=False, sharex=True, layout="constrained")
-    for panel, name in zip(axes.flat, names, strict=True):
+    figure, panels = make_panels(len(names), 1, 9.4, 0.28 * len(budgets) + 0.35, sharex=True)
+    for panel, name in zip(panels, names, strict=True):
         answers = exploration.answers(name, subject, attacked_gate)
         right = (answers.mixtures[:, -1].argmax(-1) == answers.asked).numpy()
         right = right[:, np.argsort(-right.sum(0), kind="stable")]
@@ -174,12 +173,6 @@ def gates_figure(exploration: Exploration, names: Sequence[ModelName], subject: 
         panel.set_yticks(range(len(shares)), shares, fontsize=8)
         panel.set_title(name.title, fontsize=9)
         panel.set(xlim=(0, right.shape[1] + 1), ylim=(len(shares) - 0.5, -0.5))
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("states of the gate (square: right, cross: wrong)")
+    panel.set_xlabel("states of the gate (square: right, cross: wrong)")
     figure.supylabel("eps (right gates)", fontsize=9)
     return figure
-
-
-def _grid(rows: int, columns: int, size: tuple) -> tuple[Figure, np.ndarray]:
-    bare = {"xticks": [], "yticks": []}
-    return plt.subplots(rows, columns, figsize=size, dpi=SCREEN, squeeze=False, layout="constrained", subplot_kw=bare)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from study import catalogue
-from study.store import own_folder, record_path, write_frame, write_json
+from study.store import own_folder, record_path, write_atomically, write_json
 
 PROVENANCE = {"commit": "abc", "finished": "2024-01-01T00:00:00+00:00"}
 ADAPTIVE = [
@@ -91,7 +91,7 @@ class World:
     def write(self, name, kind, rows, summary):
         path = record_path(self.settings, name, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_frame(path.with_suffix(".parquet"), pd.concat(rows, ignore_index=True))
+        write_atomically(path.with_suffix(".parquet"), pd.concat(rows, ignore_index=True).to_parquet(index=False))
         write_json(path, {"kind": kind, "model": str(name), "summary": summary, "provenance": PROVENANCE})
         self.summaries[name, kind] = summary
 
