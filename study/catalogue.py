@@ -43,11 +43,8 @@ NETWORKS = {
 }  # fmt: skip
 ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD", "cw": "C&W", "apgd": "APGD"}
 
-_NAME = re.compile(
-    "(?P<dataset>{})-(?P<method>{})-(?P<expert>{})-(?P<regime>{})-seed(?P<seed>[0-9]+)".format(
-        *map("|".join, (DATASETS, METHODS, EXPERT_NAMES, REGIMES))
-    )
-)
+PARTS = {"dataset": DATASETS, "method": METHODS, "expert": EXPERT_NAMES, "regime": REGIMES}  # of a name
+_NAME = "-".join(f"(?P<{part}>{'|'.join(names)})" for part, names in PARTS.items()) + "-seed(?P<seed>[0-9]+)"
 _read_once = cache(read_yaml)
 
 
@@ -65,12 +62,10 @@ class ModelName(BaseModel, frozen=True):
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        if not (match := _NAME.fullmatch(name)):
-            raise ValueError(
-                f"{name!r} is no model's name; one is <data>-<method>-<expert>-<regime>-seed<k> with data from "
-                f"{', '.join(DATASETS)}, method from {', '.join(METHODS)}, expert from {', '.join(EXPERT_NAMES)}, "
-                f"regime from {', '.join(REGIMES)}"
-            )
+        if not (match := re.fullmatch(_NAME, name)):
+            known = ", ".join(f"{part} from {', '.join(names)}" for part, names in PARTS.items())
+            told = "one is <data>-<method>-<expert>-<regime>-seed<k> with"
+            raise ValueError(f"{name!r} is no model's name; {told} {known}")
         return cls(**match.groupdict())
 
     @property

@@ -1,12 +1,11 @@
 """The paper's claims, and what our records say of each.
 
 They and the rule of the verdicts are data, in claims.yaml. A claim is about a difference between two models on the
-same images, or between the two sides of one. The unit of evidence is a training: what one training shows, another may
-take back."""
+same images, or between two sides of one. The unit of evidence is a training: what one shows, another may take back."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -52,16 +51,6 @@ class NotTestable(Exception):
     """Why a preset cannot say anything about a claim."""
 
 
-class Side(NamedTuple):
-    """One of the two that a claim compares: rows of a kind, of models, in a column of the long frame."""
-
-    kind: str
-    method: str
-    network: str
-    regime: str
-    column: str
-
-
 class Measure(BaseModel, extra="forbid", frozen=True):
     """A model minus what it is held against; claims.yaml lists the kinds."""
 
@@ -73,12 +62,8 @@ class Measure(BaseModel, extra="forbid", frozen=True):
     network: str = ""  # of Table 1; empty: the preset's
 
     @property
-    def is_ratio(self) -> bool:
-        return self.kind in SCORES
-
-    @property
     def unit(self) -> str:
-        return "%" if self.is_ratio else "points"
+        return "%" if self.kind in SCORES else "points"  # a ratio, or a difference
 
 
 class Claim(BaseModel, extra="forbid", frozen=True):
@@ -111,10 +96,7 @@ class Claim(BaseModel, extra="forbid", frozen=True):
 
     def verdict(self, low: float, high: float) -> str:
         """By the rule in claims.yaml, for an interval in the units of the prediction."""
-        if self.at_most is not None:
-            low, high, bound = -high, -low, -self.at_most
-        else:
-            bound = self.at_least
+        low, high, bound = (low, high, self.at_least) if self.at_most is None else (-high, -low, -self.at_most)
         if low >= bound:
             return "holds"
         if high < bound:
@@ -136,17 +118,10 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
     return list(claims.values())
 
 
-# Verdicts
-
-
 def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
-    """One line a claim: claim (its id), title, sentence, where, check, predicted, reading, effect, low, high (95 %),
-    unit, against (what it was held against), trainings, images, stays ("23 of 23" parts of the evidence), verdict, and
-    reason where there is none."""
-    columns = [
-        "claim", "title", "sentence", "where", "check", "predicted", "reading", "effect", "low", "high", "unit",
-        "against", "trainings", "images", "stays", "verdict", "reason",
-    ]  # fmt: skip
+    """One line a claim, by its id; "low" and "high" are the ends of the 95 % interval of the effect, "against" what it
+    was held against, "stays" in how many parts of the evidence ("23 of 23"), "reason" why there is no verdict."""
+    columns = "claim title sentence where check predicted reading effect low high unit against trainings images stays"
     lines = []
     for claim in claims:
         line = claim.model_dump(include={"title", "sentence", "where", "check", "reading"})
@@ -158,14 +133,14 @@ def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
         except NotTestable as reason:
             line |= {"verdict": VERDICTS[-1], "reason": str(reason)}
         lines.append(line)
-    return pd.DataFrame(lines).reindex(columns=columns)
+    return pd.DataFrame(lines).reindex(columns=[*columns.split(), "verdict", "reason"])
 
 
 def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
     """The verdict by the rule, and what is shown of it: the comparison in which the claim does worst."""
 
     def in_units(*values: float) -> list[float]:
-        return [100 * (np.expm1(one) if claim.measure.is_ratio else one) for one in values]
+        return [100 * (np.expm1(one) if claim.measure.unit == "%" else one) for one in values]
 
     sign = 1 if claim.at_most is None else -1
     worst = min(effects, key=lambda other: sign * effects[other].mean())
@@ -178,12 +153,9 @@ def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
         {claim.verdict(*in_units(*estimate(one, share)[1:])) for one in effects.values()}
         for share in (0.05, 0.05 / len(effects))
     )
-    if each == {"holds"} or "does not hold" in strictly:
-        verdict = "holds" if each == {"holds"} else "does not hold"
-    elif max(-low, high) > MARGIN:
+    verdict = "holds" if each == {"holds"} else "does not hold" if "does not hold" in strictly else "no effect"
+    if verdict == "no effect" and max(-low, high) > MARGIN:
         return line | {"verdict": "undecided"}
-    else:
-        verdict = "no effect"
     tried = effects.values() if verdict == "holds" else [effects[worst]]
     found = [in_units(part.mean())[0] for one in tried for part in parts(one)]
     stays = [abs(one) <= MARGIN if verdict == "no effect" else claim.verdict(one, one) == verdict for one in found]
@@ -191,7 +163,6 @@ def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
 
 
 def verdict_text(found: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts as text, one line a claim."""
     text = found.astype(object).where(found.notna(), "")
     formats = {
         "effect [95 % interval]": "{effect:+.1f} [{low:+.1f}, {high:+.1f}] {unit}", "trainings": "{trainings:.0f}",
@@ -210,27 +181,23 @@ def count_by_luck(found: pd.DataFrame) -> str:
     return f"{holding} of {len(judged)} claims that could be judged hold; {chance}"
 
 
-# Effects
-
-
 def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray]:
     """By the title of what a model is held against: differences (S, B) of S pairs of trainings on B images, in shares
     of 1; of scores, whose mean over images is the logarithm of the ratio of means.
-
     Raises NotTestable where the preset has no such models."""
-    network = measure.network or settings.recipe.expert
     column = measure.kind if measure.kind in (*SCORES, "background_heat") else "switched"
     if (measure.kind, measure.model) == ("network", "ensemble"):
         column = "experts"  # each of the networks alone
     if measure.kind == "weak spots":
         column = "other_experts"
-    own = Side(measure.kind, measure.model, network, measure.regime, column)
-    mine, effects = by_image(settings, measure.data, own), {}
+    own = {"kind": measure.kind, "column": column, "method": measure.model, "regime": measure.regime}
+    own |= {"dataset": measure.data or settings.recipe.dataset, "expert": measure.network or settings.recipe.expert}
+    mine, effects = by_image(settings, **own), {}
     for title, other in _others(settings, measure, own).items():
-        theirs = by_image(settings, measure.data, other)
+        theirs = by_image(settings, **other)
         count = min(len(mine), len(theirs))  # seed by seed: from the same start, in the same order of images
         ours, theirs = mine[:count], theirs[:count]
-        if measure.is_ratio:
+        if measure.unit == "%":
             mean, their_mean = (one.mean(1, keepdims=True) for one in (ours, theirs))
             effects[title] = np.log(mean / their_mean) + ours / mean - theirs / their_mean
         else:
@@ -238,33 +205,32 @@ def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray
     return effects
 
 
-def _others(settings: Settings, measure: Measure, own: Side) -> dict[str, Side]:
+def _others(settings: Settings, measure: Measure, own: dict[str, str]) -> dict[str, dict[str, str]]:
     """What a measure's model is held against, by title; raises NotTestable where there is nothing."""
     if isinstance(measure.against, list):
-        return {catalogue.method_title(one, own.network): own._replace(method=one) for one in measure.against}
+        return {catalogue.method_title(one, own["expert"]): own | {"method": one} for one in measure.against}
     if measure.against in OWN_SIDES:
-        return {measure.against: own._replace(**OWN_SIDES[measure.against])}
+        return {measure.against: own | OWN_SIDES[measure.against]}
     if measure.against == "baselines":
-        others = {NETWORKS[one]: own._replace(method="standalone", network=one) for one in settings.baselines}
+        others = {NETWORKS[one]: own | {"method": "standalone", "expert": one} for one in settings.baselines}
     else:
-        compared = settings.compared_experts * (own.network in settings.compared_experts)
-        others = {NETWORKS[one]: own._replace(network=one) for one in compared if one != own.network}
+        compared = settings.compared_experts * (own["expert"] in settings.compared_experts)
+        others = {NETWORKS[one]: own | {"expert": one} for one in compared if one != own["expert"]}
     if not others:
         raise NotTestable(f"the preset has no {measure.against}")
     return others
 
 
-def by_image(settings: Settings, data: str, side: Side) -> np.ndarray:
-    """A column of the long frame, (S, B): the mean over the rows of a kind, or the worst case of adaptive attacks."""
-    kind, method, network, regime, column = side
-    data = data or settings.recipe.dataset
+def by_image(settings: Settings, kind: str, column: str, **model: str) -> np.ndarray:
+    """A column of the long frame, (S, B), of a model by the parts of its name: the mean over the rows of a kind, or the
+    worst case of adaptive attacks."""
+    data = model["dataset"]
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
     frame, chosen_by, wanted_rows = KINDS[kind]
-    wanted = {"dataset": data, "method": method, "expert": network, "regime": regime}
-    names = [name for name in catalogue.measured_models(settings, frame) if wanted.items() <= name.model_dump().items()]
+    names = [name for name in catalogue.measured_models(settings, frame) if model.items() <= name.model_dump().items()]
     if not names:
-        raise NotTestable(f"the preset has no {catalogue.method_title(method, network)} for it")
+        raise NotTestable(f"the preset has no {catalogue.method_title(model['method'], model['expert'])} for it")
     rows = read_rows(settings, names, frame)
     rows = rows[rows[chosen_by].str.fullmatch(wanted_rows)]
     if frame == "attacks":
@@ -273,9 +239,6 @@ def by_image(settings: Settings, data: str, side: Side) -> np.ndarray:
         raise NotTestable(f"the preset measures no {kind} of {DATA[data]}")
     groups = rows.groupby(["seed", "image"])[column]
     return (groups.min() if kind == "worst-case" else groups.mean()).unstack().to_numpy(float)
-
-
-# Intervals
 
 
 def estimate(effects: np.ndarray, outside: float = 0.05) -> tuple[float, float, float]:
@@ -319,7 +282,6 @@ def parts(effects: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def smallest_visible(trainings: int, images: int) -> float:
-    """The effect under attack, in points, that so many trainings a side would show with a probability of 80 %, were its
-    deviations DEVIATIONS."""
+    """The effect under attack, in points, that so many trainings a side would show in 80 % of cases, by DEVIATIONS."""
     of_training, of_image = DEVIATIONS[0] * trainings**-0.5, DEVIATIONS[1] * images**-0.5
     return float(np.hypot(of_training, of_image) * stats.t.ppf([0.975, 0.8], trainings - 1).sum())

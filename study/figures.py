@@ -40,7 +40,6 @@ VERDICTS = {
 
 def save_figure(settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]) -> list[Path]:
     """Write figures/<preset>/<name>.png, .pdf and .json (see `write_artefact`); returns the paths.
-
     records: the files that the figure was drawn from. No date goes in: the same data give the same bytes."""
     contents = {}
     for ending, metadata in {"png": {}, "pdf": {"CreationDate": None}}.items():
@@ -72,16 +71,15 @@ def make_panels(count: int, columns: int, width: float, height: float, **options
     return figure, list(axes.flat[:count])
 
 
-def add_legend(figure: Figure, panel: Axes, columns: int, side: str = "lower") -> Figure:
+def add_legend(figure: Figure, panel: Axes, columns: int) -> Figure:
     """The figure with one legend for all panels: that of one of them."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=f"outside {side} center", ncols=columns, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
 def training_curves(logs: Mapping[str, Sequence[Mapping]], curves: Sequence[str] = tuple(CURVES)) -> Figure:
     """Training logs (one entry an epoch) by model, a panel for each of the `curves`.
-
     The accuracy of the mixture is the line, that of the weakest to the strongest expert the band."""
     figure, panels = make_panels(len(curves), 4, 3.1, 2.6)
     for panel, curve in zip(panels, curves, strict=True):
@@ -102,12 +100,10 @@ def heatmap_grid(
     images: Tensor, maps: Tensor, titles: Sequence[str], predictions: Sequence[Sequence[str]] = ()
 ) -> Figure:
     """Images beside the heat map of every expert, as Figure 2.
-
-    images: (B, 3, 32, 32) in [0, 1]; maps: (B, N, 32, 32), drawn divided by their maxima on one colour scale; an
-    empty map is marked. titles: B; predictions: B x N, set below the maps."""
+    images: (B, 3, 32, 32) in [0, 1]; maps: (B, N, 32, 32), drawn divided by their maxima on one colour scale; an empty
+    map is marked. titles: B; predictions: B x N, set below the maps."""
     rows, experts = maps.shape[:2]
-    size = (1.55 * (experts + 1) + 0.7, 1.75 * rows + 0.3)
-    figure, axes = make_grid(rows, experts + 1, size, subplot_kw=BARE)
+    figure, axes = make_grid(rows, experts + 1, (1.55 * experts + 2.25, 1.75 * rows + 0.3), subplot_kw=BARE)
     for panel, title in zip(axes[0], ["image", *range(1, experts + 1)], strict=True):
         panel.set_title(title if title == "image" else f"expert {title}", fontsize=10)
     for row in range(rows):
@@ -126,9 +122,8 @@ def heatmap_grid(
 
 def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Share of every expert's heat on each part and on the background, a panel for each model.
-
-    panels: by title, frames with a row an expert and a column a part, the last one "background", shares in 0 .. 1.
-    The parts share one colour scale; the background, in grey, has its own."""
+    panels: by title, frames with a row an expert and a column a part, the last one "background", shares in 0 .. 1. The
+    parts share one colour scale; the background, in grey, has its own."""
     import seaborn as sns  # costs seconds, which only this figure should pay
 
     height = 0.42 * len(next(iter(panels.values()))) + 1.1
@@ -147,7 +142,6 @@ def part_coverage(panels: Mapping[str, pd.DataFrame]) -> Figure:
 def attack_bars(cells: pd.DataFrame) -> Figure:
     """Accuracy under every attack, a panel for each data set and training: bars are the expectation over the switched
     gate, whiskers reach from its worst to its best permutation (means over seeds).
-
     cells: as `tables.gate_cells` makes them, of one attacked gate and clean."""
     groups = cells.groupby(["data", "training"], sort=False)
     models, attacks = cells["model"].unique(), cells["attack"].unique()

@@ -52,8 +52,7 @@ def question_of(settings: Settings, kind: str) -> dict[str, Any]:
 
 
 def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> None:
-    """A model on all test images as they are, and on the first `attacked_images` of them under every attack of the
-    preset, on each of the gates that it attacks."""
+    """A model on all test images, and on the first `attacked_images` under every attack of the preset on its gates."""
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         device, seconds, frames = store.chosen_device(), {}, []
@@ -83,7 +82,6 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
 
 def measure_scores(settings: Settings, name: ModelName, dataset: Dataset) -> None:
     """Clean accuracy and heat-map scores on all test images, in the one fixed reading.
-
     The summary has for each test split "expert_accuracy" (N); on Parts-10 also "part_coverage" (N, P), an expert's
     share of heat on each part where that part is visible, and "background_heat" (N), its share off the object."""
 
@@ -98,8 +96,7 @@ def measure_scores(settings: Settings, name: ModelName, dataset: Dataset) -> Non
 def _scores(model: ImmunityMoE, images: ImageSet, split: str) -> tuple[pd.DataFrame, dict]:
     parts, verdicts = [], []
     batches = evaluation_batches(images, evaluate.BATCH, store.chosen_device())
-    total = -(-len(images) // evaluate.BATCH)
-    for batch, labels in tqdm(batches, "heat maps", total, leave=False):
+    for batch, labels in tqdm(batches, "heat maps", -(-len(images) // evaluate.BATCH), leave=False):
         parts.append(expert_heatmaps(model, batch, labels).cpu())
         verdicts.append(evaluate.verdicts_over_gates(model, [(batch, labels)]))
     maps, found = torch.cat(parts), GateVerdicts.join(verdicts)
@@ -122,7 +119,6 @@ def _scores(model: ImmunityMoE, images: ImageSet, split: str) -> tuple[pd.DataFr
 
 def part_coverage(maps: Tensor, part_masks: Tensor) -> Tensor:
     """Share of each expert's heat on each part, (N, P), mean over the images that show the part.
-
     maps: (B, N, a, b), each summing to 1; part_masks: (B, P, a, b) bool."""
     heat = torch.einsum("bnuv,bpuv->bnp", maps, part_masks.to(maps.dtype))
     visible = part_masks.any(-1).any(-1).to(maps.dtype)
@@ -131,9 +127,8 @@ def part_coverage(maps: Tensor, part_masks: Tensor) -> Tensor:
 
 def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> None:
     """A model under every adaptive attack, on the first `adaptive_count` test images.
-
-    The summary is that of `evaluate_adaptively`, with "attacks", what is told of each. What a run that was stopped
-    had finished is kept beside the record, and used again."""
+    The summary is that of `evaluate_adaptively`, with "attacks", what is told of each. What a run that was stopped had
+    finished is kept beside the record, and used again."""
     if _comes_with_the_project("adaptive", settings, name, dataset):
         return
     others = catalogue.surrogates(settings, name)
@@ -194,10 +189,7 @@ def test_splits(dataset: Dataset) -> list[tuple[str, ImageSet]]:
     return [(split, images) for split, images in dataset.splits.items() if split.startswith("test")]
 
 
-def _frame(
-    found: GateVerdicts, labels: Tensor, attack: str = "clean", family: str = "clean",
-    sees: str = "", split: str = "test",
-) -> pd.DataFrame:  # fmt: skip
+def _frame(found: GateVerdicts, labels: Tensor, attack="clean", family="clean", sees="", split="test") -> pd.DataFrame:
     """The rows of one attack on the images of one split."""
 
     def packed(right: Tensor) -> list[bytes]:
@@ -236,8 +228,7 @@ def _measure_once(
     kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict,
     measure: Callable[[ImmunityMoE], tuple[pd.DataFrame, dict]],
 ) -> None:  # fmt: skip
-    """Leave a kind of measurement of a trained model on disk, unless it is there. further: what the answer depends on
-    beside the settings."""
+    """Leave a measurement of a trained model on disk, unless it is there. further: of the question, beside settings."""
     if _comes_with_the_project(kind, settings, name, dataset):
         return
     path = store.record_path(settings, name, kind)
@@ -245,11 +236,10 @@ def _measure_once(
     question = _question(kind, settings, name, dataset, further)
     if path.exists():
         try:
-            known = store.read_json(path)
             store.read_frame(settings, [name], kind)
-            if question.items() <= known.items():
+            if question.items() <= store.read_json(path).items():
                 return
-            store.set_record_aside(path, "it is about other weights, data or settings")
+            raise DamagedFile("it is about other weights, data or settings")
         except DamagedFile as error:
             store.set_record_aside(path, str(error))
     started = time.perf_counter()

@@ -38,8 +38,6 @@ NOT_OF_THE_RESULT = {"model", "data_folder", "output_folder", "interactive", "pr
 
 
 class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """One preset."""
-
     preset: str = Field(description="its name, under which results lie", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = Field("", description="one model of the preset by name; empty: all of them")
     data_folder: str = Field("", description="where CIFAR (empty: data/, it is downloaded) or the own images lie")
@@ -102,7 +100,6 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     @property
     def adaptive_count(self) -> int:
-        """How many test images meet the adaptive attacks."""
         return self.adaptive_images or self.attacked_images
 
     @property
@@ -112,18 +109,15 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     @property
     def figures(self) -> Path:
-        """Tables and figures of this preset."""
         return Path(self.output_folder or ROOT) / "figures" / self.preset
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that come with the project."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load_preset(preset: str, **changes: Any) -> Settings:
     """Settings of a preset, by its name or by the path of a YAML file, with some fields changed.
-
     A relative folder in the file starts from there. Raises ValueError that says what is wrong and would be right."""
     own = PRESETS / f"{preset}.yaml"
     path = own if own.exists() else Path(preset).expanduser()
@@ -180,10 +174,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         field = Settings.model_fields.get(name)
         return f"{name} is missing: {field.description if field else 'give a value'}"
-    if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
-        wanted = "letters, digits, '.', '_' and '-' alone, the first a letter or digit"
-        return f"{name} = {problem['input']!r}: give it {wanted}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
+        message = "give it letters, digits, '.', '_' and '-' alone, the first a letter or digit"
     return f"{name} = {problem['input']!r}: {message}" if name else message
 
 
@@ -192,7 +185,6 @@ PARAMETERS = "# Parameters"  # how a cell of parameters begins, the notebook's a
 
 def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
     """Settings from a notebook's `globals()`, called in the cell right below its parameters.
-
     The preset that `preset` names, and on top every parameter that was set: in the notebook's own cell of parameters,
     as it ran last, and in the one that papermill puts behind it; no other names of the kernel. A parameter that is no
     field is an error, since papermill passes unknown ones on without one."""

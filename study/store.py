@@ -3,8 +3,7 @@
 runs/<preset>/models/<model>/       model.safetensors, record.json, checkpoint and log
 runs/<preset>/records/              <model>.<kind>.parquet, the frame, and .json, its record
 figures/<preset>/                   what is shown, each with a .json that says what it rests on
-pretrained/<preset>/<model>/        what comes with the project: a training record, weights, frames with their records
-"""
+pretrained/<preset>/<model>/        what comes with the project: a training record, weights, frames, their records"""
 
 import hashlib
 import os
@@ -45,6 +44,7 @@ PRETRAINED = ROOT / "pretrained"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 WEIGHTS = "model.safetensors"
 LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
+_say_once = cache(print)  # each line, in a process
 
 
 def provenance() -> dict[str, Any]:
@@ -80,9 +80,6 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# Models
-
-
 def chosen_device() -> torch.device:
     """A GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,8 +108,7 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
 
 
 def model_folder(settings: Settings, name: ModelName) -> Path:
-    """Where all about a model lies: what was trained here goes before what came with the project, which counts where
-    it was trained with these settings."""
+    """Where all about a model lies: what was trained here, else what came with the project, if with these settings."""
     own, shipped = own_folder(settings, name), pretrained_folder(settings, name)
     if (own / "record.json").exists() or not settings.pretrained:
         return own
@@ -133,13 +129,11 @@ def training_record(settings: Settings, name: ModelName) -> dict[str, Any]:
 
 def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
     """A model of the preset, in eval mode; trained first if it is not there yet.
-
     Weights that are damaged, or were trained with other settings or data, are set aside and made anew. An ensemble is
     put together from its members, with equal weights."""
     if name.method == "ensemble":
         experts = [trained_model(settings, one, dataset).experts[0] for one in members(settings, name)]
-        gate = ConstantGate(len(experts)).to(chosen_device())
-        return ImmunityMoE(experts, gate, evaluation_gate="uniform").eval()
+        return ImmunityMoE(experts, ConstantGate(len(experts)).to(chosen_device()), evaluation_gate="uniform").eval()
     if (model := _load_if_usable(settings, name, dataset)) is None:
         lock = own_folder(settings, name) / ".lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -147,16 +141,13 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
             with FileLock(lock, timeout=LOCKED):  # a second process waits, and finds it trained
                 model = _load_if_usable(settings, name, dataset) or _train_and_save(settings, name, dataset)
         except Timeout as error:
-            raise TimeoutError(
-                f"{lock} is held for {LOCKED / 3600:.0f} hours, seen from {platform.node()}; remove that file if no "
-                "job works on this model any more, on any machine"
-            ) from error
+            told = f"{lock} is held for {LOCKED / 3600:.0f} hours, seen from {platform.node()}; remove that file"
+            raise TimeoutError(f"{told} if no job works on this model any more, on any machine") from error
     return model.to(chosen_device()).eval()
 
 
 def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE | None:
-    """The model that was trained here, set aside if it cannot be used, else the one that comes with the project; None
-    where there is neither."""
+    """The model that was trained here, set aside if it cannot be used, else the project's; None if there is neither."""
     recipe, own = recipe_of(settings, name), own_folder(settings, name)
     files = [own / WEIGHTS, own / "record.json"]
     if all(path.exists() for path in files):
@@ -173,12 +164,6 @@ def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         except (DamagedFile, OSError) as error:
             _say_once(f"the weights of {name} that come with the project are not used: {error}")
     return None
-
-
-@cache
-def _say_once(line: str) -> None:
-    """Print a line once in a process."""
-    print(line)
 
 
 def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE:
@@ -227,9 +212,6 @@ def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> Im
     return model
 
 
-# Records and frames
-
-
 def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
     """Where the record of a kind, "attacks", "scores" or "adaptive", lies; its frame beside it."""
     return settings.runs / "records" / f"{name}.{kind}.json"
@@ -243,10 +225,8 @@ def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
 
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
     """The frames of a kind of these models, one under the other (see `measure`), and what each model is: "data",
-    "method", "expert", "regime" and "seed".
-
-    Raises FileNotFoundError, with the command that makes it, where a model has none yet. One that is damaged is set
-    aside, so that the graph makes it anew, and is a DamagedFile."""
+    "method", "expert", "regime" and "seed". Raises FileNotFoundError, with the command that makes it, where a model has
+    none yet. One that is damaged is set aside, so that the graph makes it anew, and is a DamagedFile."""
     frames = []
     for name in names:
         path = find_record(settings, name, kind).with_suffix(".parquet")
@@ -255,8 +235,7 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
             frame = pd.read_parquet(path)
         except (OSError, ValueError) as error:
             raise set_record_aside(path.with_suffix(".json"), f"{path} cannot be read ({error})") from error
-        parts = name.model_dump()
-        frames.append(frame.assign(model=str(name), data=parts.pop("dataset"), **parts))
+        frames.append(frame.assign(model=str(name), data=name.dataset, **name.model_dump(exclude={"dataset"})))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -280,14 +259,10 @@ def set_record_aside(path: Path, reason: str) -> DamagedFile:
     return DamagedFile(f"{reason}; the same command makes it anew")
 
 
-# Tables and figures
-
-
 def write_artefact(
     settings: Settings, name: str, contents: Mapping[str, str | bytes], caption: str, records: Sequence[Path]
 ) -> list[Path]:
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
-
     The latter holds the caption, the settings, the checksum of each file, and of every record its copy in records/
     beside it and its provenance. The same records give the same bytes. The paths are printed and returned."""
     folder, sources, files = settings.figures, [], {}

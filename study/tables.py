@@ -42,23 +42,17 @@ SCORES = {  # of the heat maps, and the factors to the units of their columns
 Names = Sequence[ModelName]
 
 
-# From the long frame to cells, and from cells to tidy tables
-
-
 def read_rows(settings: Settings, names: Names, kind: str) -> pd.DataFrame:
-    """The long frame's rows of the split "test", by name and, for readers, by data, training and model: MoE,
-    Immunity, P-DARTS, stand-alone GoogLeNet."""
+    """The long frame's rows of the split "test", by name and, as readers call them, by data, training and model."""
     frame = read_frame(settings, names, kind).rename(columns={"model": "name"})
-    pairs = zip(frame["method"], frame["expert"], strict=True)
-    frame["model"] = [catalogue.method_title(*pair) for pair in pairs]
+    frame["model"] = list(map(catalogue.method_title, frame["method"], frame["expert"]))
     frame["data"], frame["training"] = frame["data"].map(DATA), frame["regime"]
     frame = frame[frame["split"] == "test"].reset_index(drop=True)
     return frame.assign(**_right_experts(frame, settings.recipe.experts))
 
 
 def _right_experts(frame: pd.DataFrame, experts: int) -> dict[str, np.ndarray]:
-    """Shares of a model's experts that are right alone: of all of them, and where one is attacked, of that one and of
-    the others."""
+    """Shares of a model's experts that are right alone: of all, of the one under attack, and of the others."""
     longest = frame["experts"].str.len().max()
     packed = b"".join(one.ljust(longest, b"\0") for one in frame["experts"])
     right = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(len(frame), -1), axis=1)
@@ -91,10 +85,8 @@ def attack_cells(settings: Settings, names: Names) -> pd.DataFrame:
     gate, cells = settings.attack_gates[0], gate_cells(settings, names)
     cells = cells[cells["sees"].isin(["", gate]) & (cells["header"] == DEFENCES["switched"])]
     if len(cells) != len(names) * (1 + len(settings.attacks) + len(settings.magnitudes)):
-        raise ValueError(
-            f"records of {', '.join(cells['model'].unique())} are of other attacks or gates than "
-            f"{', '.join(settings.attacks)} on {gate}; run: make reproduce PRESET={settings.preset}"
-        )
+        wanted = f"{', '.join(settings.attacks)} on {gate}; run: make reproduce PRESET={settings.preset}"
+        raise ValueError(f"records of {', '.join(cells['model'].unique())} are of other attacks or gates than {wanted}")
     return cells.assign(header=cells["attack"].replace(ATTACK_TITLES).str.replace("pgd at", "PGD at") + " (%)")
 
 
@@ -112,18 +104,13 @@ def summarise(cells: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
     groups = cells.groupby([*labels, "header"], sort=False)
     table = groups["value"].agg(["mean", "std", "size"]).assign(images=groups["images"].first())
     table = table.set_axis(FIELDS[2:-1], axis=1).reset_index()
-    names = table["header"].str.extract(r"(?P<column>.*) \((?P<unit>.*)\)")
-    table = table.join(names)[[*labels, *FIELDS[:-1]]]
+    table = table.join(table["header"].str.extract(r"(?P<column>.*) \((?P<unit>.*)\)"))[[*labels, *FIELDS[:-1]]]
     rows = table.groupby(list(labels), sort=False).ngroup()  # each row's cells together
     return table.iloc[rows.argsort(kind="stable")].reset_index(drop=True)
 
 
-# Tables of the paper
-
-
 def table1(settings: Settings) -> pd.DataFrame:
     """Table 1: networks trained independently of each other, and the same as experts of Immunity.
-
     "accuracy" is what the paper compares: a single network (mean over all of them), and Immunity under its switched
     gate. "experts alone" and "ensemble" (equal weights) compare like with like."""
     cells = []
@@ -147,9 +134,7 @@ def table2(settings: Settings) -> pd.DataFrame:
     """Table 2: accuracy under attack, expected over the switched gate that the attack sees too, and how large each
     model is: without that, no two of them can be compared."""
     labels = ["data"] * bool(settings.further_datasets) + ["training", "model"]
-    names = catalogue.table2_models(settings)
-    cells = attack_cells(settings, names)
-    sizes = []
+    cells, sizes = attack_cells(settings, catalogue.table2_models(settings)), []
     for cell in cells.drop_duplicates("name").to_dict("records"):
         trained = catalogue.single(settings, [ModelName.parse(cell["name"])])
         records = [training_record(settings, one) for one in trained]
@@ -168,17 +153,15 @@ def table3(settings: Settings) -> pd.DataFrame:
 
 def gates_table(settings: Settings) -> pd.DataFrame:
     """The mixtures of Table 2 under the strongest iterative attack, for every gate attacked."""
-    labels = ["data"] * bool(settings.further_datasets) + ["training", "model", "attacked gate"]
     names = [name for name in catalogue.table2_models(settings) if name.method in MIXTURES]
     cells = gate_cells(settings, names).rename(columns={"sees": "attacked gate"})
     strongest = min(settings.attacks, key=STRONGEST_FIRST.index)
     cells = cells[(cells["attack"] == strongest) & (cells["header"] != DEFENCES["switching"])]
-    return summarise(cells, labels)
+    return summarise(cells, ["data"] * bool(settings.further_datasets) + ["training", "model", "attacked gate"])
 
 
 def beside_paper(settings: Settings, table: pd.DataFrame, artefact: str) -> pd.DataFrame:
     """A table with the numbers that the paper reports, on CIFAR-10 for data that it does not have.
-
     They lie in reported.csv, as far as our source of the paper shows them; who has the printed tables can add lines.
     Raises ValueError for a file that has no numbers, or two for a cell."""
     cell = ["table", "data", "training", "model", "column"]
@@ -196,9 +179,6 @@ def beside_paper(settings: Settings, table: pd.DataFrame, artefact: str) -> pd.D
         raise ValueError(f"{REPORTED} needs {', '.join(cell)}, value: {error}") from None
 
 
-# Tables of the adaptive attacks
-
-
 def worst_case(rows: pd.DataFrame, families: Collection[str] = tuple(FAMILIES)) -> pd.DataFrame:
     """The least of what is right under each gate over the attacks of some families: switched, uniform and trained, by
     training, model, name and image. rows: as `read_rows` gives them."""
@@ -208,7 +188,6 @@ def worst_case(rows: pd.DataFrame, families: Collection[str] = tuple(FAMILIES)) 
 
 def worth_of_the_gate(settings: Settings, names: Names) -> pd.DataFrame:
     """The headline: a row for each mixture, image by image the worst case over all attacks.
-
     "same answer": share of images to which all gates give one answer, unattacked. Then accuracies: unattacked; under
     the paper's attacks; under all, by what defends. Last, how often an attacker who may try k times succeeds:
     1 - (1 - q)^k where a try fools with probability q."""
@@ -240,14 +219,12 @@ def suite_table(settings: Settings, names: Names) -> pd.DataFrame:
 
 
 def checks_table(settings: Settings, names: Names) -> pd.DataFrame:
-    """One line a check: how many of the models pass, the evidence of those that do not (or of the first), why it
-    matters and who says so."""
+    """One line a check: how many models pass, evidence of those that fail (or of the first), its reason and source."""
     told, lines = [read_summary(settings, name, "adaptive")["checks"] for name in names], []
     for found in zip(*told, strict=True):  # one check of all models
-        pairs = zip(names, found, strict=True)
-        failures = [f"{name}: {one['evidence']}" for name, one in pairs if not one["passed"]]
-        evidence = "; ".join(failures) or f"for example {found[0]['evidence']}"
-        lines.append(found[0] | {"passed": f"{len(names) - len(failures)} of {len(names)}", "evidence": evidence})
+        failed = [f"{name}: {one['evidence']}" for name, one in zip(names, found, strict=True) if not one["passed"]]
+        evidence = "; ".join(failed) or f"for example {found[0]['evidence']}"
+        lines.append(found[0] | {"passed": f"{len(names) - len(failed)} of {len(names)}", "evidence": evidence})
     return pd.DataFrame(lines)
 
 
@@ -258,9 +235,6 @@ def budget_curves(settings: Settings, names: Names) -> pd.DataFrame:
         for eps, accuracy in read_summary(settings, name, "adaptive")["by_budget"]:
             lines.append([name.regime, catalogue.method_title(name.method, name.expert), eps, 100 * accuracy])
     return pd.DataFrame(lines, columns=[*by, "value"]).groupby(by, sort=False, as_index=False).mean()
-
-
-# From tables to text and files
 
 
 def table_text(table: pd.DataFrame) -> pd.DataFrame:

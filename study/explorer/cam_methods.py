@@ -17,10 +17,8 @@ BATCH = 64
 
 def explanation_maps(model: ImmunityMoE, images: Tensor, labels: Tensor, method: str) -> Tensor:
     """Heat maps (B, N, 32, 32) of every expert for the labels, each summing to 1.
-
     images: (B, 3, 32, 32) in [0, 1]; labels: (B,). method: one of CAM_METHODS; ValueError for another. pytorch-grad-cam
-    stretches each map to 0 .. 1 before it is divided by its sum here, so its least heated pixel is 0. Eigen-CAM looks
-    at activations alone, whatever the class."""
+    stretches each map to 0 .. 1, so its least heated pixel is 0. Eigen-CAM looks at activations, whatever the class."""
     if method == OURS:
         return expert_heatmaps(model, images, labels)
     if method not in CAM_METHODS:

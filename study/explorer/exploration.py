@@ -45,7 +45,6 @@ class Subject:
 @dataclass(frozen=True)
 class Answers:
     """What a model says on its way: E budgets, S + 1 points, N experts, C classes, G gates.
-
     asked: the class that the attack leads away from: the true one, else what this model's plain ensemble answers."""
 
     frames: Tensor  # (E, S + 1, 3, 32, 32)
@@ -70,7 +69,6 @@ def _kept(method: Callable) -> Callable:
 
 class Exploration:
     """The mixtures of a preset on single images, each attacked by PGD on itself.
-
     preset: its name or path, as the reader gave it. models: those that are trained or come with the project; missing:
     the others. budgets: values of eps, E of them, 0 first. Raises ValueError if there is no model at all."""
 
@@ -122,7 +120,6 @@ class Exploration:
         budget: int = PRESET_BUDGET, method: str = OURS, explained: int | str = TRUE_CLASS,
     ) -> Tensor:  # fmt: skip
         """Heat maps (S + 1, N, 32, 32) on the way with one of the budgets, each summing to 1, by one of CAM_METHODS.
-
         explained: the class they are for; TRUE_CLASS: the one asked for; ANSWER: the plain ensemble's at each point."""
         answers, device = self.answers(name, subject, attacked_gate), chosen_device()
         labels = answers.experts[budget].mean(1).argmax(-1)
@@ -158,13 +155,12 @@ class Exploration:
 
 
 def own_subject(content: bytes, name: str) -> Subject:
-    """A reader's image file, made to fit; its title says what was changed. Raises ValueError that says why a file is
-    refused, and what would do."""
+    """A reader's image file, made to fit, as its title says; ValueError says why one is refused, and what would do."""
     try:
         image = torch.from_numpy(pixels(BytesIO(content)).copy()) / 255
     except Exception as error:  # for a broken file, Pillow raises errors of all kinds
-        told = f"{name} cannot be read as an image; give an intact PNG, JPEG or WebP file ({error})"
-        raise ValueError(told) from error
+        wanted = "give an intact PNG, JPEG or WebP file"
+        raise ValueError(f"{name} cannot be read as an image; {wanted} ({error})") from error
     picture = Image.open(BytesIO(content))  # of one of the formats that were just read
     was = f"{picture.width}x{picture.height} pixels, {picture.mode}"
     fitted = " made to fit: its middle at 32x32 pixels, RGB, opaque, of a film the first frame"

@@ -66,8 +66,8 @@ class Explorer(widgets.VBox):
         gallery.add_class("explorer-gallery")
         of_models = [self.model, self.other, self.attacked_gate]
         of_maps = [self.method, self.explained, self.budget]
-        upload = self.upload, widgets.HTML(UPLOAD_LIMIT)
-        lines = [_line(*upload), gallery, _line(*of_models), _line(*of_maps, self.save)]
+        upload = _line(self.upload, widgets.HTML(UPLOAD_LIMIT))
+        lines = [upload, gallery, _line(*of_models), _line(*of_maps, self.save)]
         super().__init__([widgets.HTML(f"<style>{style}</style>"), *lines, self.status, self.view])
         for control in of_models + of_maps:
             control.observe(lambda _: self._look_at(self.subject), "value")
@@ -80,7 +80,6 @@ class Explorer(widgets.VBox):
             self._show(subject)
 
     def _show(self, subject: Subject) -> None:
-        """Show an image as the controls say."""
         self.view.value = FRAME.format(escape(self._page([subject])))
         self.subject = subject
         self.seen = [*(one for one in self.seen if one is not subject), subject]

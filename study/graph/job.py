@@ -72,9 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(notebook, executed, parameters, shown, report: Callable, parent: int) -> tuple[str, int]:
     """What went wrong, in a line, empty if nothing did; and the signal that asked to stop, or 0.
-
-    papermill hands no signal on to its kernel (github.com/nteract/papermill/issues/508). It runs in a thread, where
-    it hears of none; the main thread stops the kernel, and with that papermill."""
+    papermill hands no signal on to its kernel (github.com/nteract/papermill/issues/508). It runs in a thread, where it
+    hears of none; the main thread stops the kernel, and with that papermill."""
     failure, signals = "", []
 
     def execute() -> None:

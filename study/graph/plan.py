@@ -240,15 +240,12 @@ def format_power(settings: Settings) -> str:
     trainings = len(settings.seeds)
     if trainings < FEWEST_TRAININGS:
         return f"Trainings of each model: {trainings}; no verdicts, for which there must be {FEWEST_TRAININGS}"
+    counts = f"{trainings} trainings of each model, {settings.attacked_images} attacked images"
     visible = smallest_visible(trainings, settings.attacked_images)
-    return (
-        f"{trainings} trainings of each model, {settings.attacked_images} attacked images: an effect of "
-        f"{visible:.1f} points would be seen with a probability of 80 %"
-    )
+    return f"{counts}: an effect of {visible:.1f} points would be seen with a probability of 80 %"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the plan of a preset; returns the exit status."""
     parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper", output=False)
     told = f"sustained speed of the machine, TFLOP/s (default: {ASSUMED_TFLOPS:g})"
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)

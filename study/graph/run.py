@@ -28,7 +28,6 @@ PROFILES = ROOT / "profiles"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the graph of a preset; returns the exit status."""
     parser = preset_parser("-m study.graph.run", "Make what is missing of a preset's tables and figures.")
     parser.add_argument("--jobs", type=int, help="notebooks beside each other (default: all cores)")
     parser.add_argument("--profile", default="", help="a folder of profiles/, as slurm, or a path")
@@ -55,10 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             touch_future_files(settings)
             status = _run_snakemake(settings, config, profile, options.jobs)
     except Timeout:
-        parser.error(
-            f"preset {settings.preset} is being reproduced by another process, which holds {lock}, seen from "
-            f"{platform.node()}: wait for it, or stop it; if it runs no more, on any machine, remove that file"
-        )
+        told = f"preset {settings.preset} is being reproduced by another process, which holds {lock}, seen from"
+        wait = "wait for it, or stop it; if it runs no more, on any machine, remove that file"
+        parser.error(f"{told} {platform.node()}: {wait}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if status == 0:

@@ -81,7 +81,6 @@ def format_status(settings: Settings, now: datetime, lost_after: float = LOST) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print how far a preset is; returns the exit status."""
     _, settings = parse_options(preset_parser("-m study.graph.status", "How far a preset is."), arguments)
     nothing = f"preset {settings.preset} has no results in {settings.runs}: nothing was started"
     print(format_status(settings, datetime.now(UTC)) if settings.runs.is_dir() else nothing)
