@@ -348,7 +348,7 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
         for gate in ("trained", "uniform")[: 1 + several]:
             perturb = partial(auto_attack, target, gate=gate, **slow)
             attacks.append(AdaptiveAttack(f"autoattack-{gate}", "judges", gate, perturb))
-    # Square (Andriushchenko et al. 2020, arXiv 1912.00049) on the margin, as AutoAttack ends with it, on all images
+    # Square (Andriushchenko et al. 2020, arXiv 1912.00049) on the margin, as AutoAttack ends with it
     few = slow | {"steps": max(effort.auto_attack_steps // 5, 1)}
     square = partial(auto_attack, target, gate="uniform", only=("square",), **few)
     add("square", "black box", "uniform", lambda *batch: square(*batch)[0])

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from immunity_lib.attacks import AIMS, DRAWS, DRAWS_PER_STEP, QUERIES_PER_STEP
+from immunity_lib.attacks import AIMS, DRAWS_PER_STEP, QUERIES_PER_STEP
 from immunity_lib.data import Dataset, find_source
 from immunity_lib.data.images import CLASS_NAMES
 from immunity_lib.evaluate import BATCH, BUDGETS
@@ -76,12 +76,10 @@ def adaptive_passes(settings: Settings) -> tuple[float, float]:
     # The paper's, frozen gates, the expected and the strongest, single experts, other mixtures
     of_pgd, checks = 3 + 2 + 1 + 2 * len(AIMS) + 1 + 3, len(BUDGETS) + 2
     gradients = settings.steps * (of_pgd + checks + sum(settings.gate_samples))
-    # AutoAttack on two fixed gates: APGD, on nine targets too, FAB on nine and Square; on the switched one, two APGD
-    # with 20 draws; then, on all images, Square alone and noise
-    judged = (settings.auto_attack_images or settings.adaptive_count) / settings.adaptive_count
-    gradients += settings.auto_attack_steps * judged * (2 * (1 + 9 + 9) + 2 * DRAWS)
-    queries = judged * 2 * (9 + QUERIES_PER_STEP) + QUERIES_PER_STEP + DRAWS_PER_STEP
-    return gradients, settings.auto_attack_steps * queries
+    # AutoAttack on two gates: APGD, on nine targets too, FAB on nine and Square; then a fifth of Square, and noise
+    judged = settings.auto_attack_steps * (settings.auto_attack_images or settings.adaptive_count)
+    queries = 2 * (9 + QUERIES_PER_STEP) + QUERIES_PER_STEP / 5 + DRAWS_PER_STEP
+    return gradients + 2 * (1 + 9 + 9) * judged / settings.adaptive_count, queries * judged / settings.adaptive_count
 
 
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
