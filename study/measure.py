@@ -52,14 +52,15 @@ def question_of(settings: Settings, kind: str) -> dict[str, Any]:
 
 
 def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> None:
-    """A model on all test images, and on the first `attacked_images` under every attack of the preset on its gates."""
+    """A model on all test images, and on `attacked_images` under every attack of the preset on its gates."""
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         device, seconds, frames = store.chosen_device(), {}, []
         for split, images in test_splits(dataset):
             found = evaluate.verdicts_over_gates(model, evaluation_batches(images, evaluate.BATCH, device))
-            frames.append(_frame(found, images.labels, split=split))
-        target = dataset.splits["test"].first(settings.attacked_images)
+            frames.append(_frame(found, torch.arange(len(images)), images.labels, split=split))
+        rows = dataset.splits["test"].balanced(settings.attacked_images)
+        target = dataset.splits["test"].select(rows)
         # A single expert has one gate, whatever its name
         gates = settings.attack_gates if len(model.experts) > 1 else settings.attack_gates[:1]
         eps, step_size = float(settings.recipe.eps), float(settings.recipe.step_size)
@@ -74,7 +75,8 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
             took = seconds[f"{title} on {gate}"] = round(time.perf_counter() - started, 1)
             told = f"{name}: {found.accuracy.switched:.1%} expected under {title} on the {gate} gate"
             print(f"{told} ({found.accuracy.worst:.1%} at the worst gate), {took:.0f} s", flush=True)
-            frames.append(_frame(found, target.labels, title, "paper" if title == attack else "magnitude", gate))
+            family = "paper" if title == attack else "magnitude"
+            frames.append(_frame(found, rows, target.labels, title, family, gate))
         return pd.concat(frames, ignore_index=True), {"seconds": seconds}
 
     _measure_once("attacks", settings, name, dataset, {}, measure)
@@ -100,7 +102,7 @@ def _scores(model: ImmunityMoE, images: ImageSet, split: str) -> tuple[pd.DataFr
         parts.append(expert_heatmaps(model, batch, labels).cpu())
         verdicts.append(evaluate.verdicts_over_gates(model, [(batch, labels)]))
     maps, found = torch.cat(parts), GateVerdicts.join(verdicts)
-    frame = _frame(found, images.labels, split=split).assign(
+    frame = _frame(found, torch.arange(len(images)), images.labels, split=split).assign(
         independence_score=scores.independence_by_image(maps).numpy(),
         independence_of_peaks=scores.independence_by_image(maps / maps.amax((-2, -1), keepdim=True)).numpy(),
         causality_score=scores.causality_by_image(maps).numpy(),
@@ -126,7 +128,7 @@ def part_coverage(maps: Tensor, part_masks: Tensor) -> Tensor:
 
 
 def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> None:
-    """A model under every adaptive attack, on the first `adaptive_count` test images.
+    """A model under every adaptive attack, on `adaptive_count` test images, balanced.
     The summary is that of `evaluate_adaptively`, with "attacks", what is told of each. What a run that was stopped had
     finished is kept beside the record, and used again."""
     if _comes_with_the_project("adaptive", settings, name, dataset):
@@ -152,16 +154,17 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
             told = [[one, told] for one, (_, told) in done.items()]
             write_tensors(unfinished, right, {"question": question, "told": told})
 
-        target = dataset.splits["test"].first(settings.adaptive_count)
+        rows = dataset.splits["test"].balanced(settings.adaptive_count)
+        target = dataset.splits["test"].select(rows)
         ((images, labels),) = evaluation_batches(target, len(target), store.chosen_device())
         results, summary = evaluate.evaluate_adaptively(
             model, images, labels, effort, surrogates, done=dict(done), keep=keep,
             tell=lambda line: print(f"{name}: {line}", flush=True),
         )  # fmt: skip
         few = zip(images.split(evaluate.BATCH), labels.split(evaluate.BATCH), strict=True)
-        frames = [_frame(evaluate.verdicts_over_gates(model, few), target.labels)]
+        frames = [_frame(evaluate.verdicts_over_gates(model, few), rows, target.labels)]
         for attack, (found, told) in results.items():
-            frames.append(_frame(found, target.labels[: len(found.trained)], attack, told["family"], told["sees"]))
+            frames.append(_frame(found, rows, target.labels, attack, told["family"], told["sees"]))
         told = [{"attack": attack} | one for attack, (_, one) in results.items()]
         return pd.concat(frames, ignore_index=True), {"attacks": told} | summary
 
@@ -189,14 +192,15 @@ def test_splits(dataset: Dataset) -> list[tuple[str, ImageSet]]:
     return [(split, images) for split, images in dataset.splits.items() if split.startswith("test")]
 
 
-def _frame(found: GateVerdicts, labels: Tensor, attack="clean", family="clean", sees="", split="test") -> pd.DataFrame:
-    """The rows of one attack on the images of one split."""
+def _frame(found: GateVerdicts, rows: Tensor, labels: Tensor, attack="clean", family="clean", sees="", split="test"):
+    """The rows of one attack on images of one split, given by their numbers; all or the first of them were judged."""
+    judged = slice(len(found.trained))
 
     def packed(right: Tensor) -> list[bytes]:
         return [row.tobytes() for row in np.packbits(right.cpu().numpy(), axis=1)]
 
     return pd.DataFrame({
-        "split": split, "image": np.arange(len(labels)), "label": labels.numpy(),
+        "split": split, "image": rows[judged].numpy(), "label": labels[judged].numpy(),
         "attack": attack, "family": family, "sees": sees,
         "gates": packed(found.switched), "experts": packed(found.experts),
         "switched": found.switched.double().mean(1).cpu().numpy(),

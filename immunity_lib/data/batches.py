@@ -48,6 +48,17 @@ class ImageSet:
         tensors = (self.images, self.labels, self.part_masks, self.background)
         return ImageSet(*(None if tensor is None else tensor[start:stop] for tensor in tensors))
 
+    def select(self, rows: Tensor) -> "ImageSet":
+        """The rows of these numbers, in their order."""
+        tensors = (self.images, self.labels, self.part_masks, self.background)
+        return ImageSet(*(None if tensor is None else tensor[rows] for tensor in tensors))
+
+    def balanced(self, k: int) -> Tensor:
+        """The numbers of k rows that show every class as often as any other, within one, as far as there are so many:
+        the first image of each class, then the second. So do the first of them, however few."""
+        among_its_class = functional.one_hot(self.labels).cumsum(0).gather(1, self.labels[:, None]).squeeze(1)
+        return among_its_class.argsort(stable=True)[:k]
+
     def first(self, k: int) -> "ImageSet":
         """The first k rows."""
         return self.rows(0, k)

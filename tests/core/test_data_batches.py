@@ -1,7 +1,12 @@
 """Batches: every image once, reproducible, and moved as torchvision would move them."""
 
+from collections import Counter
+from itertools import product
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
@@ -110,3 +115,21 @@ def test_cutout_hides_a_square_in_the_given_colour_and_nothing_else():
             for x in range(max(column - 4, 0), min(column + 4, 32)):
                 expected[:, y, x] = torch.tensor(fill)
         assert torch.equal(image, expected)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 40))
+def test_a_balanced_choice_shows_every_class_alike_however_few_of_it_are_taken(labels, count):
+    images = ImageSet(torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8), torch.tensor(labels))
+    rows = images.balanced(count)
+    assert len(set(rows.tolist())) == min(count, len(labels))
+    assert rows.tolist() == images.balanced(len(labels))[:count].tolist()
+    chosen, left = labels_by_class(labels, rows.tolist())
+    for one, other in product(range(4), repeat=2):
+        assert chosen[one] >= chosen[other] - 1 or not left[one], "there were more images of it"
+    assert images.select(rows).labels.tolist() == [labels[row] for row in rows.tolist()]
+
+
+def labels_by_class(labels, rows):
+    """How often each class was chosen, and how often it was left."""
+    chosen = Counter(labels[row] for row in rows)
+    return chosen, Counter(labels) - chosen

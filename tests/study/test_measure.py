@@ -135,12 +135,13 @@ def test_the_frame_of_attacks_holds_what_evaluation_measures(settings, dataset):
     attacked = frame.query("family == 'paper'")
     found = list(attacked.groupby(["sees", "attack"], sort=False).groups)
     assert found == [("trained", "fgsm"), ("trained", "pgd"), ("uniform", "fgsm"), ("uniform", "pgd")]
-    first, strength = dataset.splits["test"].first(16), {"eps": 8 / 255, "step_size": 2 / 255, "steps": 1}
+    test = dataset.splits["test"]
+    first, strength = test.select(test.balanced(16)), {"eps": 8 / 255, "step_size": 2 / 255, "steps": 1}
     expected = verdicts_under_attack(model, first, "pgd", "uniform", **strength)
     last = attacked.query("attack == 'pgd' and sees == 'uniform'")
     assert (bits(last, 2) == expected.switched.numpy()).all()
     assert last["uniform"].tolist() == expected.uniform.tolist()
-    assert last["image"].tolist() == list(range(16))
+    assert last["image"].tolist() == test.balanced(16).tolist()
     parts = last[["model", "data", "method", "expert", "regime", "seed"]].iloc[0].tolist()
     assert parts == [str(NAME), "parts10", "moe", "resnet18", "standard", 0]
 
