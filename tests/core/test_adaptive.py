@@ -1,18 +1,13 @@
 """The adaptive evaluation: what it reports, and that its checks catch faked robustness."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from immunity_lib import ImmunityMoE, attacks
-from immunity_lib.attacks import (
-    FAMILIES,
-    Effort,
-    adaptive_attacks,
-    auto_attack,
-    check_budget,
-    random_noise,
-)
+from immunity_lib.attacks import FAMILIES, Effort, adaptive_attacks, auto_attack, check_budget, random_noise
 from immunity_lib.evaluate import evaluate_adaptively, sanity_checks
 from immunity_lib.moe import ConstantGate, verdicts
 
@@ -87,11 +82,25 @@ def test_a_model_that_cannot_be_attacked_is_refused_with_what_works(make_linear_
         adaptive_attacks(nn.Linear(2, 2), EFFORT, {})
 
 
+def test_a_single_network_meets_the_attacks_that_need_no_switch(make_linear_model, many_images):
+    results, summary = evaluate(make_linear_model(1, sharpness=3.0), many_images, SMALL)
+    assert {told["family"] for _, told in results.values()} == set(FAMILIES) - {"sampled"}
+    assert not {"pgd-uniform", "autoattack-uniform", "eotpgd-1"} & results.keys()
+    for found, _ in results.values():
+        assert torch.equal(found.switched[:, 0], found.trained) and torch.equal(found.experts[:, 0], found.trained)
+    assert len(summary["checks"]) == 8
+
+
+def test_auto_attack_and_what_needs_no_gradient_judge_so_many_images(make_linear_model, many_images):
+    results, _ = evaluate(make_linear_model(2), many_images, replace(SMALL, auto_attack_images=5))
+    for found, told in results.values():
+        assert len(found.trained) == (5 if told["family"] in ("judges", "black box") else 16)
+
+
 SOUND = {
-    "by_budget": {0: 0.9, 0.1: 0.3, 1: 0.0}, "pgd": 0.2, "fgsm": 0.4,
-    "white": torch.tensor([0.5, 1.0, 1.0]), "black": torch.tensor([0.5, 0.0, 0.9]),
-    "once": 0.5, "twice": 0.497, "zero_gradients": 0.0, "frozen": 0.2, "alone": [0.1, 0.2],
-    "difference": 1e-6, "flags": [],
+    "by_budget": {0: 0.9, 0.1: 0.3, 1: 0.0}, "pgd": 0.2, "fgsm": 0.4, "white": torch.tensor([0.5, 1.0, 1.0]),
+    "black": torch.tensor([0.5, 0.0, 0.9]), "once": 0.5, "twice": 0.497, "zero_gradients": 0.0, "frozen": 0.2,
+    "alone": [0.1, 0.2], "difference": 1e-6, "flags": [],
 }  # fmt: skip
 
 
