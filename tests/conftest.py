@@ -70,10 +70,9 @@ def random_state(fixture_seed):
 
 
 TINY = {
-    "preset": "tiny", "dataset": "parts10", "train_images": 48, "validation_images": 16,
-    "test_images": 32, "attacked_images": 16, "compared_experts": ["resnet18"],
-    "expert": "resnet18", "experts": 2, "width": 0.0625, "epochs": 3, "batch_size": 16,
-    "learning_rate": 0.05, "adversary_steps": 2, "steps": 3, "gradient_clip": 2.0,
+    "preset": "tiny", "dataset": "parts10", "train_images": 48, "validation_images": 16, "test_images": 32,
+    "attacked_images": 16, "compared_experts": ["resnet18"], "expert": "resnet18", "experts": 2, "width": 0.0625,
+    "epochs": 3, "batch_size": 16, "learning_rate": 0.05, "adversary_steps": 2, "steps": 3, "gradient_clip": 2.0,
 }  # fmt: skip
 
 

@@ -1,8 +1,7 @@
 """A throw-away Slurm cluster of one node on this machine: real daemons, real sbatch.
 
-Debian's slurmctld, slurmd, slurm-client and munge, without systemd, cgroups or a database.
-Everything lies in one folder, listens on 127.0.0.1 alone and is stopped by process id.
-"""
+Debian's slurmctld, slurmd, slurm-client and munge, without systemd, cgroups or a database. Everything lies in one
+folder, listens on 127.0.0.1 alone and is stopped by process id."""
 
 import getpass
 import os

@@ -11,14 +11,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
 from immunity_lib.data import ImageSet
-from immunity_lib.data.batches import (
-    affine_maps,
-    cut_out,
-    evaluation_batches,
-    random_maps,
-    resample,
-    training_batches,
-)
+from immunity_lib.data.batches import affine_maps, cut_out, evaluation_batches, random_maps, resample, training_batches
 
 
 @pytest.fixture

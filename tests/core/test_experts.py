@@ -10,14 +10,7 @@ from conftest import calibrate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from immunity_lib.experts import (
-    BASELINES,
-    EXPERT_NAMES,
-    HEATMAP_LAYERS,
-    Expert,
-    as_expert,
-    build_expert,
-)
+from immunity_lib.experts import BASELINES, EXPERT_NAMES, HEATMAP_LAYERS, Expert, as_expert, build_expert
 
 NO_NORMALISATION = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

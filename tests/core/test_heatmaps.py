@@ -14,13 +14,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from immunity_lib import ImmunityMoE, build_expert, expert_heatmaps, losses
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
-from immunity_lib.heatmaps import (
-    empty_share,
-    grad_cam,
-    heatmaps_from_outputs,
-    is_empty,
-    normalise_maps,
-)
+from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, is_empty, normalise_maps
 from immunity_lib.moe import ExpertOutputs
 
 
@@ -146,11 +140,10 @@ def test_A4_maps_for_looking_change_nothing_and_do_not_depend_on_the_batch(model
     + [(expert, "logit") for expert in EXPERT_NAMES[1:]],
 )
 def test_training_gradient_is_the_slope_of_the_loss(images, labels, expert, explained):
-    """Along a random direction through all parameters, in float64, with smooth functions in place
-    of ReLUs and max-pools: a step may cross their kinks, where a map jumps.
+    """Along a random direction through all parameters, in float64, with smooth functions in place of ReLUs and
+    max-pools: a step may cross their kinks, where a map jumps.
 
-    With floor 0, since a floor is a constant to the gradient though not to the loss.
-    """
+    With floor 0, since a floor is a constant to the gradient though not to the loss."""
     options = {"layers": 3} if expert in BASELINES else {}
     model = ImmunityMoE([build_expert(expert, 10, 0.0625, **options) for _ in range(2)])
     for name, module in list(model.named_modules()):

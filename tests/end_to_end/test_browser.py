@@ -26,8 +26,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        CHROMIUM is None,
-        reason="needs a browser on the PATH: install chromium (Debian: apt-get install chromium)",
+        CHROMIUM is None, reason="needs a browser on the PATH: install chromium (Debian: apt-get install chromium)"
     ),
 ]
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

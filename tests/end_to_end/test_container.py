@@ -1,6 +1,5 @@
-"""The Dockerfile and its entry script: what can be said without building them, and (test-node) the
-image as a user of a GPU node meets it, less the GPU: run without a network and with all but the
-mounted folder read-only."""
+"""The Dockerfile and its entry script: what can be said without building them, and (test-node) the image as a user of a
+GPU node meets it, less the GPU: run without a network and with all but the mounted folder read-only."""
 
 import os
 import re
@@ -24,8 +23,7 @@ WORDS = {"reproduce", "lab", "papermill", "plan", "status", "site", "test"}
 def entry(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The script as a container would run it, with nothing of this machine's environment."""
     return subprocess.run(
-        ["sh", str(ENTRY), *arguments], env={"PATH": "/usr/bin:/bin"}, capture_output=True,
-        text=True,
+        ["sh", str(ENTRY), *arguments], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
     )  # fmt: skip
 
 

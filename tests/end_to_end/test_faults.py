@@ -1,9 +1,8 @@
-"""Nothing is lost: killed, out of disk, its data gone, the same command finishes, and its tables
-are those of an undisturbed run, byte for byte.
+"""Nothing is lost: killed, out of disk, its data gone, the same command finishes, and its tables are those of an
+undisturbed run, byte for byte.
 
-Some forty kills, a few of them in the usual run of the tests; the rest, "node", take an hour.
-The moments are drawn from a fixed seed, over the time that an undisturbed run takes.
-"""
+Some forty kills, a few of them in the usual run of the tests; the rest, "node", take an hour. The moments are drawn
+from a fixed seed, over the time that an undisturbed run takes."""
 
 import os
 import random
@@ -41,8 +40,7 @@ def kill_all(run):
 def kill_after(command, seconds, victim=kill_all):
     """Run a command and kill it after some seconds, unless it has ended before."""
     run = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         run.wait(seconds)
@@ -53,8 +51,7 @@ def kill_after(command, seconds, victim=kill_all):
 
 def finish(command, **environment):
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
-        timeout=1500,
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -178,8 +175,7 @@ def test_graph_on_a_full_disk(smoke, small_disk):
 @pytest.mark.node
 @pytest.mark.parametrize("gone", ["one image", "a class"])
 def test_data_removed_in_the_middle(tmp_path, gone):
-    """Of a data set of one's own: what comes behind either says so, or is made anew once the file
-    is back."""
+    """Of a data set of one's own: what comes behind either says so, or is made anew once the file is back."""
     data = tmp_path / "data"
     for split, count in (("train", 160), ("test", 64)):
         images = find_source("parts10").read(split, count)

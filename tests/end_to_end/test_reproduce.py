@@ -16,13 +16,7 @@ from spoiling import spoil
 
 from immunity_lib.attacks import FAMILIES
 from immunity_lib.files import read_tensors
-from study.catalogue import (
-    adaptive_models,
-    attacked_models,
-    table1_models,
-    table3_models,
-    trained_models,
-)
+from study.catalogue import adaptive_models, attacked_models, table1_models, table3_models, trained_models
 from study.settings import ROOT, load_preset
 from study.store import own_folder, read_frame, read_json, read_summary, record_path
 
@@ -101,8 +95,7 @@ def test_B1_every_notebook_runs_twice_in_one_kernel(smoke, path):
                 assert changed != cell.source, f"{name} is no parameter of {path.stem}"
                 cell.source = changed
     client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3",
-        resources={"metadata": {"path": str(path.parent)}},
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
     )  # fmt: skip
     with client.setup_kernel():
         for _ in range(2):

@@ -1,8 +1,7 @@
 """The graph on a real Slurm cluster of one node with two slots, through sbatch.
 
-Slurm is started and stopped by the test. Its node offers two GPUs that are none, so that two jobs
-run at a time for want of a third.
-"""
+Slurm is started and stopped by the test. Its node offers two GPUs that are none, so that two jobs run at a time for
+want of a third."""
 
 import re
 import shutil
@@ -54,15 +53,13 @@ def test_the_smoke_graph_through_sbatch(profile, smoke, tmp_path):
     command = reproduce_command(output, "--profile", str(profile))
     with slurm_cluster(folder, slots=2) as environment:
         run = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         hang(settings)
         printed = "\n".join(run.communicate(timeout=2400))
         history = (folder / "log" / "jobs.txt").read_text()
         shown = subprocess.run(
-            ["scontrol", "show", "job", "--oneliner"], env=environment, capture_output=True,
-            text=True,
+            ["scontrol", "show", "job", "--oneliner"], env=environment, capture_output=True, text=True,
         )  # fmt: skip
     assert run.returncode == 0, printed[-4000:]
     ended = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in history.splitlines()]

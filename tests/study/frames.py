@@ -55,8 +55,7 @@ class World:
             check = {"check": "a check", "passed": name.method == "moe", "evidence": "so much"}
             self.write(name, "adaptive", rows, {
                 "agreement": {"unanimous": 0.75, "pairs": 0.8}, "attacks": told,
-                "by_budget": [[0.0, 0.9], [0.5, 0.1 * name.seed]],
-                "checks": [check | {"why": "why", "source": "who"}],
+                "by_budget": [[0.0, 0.9], [0.5, 0.1 * name.seed]], "checks": [check | {"why": "why", "source": "who"}],
             })  # fmt: skip
 
     def rows(self, name, kind, images, attack="clean", family="clean", sees="", split="test"):
@@ -68,10 +67,9 @@ class World:
         if split == "test":
             self.verdicts[name, kind, attack, sees] = right
         return pd.DataFrame({
-            "split": split, "image": np.arange(images), "label": 0, "attack": attack,
-            "family": family, "sees": sees,
-            "gates": [row.tobytes() for row in np.packbits(right[0], axis=1)],
-            "switched": right[0].mean(1), "uniform": right[1], "trained": right[2],
+            "split": split, "image": np.arange(images), "label": 0, "attack": attack, "family": family, "sees": sees,
+            "gates": [row.tobytes() for row in np.packbits(right[0], axis=1)], "switched": right[0].mean(1),
+            "uniform": right[1], "trained": right[2],
             "experts": [row.tobytes() for row in np.packbits(self.right_experts(attack, images, experts), axis=1)],
         })  # fmt: skip
 
@@ -101,8 +99,7 @@ class World:
         by_gate = [sum(map(bool, column)) / len(gates) for column in gates.T]
         shares = {
             "switched": sum(by_gate) / len(by_gate), "best": max(by_gate), "worst": min(by_gate),
-            "every": sum(all(row) for row in gates) / len(gates),
-            "uniform": sum(map(bool, uniform)) / len(gates),
+            "every": sum(all(row) for row in gates) / len(gates), "uniform": sum(map(bool, uniform)) / len(gates),
             "trained": sum(map(bool, trained)) / len(gates),
         }  # fmt: skip
         return 100 * shares[defence]

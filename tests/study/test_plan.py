@@ -1,5 +1,6 @@
 """The bill is the arithmetic that a model really does, and what a preset really trains."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,14 @@ def test_every_model_is_billed_once_and_for_what_is_done_with_it(make_settings):
     assert plan.hours(macs, 0.5) == pytest.approx(2 * macs / 0.5e12 / 3600)
     assert f"{len(frame)} trainings" in text and "an assumed 0.5 TFLOP/s" in text
     assert all(name.rsplit("-seed", 1)[0] in text for name in frame.index)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "told"),
+    [([0, 1], "no verdicts, for which there must be 3"), ([0, 1, 2], r"an effect of \d+\.\d points would")],
+)
+def test_the_plan_says_beforehand_what_could_be_decided(make_settings, seeds, told):
+    assert re.search(told, plan.format_power(make_settings(seeds=seeds)))
 
 
 def test_what_a_job_asks_a_cluster_for_follows_the_plan(make_settings):

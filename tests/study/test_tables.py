@@ -219,10 +219,9 @@ def test_the_headline_is_the_worst_case_of_each_image(world, settings):
         trained = [min(float(one[image]) for _, _, one in found) for image in range(12)]
         numbers = {
             "same answer": 0.75, "paper's attacks": mean(paper), "all attacks": mean(left),
-            "unattacked": world.accuracy(name, kind="adaptive") / 100,
-            "plain ensemble": mean(uniform), "switching": mean(left) - mean(uniform),
-            "frozen gate": mean(trained), "every switch": mean(float(one == 1) for one in left),
-            "success in 1": mean(1 - one for one in left),
+            "unattacked": world.accuracy(name, kind="adaptive") / 100, "plain ensemble": mean(uniform),
+            "switching": mean(left) - mean(uniform), "frozen gate": mean(trained),
+            "every switch": mean(float(one == 1) for one in left), "success in 1": mean(1 - one for one in left),
             "success in 5": mean(1 - (1 - (1 - one)) ** 5 for one in left),
         }  # fmt: skip
         for column, number in numbers.items():
