@@ -33,7 +33,6 @@ from immunity_lib.moe import GATES, ConstantGate, verdicts
 
 EPS, STEP = 8 / 255, 2 / 255
 BUDGET = {"eps": EPS, "step_size": STEP, "steps": 10}
-FROM_IMAGES = BUDGET | {"random_start": False}
 
 
 def attack(model, images, labels, name, gate="trained", **changes):
@@ -50,10 +49,6 @@ def assert_same_points(found, expected):
     assert ((found - expected).abs() < 1e-6).double().mean() > 0.999
 
 
-def strongest(model, images, labels, *, eps, steps, step_size):
-    return strongest_points(model, images, labels, eps=eps, steps=steps)
-
-
 def by_hand(aim, mixtures, labels):
     """Of log-probabilities (G, B, C), one of each image's mixtures after the other."""
     raised = []
@@ -68,19 +63,13 @@ def by_hand(aim, mixtures, labels):
     return torch.stack(raised)
 
 
-def move_uphill(model, images, labels, distance=EPS):
-    """Along the sign of the gradient of either label's loss: the other class's weights less own."""
-    weight = model.experts[0].linear.weight.detach().view(2, 3, 32, 32)
-    return (images + distance * (weight[1 - labels] - weight[labels]).sign()).clamp(0, 1)
-
-
-@pytest.mark.parametrize("name", [*ATTACKS, exact_pgd, strongest])
+@pytest.mark.parametrize("name", [*ATTACKS, exact_pgd, strongest_points])
 @settings(max_examples=15)
-@given(
-    gate=st.sampled_from([*GATES, (1, 0)]), eps=st.floats(0, 1), step_size=st.floats(1e-4, 1)
-)  # fmt: skip
+@given(gate=st.sampled_from([*GATES, (1, 0)]), eps=st.floats(0, 1), step_size=st.floats(1e-4, 1))
 def test_budget_is_kept(make_linear_model, images, labels, name, gate, eps, step_size):
     batch, budget = (make_linear_model(2), images, labels), {"eps": eps, "step_size": step_size}
+    if name is strongest_points:
+        del budget["step_size"]
     perturb = name if callable(name) else partial(attack, name=name, gate=gate)
     adversarial = perturb(*batch, **budget, steps=3)
     assert adversarial.min() >= 0 and adversarial.max() <= 1
@@ -92,16 +81,18 @@ def test_budget_is_kept(make_linear_model, images, labels, name, gate, eps, step
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("bim", 1), ("bim", 3), ("bim", 10), ("mim", 3), ("fgsm", 1), ("pgd", 8), ("cw", 8),
-     ("apgd", 8)],
-)  # fmt: skip
+    [("bim", 1), ("bim", 3), ("bim", 10), ("mim", 3), ("fgsm", 1), ("pgd", 8), ("cw", 8), ("apgd", 8)],
+)
 def test_attacks_walk_uphill_until_the_border(make_linear_model, images, name, steps):
-    """FGSM in one step; from a random start, 8 steps of 2/255 cross the whole ball."""
+    """FGSM in one step; from a random start, 8 steps of 2/255 cross the whole ball. The gradient of either label's
+    loss has the sign of the other class's weights less own."""
     model, labels = make_linear_model(1, classes=2), torch.tensor([0, 1, 1, 0, 0, 1, 0, 1])
+    weight = model.experts[0].linear.weight.detach().view(2, 3, 32, 32)
     with torch.no_grad():  # a caller who wants no gradients gets the attack all the same
         adversarial = attack(model, images, labels, name, steps=steps)
     distance = EPS if name == "fgsm" else min(steps * STEP, EPS)
-    torch.testing.assert_close(adversarial, move_uphill(model, images, labels, distance))
+    uphill = (images + distance * (weight[1 - labels] - weight[labels]).sign()).clamp(0, 1)
+    torch.testing.assert_close(adversarial, uphill)
     if name == "pgd":
         torch.testing.assert_close(exact_pgd(model, images, labels, **BUDGET), adversarial)
 
@@ -128,11 +119,8 @@ def test_a_step_is_along_the_gradient_of_what_is_raised(make_linear_model, image
     length = EPS if name == "fgsm" else STEP
     moved = (start.detach() + length * gradient.sign()).clamp(images - EPS, images + EPS)
     torch.manual_seed(0)
-    if name in ATTACKS:
-        found = attack(model, images, labels, name, gate=order, steps=1)
-    else:
-        found = exact_pgd(model, images, labels, aim=name, **BUDGET | {"steps": 1})
-    assert_same_points(found, moved.clamp(0, 1))
+    one = partial(attack, name=name, gate=order) if name in ATTACKS else partial(exact_pgd, aim=name)
+    assert_same_points(one(model, images, labels, **BUDGET | {"steps": 1}), moved.clamp(0, 1))
 
 
 def test_apgd_starts_where_the_random_state_says(model, images, labels):
@@ -172,18 +160,15 @@ def test_an_attack_leaves_no_trace_in_the_model(model, images, labels, name):
             raise KeyboardInterrupt
 
     model.register_forward_pre_hook(look)
+    run = path_of if name == "path" else partial(attack, name=name if name in ATTACKS else "pgd")
     with pytest.raises(KeyboardInterrupt) if name == "that fails" else nullcontext():
-        if name == "path":
-            path_of(model, images, labels, steps=2)
-        else:
-            attack(model, images, labels, name if name in ATTACKS else "pgd", steps=2)
+        run(model, images, labels, steps=2)
     assert [module.training for module in model.modules()] == modes
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert all((parameter.grad == 1).all() for parameter in model.parameters())
     assert model.evaluation_gate == "switch" and torch.equal(images, before)
 
 
-# Each as a caller would use it, on a mixture of ten classes
 CALLS = {
     "attack_images": lambda *batch: attack(*batch, "pgd"),
     "attack_path": path_of,
@@ -191,7 +176,6 @@ CALLS = {
     "strongest_points": lambda *batch: strongest_points(*batch, eps=EPS, steps=2),
     "auto_attack": lambda *batch: auto_attack(*batch, "uniform", eps=EPS),
     "expert_heatmaps": expert_heatmaps,
-    "heat maps in a loss": partial(expert_heatmaps, create_graph=True),
 }
 
 
@@ -250,8 +234,8 @@ def test_a_path_has_every_shorter_attack_and_each_image_its_own_budget(model, im
 
 
 def test_a_probability_of_zero_is_no_nan(make_linear_model, images, labels):
-    model, moved = make_linear_model(3, sharpness=1e4), images.clone().requires_grad_()
-    losses = cross_entropy_by_gate(model.expert_outputs(moved), labels)
+    moved = images.clone().requires_grad_()
+    losses = cross_entropy_by_gate(make_linear_model(3, sharpness=1e4).expert_outputs(moved), labels)
     (gradient,) = torch.autograd.grad(losses.mean(1).sum(), moved)
     assert losses.isfinite().all() and gradient.isfinite().all()
 
@@ -276,10 +260,10 @@ def test_the_strongest_point_is_found_where_pgd_on_the_mean_loss_misses_it(make_
         model.gate = ConstantGate(2)
         model.gate.weights.copy_(torch.tensor([9.0, 0.0]))
     images, labels = torch.full((4, 3, 32, 32), 0.5), torch.zeros(4, dtype=torch.long)
-    mean_loss = exact_pgd(model, images, labels, **FROM_IMAGES)
+    mean_loss = exact_pgd(model, images, labels, **BUDGET, random_start=False)
     assert share_fooled(model, images, labels).eq(0).all()
     assert share_fooled(model, mean_loss, labels).eq(0).all()
-    assert share_fooled(model, strongest(model, images, labels, **BUDGET), labels).eq(0.5).all()
+    assert share_fooled(model, strongest_points(model, images, labels, eps=EPS, steps=10), labels).eq(0.5).all()
 
 
 def test_at_its_strongest_point_no_image_fools_fewer_gates_than_before(make_linear_model, images):
@@ -343,8 +327,7 @@ def test_each_norm_is_folded_into_its_own_convolution_or_stays(images):
         nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False),
     )  # fmt: skip
     for network, norms in ((twice, 0), (staying, 3)):
-        folded = fold(draw_norms(network))
-        assert count_norms(folded) == norms
+        assert count_norms(folded := fold(draw_norms(network))) == norms
         torch.testing.assert_close(folded(images), network(images))
 
 
