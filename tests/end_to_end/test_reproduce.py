@@ -2,10 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import nbclient
 import nbformat
@@ -135,27 +132,3 @@ def test_what_was_damaged_is_set_aside_and_made_again(smoke, settings):
     assert all(again[key].equal(value) for key, value in tensors.items())
     pd.testing.assert_frame_equal(pd.read_parquet(record.with_suffix(".parquet")), frame)
     pd.testing.assert_frame_equal(pd.read_parquet(scores), scored)
-
-
-def papermill(notebook: str, output: Path, **parameters: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(output)]
-    for name, value in parameters.items():
-        command += ["-p", name, value]
-    return subprocess.run([*command, "-k", "python3"], cwd=ROOT, capture_output=True, text=True, timeout=600)
-
-
-@pytest.mark.parametrize(
-    ("parameter", "value", "told"),
-    [("epohcs", "3", ["epohcs", "epochs"]), ("eps", "8", ["eps"]),
-     ("model", "parts10-nothing", ["parts10-nothing", "immunity"]),
-     ("preset", "nosuch", ["nosuch", "demo"])],
-)  # fmt: skip
-def test_a_wrong_parameter_fails_before_computing(parameter, value, told, tmp_path):
-    done = papermill("02_training", tmp_path / "out.ipynb", **{parameter: value})
-    assert done.returncode != 0 and all(word in done.stderr for word in told), done.stderr
-
-
-def test_an_unknown_preset_lists_the_valid_ones(tmp_path):
-    done = reproduce(tmp_path, preset="nosuch")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "nosuch" in done.stderr and "demo, paper, smoke" in done.stderr
