@@ -202,6 +202,7 @@ def assert_told(told, capsys):
         (job, ["02_trainings"], "choose from '?00_start_here"),
         (job, ["02_training", "--model=../../x"], "--model: invalid .*'../../x'"),
         (plan, ["--tflops", "0"], "--tflops is 0.0; it must be above 0"),
+        (run, ["--preset=smokes"], "unknown preset 'smokes'; valid names: .*demo, paper, smoke"),
         (status, ["--preset=smokes"], "unknown preset 'smokes'; valid names: .*demo, paper, smoke"),
     ],
 )
