@@ -48,10 +48,10 @@ def test_images_are_those_of_torchvision_s_image_folder(tmp_path):
         _save(tmp_path / "train" / hidden, 0)
 
     dataset = _load(tmp_path, validation_images=3)
-    found = []
-    for rows in (dataset.splits["train"], dataset.splits["validation"]):
-        pictures = [image.numpy().tobytes() for image in rows.images]
-        found += zip(rows.labels.tolist(), pictures, strict=True)
+    found = [
+        (label, image.numpy().tobytes()) for split in ("train", "validation")
+        for image, label in zip(dataset.splits[split].images, dataset.splits[split].labels.tolist(), strict=True)
+    ]  # fmt: skip
     assert sorted(found) == sorted(expected)
     assert dataset.class_names == tuple(oracle.classes) == ("exact", "high", "small", "wide")
     assert dataset.source == "image folder with train/ and test/"
@@ -65,8 +65,7 @@ def test_statistics_are_those_of_the_training_images(tmp_path):
     dataset = _load(tmp_path, train_images=8, validation_images=4)
     values = dataset.splits["train"].images.double() / 255
     assert dataset.mean == pytest.approx(values.mean((0, 2, 3)).tolist())
-    deviations = values.std((0, 2, 3), correction=0).tolist()
-    assert dataset.std == pytest.approx([*deviations[:2], 1.0])  # blue never varies: unscaled
+    assert dataset.std == pytest.approx([*values.std((0, 2, 3), correction=0).tolist()[:2], 1.0])  # blue never varies
 
 
 def test_the_split_and_its_order_rest_on_names_alone(tmp_path):
@@ -107,11 +106,9 @@ BOTH = ["train/cat/1.png", "train/dog/1.png", "test/cat/1.png"]
     [
         ([], "has 0 class folders; valid are"),
         (["cat/1.png"], "has 1 class folders; valid are"),
-        (["1.png", "2.png"], "has 0 class folders; valid are"),
         (["train/cat/1.png", "train/dog/2.png"], "no images for test/cat, test/dog; valid are"),
         (["train/1.png", "test/1.png"], "has 0 class folders"),
         ([*BOTH, "test/cow/1.png"], "no images for train/cow, test/dog; valid are"),
-        ([*BOTH, "test/dog/1.txt"], "no images for test/dog; valid are"),
         (["cat/1.png", "dog/1.png"], "no images for test/cat, test/dog; valid are .*many images"),
         ([f"{k}/1.txt" for k in range(10, 14)], "train/13, test/10, and 3 more; valid"),
         (None, "nowhere' is no folder; valid are .*<class>"),
