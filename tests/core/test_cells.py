@@ -14,7 +14,6 @@ def test_D13_cells_can_be_imported_alone():
     subprocess.run([sys.executable, "-c", "import immunity_lib.cells"], check=True)
 
 
-# Those that no logits of the original code vouch for
 def parameters(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -35,12 +34,8 @@ def test_parameter_counts(name, options, ten_classes, hundred_classes):
 # Those that no logits of the original code vouch for
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [
-        ("advrush", [32760, 34056, *[35352] * 4, 66888, 117360, *[127728] * 5, 258192, 442080]
-         + [483552] * 5),
-        ("robnet-large-v1", [49896, 51192, *[52488] * 4, 203472, 182736, *[193104] * 5]
-         + [780192, 697248, *[738720] * 5]),
-    ],
+    [("advrush", [32760, 34056, *[35352] * 4, 66888, 117360, *[127728] * 5, 258192, 442080, *[483552] * 5]),
+     ("robnet-large-v1", [49896, 51192, *[52488] * 4, 203472, 182736, *[193104] * 5, 780192, 697248, *[738720] * 5])],
 )  # fmt: skip
 def test_parameters_of_every_cell(name, expected):
     stages = build_expert(name, 10).stages
