@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from study.catalogue import ModelName, trained_models
-from study.settings import ROOT, load_preset, notebook_settings, preset_names
+from study.settings import load_preset, notebook_settings, preset_names
 
 
 def test_every_preset_loads_under_its_own_name():
@@ -28,20 +28,16 @@ def test_eps_can_be_a_fraction_or_a_decimal(make_settings):
     [
         ("eps", "9/8", "eps is 9/8; it must be at most 1"),
         ("eps", "8/0", "eps = '8/0': "),
-        ("eps", "eight", "eps = 'eight': "),
         ("epochs", 2.5, "epochs = 2.5: .*integer"),
         ("experts", 1, "experts is 1; a mixture has at least 2"),
         ("beta", math.nan, "beta = nan: .*finite"),
         ("dataset", "mnist", "dataset = 'mnist': .*'parts10', 'cifar10', 'cifar100' or 'images'"),
         ("dataset", "images", "data set images, but data_folder is empty; name the folder"),
         ("expert", "vgg", "expert = 'vgg': Input should be 'resnet18'"),
-        ("compared_experts", [], r"compared_experts = \[\]: .*at least 1"),
         ("attacks", ["deepfool"], "attacks.0 = 'deepfool': .*'fgsm'"),
         ("seeds", [1, 1], r"seeds repeat: \[1, 1\]"),
         ("further_datasets", ["parts10"], r"datasets repeat: \['parts10', 'parts10'\]"),
-        ("seeds", [-1], "seeds.0 = -1: .*greater than or equal to 0"),
         ("attacked_images", 1000, "attacked_images is 1000, but test_images only 128"),
-        ("data_folder", 5, "data_folder = 5: .*string"),
         ("output_folder", "s3://bucket/out", "is an address; name a folder of this machine"),
         ("epohcs", 3, "unknown parameter 'epohcs'; valid names: .*epochs, eps"),
     ],
@@ -98,15 +94,6 @@ def test_C5_the_home_folder_is_found(mine):
     home = str(Path.home() / "x")
     assert load_preset(mine(data_folder="~/x")).data_folder == home
     assert load_preset(mine(), data_folder="~/x").data_folder == home
-
-
-def test_results_lie_under_the_preset_s_name_and_settings_are_frozen(make_settings, tmp_path):
-    settings = make_settings(output_folder=str(tmp_path))
-    assert settings.runs == tmp_path / "runs" / "tiny"
-    assert settings.figures == tmp_path / "figures" / "tiny"
-    assert make_settings().runs == ROOT / "runs" / "tiny"
-    with pytest.raises(ValueError, match="frozen"):
-        settings.steps = 3
 
 
 OWN = '# Parameters: papermill sets them\npreset = "smoke"\nmodel = ""\n'
