@@ -58,12 +58,8 @@ def test_lock_holds_all_that_a_locked_package_needs_with_its_hashes_from_any_ind
 def test_conda_environment_and_citation_say_the_same_as_the_project():
     *from_conda, from_pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert from_pip == {"pip": LIGHT + EXTRAS["study"]}
-    assert "python=3.11" in from_conda
-    assert PYPROJECT["project"]["requires-python"] == "==3.11.*"
+    assert "python=3.11" in from_conda and PYPROJECT["project"]["requires-python"] == "==3.11.*"
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    (paper,) = citation["references"]
-    assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2402.18787"}]
-    assert paper["url"].endswith("/2402.18787") and len(paper["authors"]) == 6
     assert citation["version"] == PYPROJECT["project"]["version"]
 
 
@@ -105,11 +101,8 @@ def test_D14_a_wheel_has_both_packages_and_their_data(tmp_path):
     subprocess.run([*command, "-w", "dist"], cwd=tmp_path, check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    ours = {
-        path.relative_to(ROOT).as_posix() for name in ("immunity_lib", "study")
-        for path in (ROOT / name).rglob("*.*") if "__pycache__" not in path.parts
-    }  # fmt: skip
-    assert ours <= inside
+    ours = [path for name in ("immunity_lib", "study") for path in (ROOT / name).rglob("*.*")]
+    assert {path.relative_to(ROOT).as_posix() for path in ours if "__pycache__" not in path.parts} <= inside
 
 
 @pytest.fixture
@@ -139,9 +132,8 @@ def test_wrong_python_is_named(fresh_checkout):
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$@"\n')
     python.chmod(0o755)
     outcome = make(".venv/.installed", f"PYTHON={python}", folder=fresh_checkout)
-    assert outcome.returncode != 0
     assert f"Python 3.11 is needed, but {python} is Python 3.10.13" in outcome.stderr
-    assert not (fresh_checkout / ".venv").exists()
+    assert outcome.returncode != 0 and not (fresh_checkout / ".venv").exists()
 
 
 def test_D15_the_makefile_passes_its_variables_on_with_their_spaces(fresh_checkout):
