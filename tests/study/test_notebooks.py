@@ -50,11 +50,6 @@ def test_committed_without_outputs_and_with_parameters_that_are_explained_litera
         assert "#" in text.splitlines()[statement.lineno - 1]
 
 
-def test_every_code_cell_follows_prose_or_the_step_it_belongs_to(notebook):
-    kinds = "".join(cell["cell_type"][0] for cell in cells(notebook))
-    assert kinds[0] == "m" and "cccc" not in kinds, "more than three code cells in a row without a word between them"
-
-
 def test_closes_with_exercises_and_their_answers_folded_away(notebook):
     last = source(cells(notebook)[-1])
     exercises = re.split(r"^### \d", last.removeprefix("## Exercises"), flags=re.MULTILINE)[1:]
