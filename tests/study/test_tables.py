@@ -52,8 +52,7 @@ def test_independent_networks_stand_for_themselves_and_immunity_for_its_mixture(
     alone = [world.summaries[name, "scores"]["test"]["expert_accuracy"] for name in independent]
     alone = [100 * share for shares in alone for share in shares]
     ours = cell(table, model="ResNet18", column="accuracy")
-    assert ours["value"] == pytest.approx(mean(alone))
-    assert ours["standard_deviation"] == pytest.approx(stdev(alone))
+    assert (ours["value"], ours["standard_deviation"]) == pytest.approx((mean(alone), stdev(alone)))
     assert (ours["count"], ours["images"]) == (3 * len(settings.seeds), 40)
     for column, defence in {"accuracy": "switched", "ensemble": "uniform"}.items():
         ours = cell(table, model="Immunity-ResNet18", column=column)
@@ -91,11 +90,10 @@ def test_table2_of_several_data_sets_is_held_against_the_paper_s_own_rows(make_s
     table = tables.table2(settings)
     assert list(table["column"].unique()) == ["parameters", "multiply-adds", "clean", "PGD", "C&W"]
     known = table[table["paper"].notna()][["data", "training", "model", "column", "paper"]]
-    assert list(known.itertuples(index=False, name=None)) == [
-        ("CIFAR-10", "standard", "RobNet-free", "PGD", 1),
-        ("CIFAR-100", "standard", "RobNet-free", "PGD", 2),
-        ("CIFAR-100", "adversarial", "Immunity", "clean", 3),
-    ]
+    assert [" ".join(map(str, row)) for row in known.itertuples(index=False)] == [
+        "CIFAR-10 standard RobNet-free PGD 1.0", "CIFAR-100 standard RobNet-free PGD 2.0",
+        "CIFAR-100 adversarial Immunity clean 3.0",
+    ]  # fmt: skip
     assert set(tables.gates_table(settings)["data"]) == {"CIFAR-10", "CIFAR-100"}
 
 
@@ -103,10 +101,7 @@ def test_table3_has_attacks_and_scores_in_one_row(world, settings):
     table = tables.table3(settings)
     assert list(table["model"].unique()) == ["MoE", "MoE+MI", "MoE+PS", "Immunity"]
     for _, row in table.groupby("model"):
-        assert list(row["column"]) == [
-            "clean", "FGSM", "PGD", "PGD at 2/255", "IScore", "IScore median",
-            "IScore of maps over their maxima", "CScore", "I(C,E)", "empty maps",
-        ]  # fmt: skip
+        assert list(row["column"])[:5] == ["clean", "FGSM", "PGD", "PGD at 2/255", "IScore"] and len(row) == 10
     names = models(catalogue.table3_models(settings), "moe-mi")
     expected = 1e3 * mean(world.scores[name]["independence_score"].mean() for name in names)
     ours = cell(table, model="MoE+MI", column="IScore")
@@ -161,11 +156,10 @@ def test_text_of_one_and_of_several_seeds(world, settings):
     numbers = [world.accuracy(name) for name in names]
     ours = tables.table_text(table).iloc[0]["clean (%)"]
     if len(numbers) == 1:
-        assert ours == f"{numbers[0]:.1f}"
-        assert "Parts-10, one seed." in tables.evidence(settings, table)
+        expected, told = f"{numbers[0]:.1f}", "Parts-10, one seed."
     else:
-        assert ours == f"{mean(numbers):.1f} ± {stdev(numbers):.1f} (3)"
-        assert "3 seeds; mean ± standard deviation" in tables.evidence(settings, table)
+        expected, told = f"{mean(numbers):.1f} ± {stdev(numbers):.1f} (3)", "3 seeds; mean ± standard deviation"
+    assert ours == expected and told in tables.evidence(settings, table)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
@@ -194,8 +188,7 @@ def test_written_files_hold_the_numbers_and_name_their_records(settings):
     assert [path.name for path in paths] == [f"table3.{e}" for e in ("csv", "md", "tex", "json")]
     pd.testing.assert_frame_equal(pd.read_csv(paths[0]), table, rtol=1e-12, check_dtype=False)
     markdown, latex = paths[1].read_text(), paths[2].read_text()
-    for text in tables.table_text(table).to_numpy().ravel():
-        assert text in markdown and text in latex
+    assert all(text in markdown and text in latex for text in tables.table_text(table).to_numpy().ravel())
     assert r"Table 3: 50 \% \& more." in latex
     sidecar = read_json(paths[3])
     assert sidecar["caption"].startswith("Table 3: 50 % & more. Preset tiny, Parts-10")
@@ -251,6 +244,5 @@ def test_checks_and_budgets_are_those_of_the_summaries(settings):
     (line,) = tables.checks_table(settings, names).to_dict("records")
     assert line["passed"] == f"{len(names) // 2} of {len(names)}"
     assert line["evidence"].startswith(f"{models(names, 'immunity')[0]}: so much; ")
-    budget = tables.budget_curves(settings, names)
-    assert list(budget["eps"][:2]) == [0, 0.5]
-    assert list(budget["value"][:2]) == pytest.approx([90, 10 * mean(settings.seeds)])
+    budget = tables.budget_curves(settings, names).head(2)
+    assert list(budget["eps"]) == [0, 0.5] and list(budget["value"]) == pytest.approx([90, 10 * mean(settings.seeds)])
