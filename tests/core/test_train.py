@@ -18,16 +18,7 @@ from immunity_lib.experts import build_expert
 from immunity_lib.heatmaps import grad_cam, normalise_maps
 from immunity_lib.losses import immunity_loss
 from immunity_lib.recipe import Recipe
-from immunity_lib.train import (
-    TrainingDiverged,
-    adversarial_images,
-    build_model,
-    diagnose,
-    learning_rate_factor,
-    make_optimiser,
-    train,
-    training_loss,
-)
+from immunity_lib.train import TrainingDiverged, adversarial_images, build_model, train, training_loss
 
 STEPS = 3  # an epoch: 48 images in batches of 16
 
@@ -75,8 +66,7 @@ def test_inner_attack_gets_the_recipe_s_budget_and_drop_path_rises_linearly(
     recipe = make_recipe("standalone", "adversarial", epochs=2, eps="4/255")
     train(replace(recipe, expert="pdarts", layers=3, drop_path=0.3), dataset, tmp_path)
     call = ("pgd", "trained", {"eps": 4 / 255, "step_size": 2 / 255, "steps": 2})
-    of_an_epoch = [(*call, True)] * STEPS + [(*call, False)]  # the last one for the log
-    assert seen == of_an_epoch * 2
+    assert seen == ([(*call, True)] * STEPS + [(*call, False)]) * 2  # the last one of an epoch for the log
     assert shares == [{0.0}] * (STEPS + 1) + [{0.3 / 2}] * (STEPS + 1)
 
 
@@ -107,8 +97,7 @@ def test_heat_map_losses_warm_up_linearly_from_no_maps_at_all(make_recipe, datas
     for epochs_done in (0.5, 1.0, 2.0, 3.0):
         loss = training_loss(model, *batch, recipe, epochs_done)
         extra.append((loss.total - loss.cross_entropy).item())
-    shares = [value / extra[-1] for value in extra]
-    assert shares == pytest.approx([0.25, 0.5, 1, 1], abs=1e-3)
+    assert [value / extra[-1] for value in extra] == pytest.approx([0.25, 0.5, 1, 1], abs=1e-3)
     monkeypatch.delattr(training, "grad_cam")
     for without, epochs_done in ((recipe, 0.0), (make_recipe("moe"), 5.0)):
         loss = training_loss(model, *batch, without, epochs_done)
@@ -121,8 +110,7 @@ def test_eq_11_rewards_no_map_for_shrinking_into_its_floor(make_recipe, dataset,
     model, weights = eval_model(recipe, dataset), {"alpha": 1.0, "beta": 1.0, "gamma": 1e4}
     outputs, parameters = model.expert_outputs(batch[0]), list(model.experts.parameters())
     heat = grad_cam(outputs, batch[1], create_graph=True)
-    maps = normalise_maps(heat, recipe.floor)
-    positions = normalise_maps(heat, recipe.floor, constant_share=True)
+    maps, positions = (normalise_maps(heat, recipe.floor, constant_share=constant) for constant in (False, True))
 
     def slope(loss):
         gradients = torch.autograd.grad(loss.total, parameters, retain_graph=True)
@@ -155,9 +143,8 @@ def test_log_says_how_the_model_does(make_recipe, dataset, tmp_path):
     recipe = make_recipe(regime="adversarial", epochs=1)
     model, (entry,) = train(recipe, dataset, tmp_path)
     state = torch.get_rng_state()
-    diagnosis = diagnose(model, dataset.splits["validation"], recipe)
+    assert training.diagnose(model, dataset.splits["validation"], recipe).items() <= entry.items()
     assert torch.equal(torch.get_rng_state(), state)  # though the attack starts at random
-    assert diagnosis.items() <= entry.items()
     assert len(entry["expert_accuracy"]) == 2
     for part in ("gate_entropy", "mutual_information", "mutual_information_loss"):
         assert 0 <= entry[part] <= 2 * math.log(2) + 1e-6
@@ -179,19 +166,15 @@ ROBNETS = {0: 0.02, 10: 0.61, 20: 1.2, 95: (1.2 + 0.001) / 2, 170: 0.001}  # as 
     ],
 )
 def test_learning_rate_schedules(schedule, factors):
-    found = {done: learning_rate_factor(schedule, done) for done in factors}
-    assert found == pytest.approx(factors)
+    assert {done: training.learning_rate_factor(schedule, done) for done in factors} == pytest.approx(factors)
 
 
 def test_weight_decay_may_leave_vectors_alone(make_recipe, dataset):
     recipe = make_recipe("moe", weight_decay=0.1)
     model = build_model(recipe, dataset)
-    sparing = replace(recipe, decayed="convolutions and classifier")
-    for one, decay_of_vectors in ((recipe, 0.1), (sparing, 0.0)):
-        found = [
-            (weight.ndim > 1, group["weight_decay"])
-            for group in make_optimiser(model, one).param_groups for weight in group["params"]
-        ]  # fmt: skip
+    for one, decay_of_vectors in ((recipe, 0.1), (replace(recipe, decayed="convolutions and classifier"), 0.0)):
+        groups = training.make_optimiser(model, one).param_groups
+        found = [(weight.ndim > 1, group["weight_decay"]) for group in groups for weight in group["params"]]
         assert set(found) == {(True, 0.1), (False, decay_of_vectors)}
         assert len(found) == len(list(model.parameters()))
 
@@ -256,8 +239,7 @@ def test_inner_attack_of_trades_raises_the_divergence(make_recipe, dataset, batc
 
 
 def test_auxiliary_classifier_adds_its_cross_entropy(make_recipe, dataset, batch):
-    changes = {"expert": "pdarts", "layers": 3, "auxiliary_weight": 0.4}
-    recipe = replace(make_recipe("standalone"), **changes)
+    recipe = replace(make_recipe("standalone"), expert="pdarts", layers=3, auxiliary_weight=0.4)
     model, (images, labels) = eval_model(recipe, dataset), batch
     loss = training_loss(model, images, labels, recipe, 5.0)
     logits, auxiliary = model.experts[0].forward_with_auxiliary(images)
