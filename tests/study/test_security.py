@@ -98,17 +98,11 @@ def test_what_tells_the_status_is_as_good_as_not_there(hostile, make_settings, t
     assert " 0 of " in status.format_status(settings, datetime.now(UTC))
 
 
-@pytest.mark.parametrize(
-    ("data", "folder", "names"),
-    [
-        ("cifar10", "cifar-10-batches-py", ["test_batch", "batches.meta", *(f"data_batch_{k}" for k in range(1, 6))]),
-        ("cifar100", "cifar-100-python", ["train", "test", "meta"]),
-    ],
-)
-def test_the_unpacked_archive_of_cifar(hostile, tmp_path, data, folder, names):
+@pytest.mark.parametrize(("data", "folder"), [("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")])
+def test_the_unpacked_archive_of_cifar(hostile, tmp_path, data, folder):
     """Its authors pickled it: it is opened only with the published checksums."""
     (tmp_path / folder).mkdir()
-    for name in names:
+    for name in ("test_batch", "batches.meta", *(f"data_batch_{k}" for k in range(1, 6)), "train", "test", "meta"):
         (tmp_path / folder / name).write_bytes(hostile)
     with pytest.raises(ValueError, match="incomplete or damaged"):
         load_dataset(data, tmp_path)
@@ -125,8 +119,7 @@ def test_the_packed_archive_of_cifar(canary, tmp_path, monkeypatch):
             archive.addfile(entry, io.BytesIO(content))
     with pytest.raises(ValueError, match="incomplete or damaged"):
         load_dataset("cifar10", tmp_path)
-    assert not (tmp_path / "cifar-10-batches-py").exists()
-    assert not (tmp_path.parent / "outside").exists()
+    assert not (tmp_path / "cifar-10-batches-py").exists() and not (tmp_path.parent / "outside").exists()
 
 
 @pytest.mark.parametrize("ending", IMG_EXTENSIONS)
@@ -159,10 +152,7 @@ def test_nothing_in_the_library_can_execute_what_it_reads():
                 assert "shell" not in [word.arg for word in node.keywords], f"{path}:{node.lineno}"
 
 
-NAMES = ["../outside", f"../{NAME}", "a/b", "/etc", "..", ".hidden", "$(touch x)", f"{NAME}; touch x", "a b", "", "a\n"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["../outside", "a/b", "/etc", "..", ".hidden", f"{NAME}; touch x", "$(x)", "", "a\n"])
 def test_names_of_presets_and_models_are_no_paths_and_no_commands(name, tmp_path):
     content = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text()) | {"preset": name}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
