@@ -22,15 +22,9 @@ def outputs_with_weights(signs):
     """One synthetic "expert" per sign: class 0 is its mean activation times the sign."""
     generator = torch.Generator().manual_seed(0)
     activations = tuple(torch.rand(4, 3, 8, 8, generator=generator).requires_grad_() for _ in signs)
-    logits = torch.stack(
-        [
-            sign * torch.stack([one.mean((1, 2, 3)), one[:, 0].mean((1, 2))], dim=1)
-            for sign, one in zip(signs, activations, strict=True)
-        ],
-        dim=1,
-    )
-    gate = torch.full((4, len(signs)), -math.log(len(signs)))
-    return ExpertOutputs(logits, gate, activations)
+    means = [torch.stack([one.mean((1, 2, 3)), one[:, 0].mean((1, 2))], dim=1) for one in activations]
+    logits = torch.stack([sign * mean for sign, mean in zip(signs, means, strict=True)], dim=1)
+    return ExpertOutputs(logits, torch.full((4, len(signs)), -math.log(len(signs))), activations)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +85,8 @@ def test_floor_spreads_a_share_of_the_expert_s_mean_mass(model, images, labels):
     heat = grad_cam(model.expert_outputs(images), labels).double()
     mass = heat.sum((2, 3), keepdim=True)
     spread = 0.25 * mass.mean(0) / 1024
-    expected = (heat + spread) / (mass + 1024 * spread)
-    found = expert_heatmaps(model, images, labels, floor=0.25)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-8)
+    found = expert_heatmaps(model, images, labels, floor=0.25).double()
+    torch.testing.assert_close(found, (heat + spread) / (mass + 1024 * spread), rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])
@@ -150,8 +143,7 @@ def test_training_gradient_is_the_slope_of_the_loss(images, labels, expert, expl
         if isinstance(module, nn.ReLU):
             model.set_submodule(name, nn.Softplus())
         if isinstance(module, nn.MaxPool2d):
-            pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding)
-            model.set_submodule(name, pool)
+            model.set_submodule(name, nn.AvgPool2d(module.kernel_size, module.stride, module.padding))
     model, images, step = model.double().train(), images[:4].double(), 1e-8
     parameters = list(model.parameters())
     start = parameters_to_vector(parameters).detach()
