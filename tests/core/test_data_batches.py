@@ -23,9 +23,8 @@ def image_set():
 
 @pytest.mark.parametrize(
     ("shift", "angle", "flip"),
-    [((0, 0), 0.0, False), ((0, 0), 0.0, True), ((4, 0), 0.0, False), ((-2, 4), 0.0, False),
-     ((0, 0), -15.0, False), ((0, 0), 4.0, False), ((3, 1), 90.0, True)],
-)  # fmt: skip
+    [((0, 0), 0.0, True), ((-2, 4), 0.0, False), ((0, 0), -15.0, False), ((0, 0), 4.0, False), ((3, 1), 90.0, True)],
+)
 def test_moves_are_torchvisions_shift_flip_and_rotation_in_this_order(images, shift, angle, flip):
     right, down = shift
     expected = reference.pad(images, 4)
@@ -116,13 +115,8 @@ def test_a_balanced_choice_shows_every_class_alike_however_few_of_it_are_taken(l
     rows = images.balanced(count)
     assert len(set(rows.tolist())) == min(count, len(labels))
     assert rows.tolist() == images.balanced(len(labels))[:count].tolist()
-    chosen, left = labels_by_class(labels, rows.tolist())
+    chosen = Counter(labels[row] for row in rows.tolist())
+    left = Counter(labels) - chosen
     for one, other in product(range(4), repeat=2):
         assert chosen[one] >= chosen[other] - 1 or not left[one], "there were more images of it"
     assert images.select(rows).labels.tolist() == [labels[row] for row in rows.tolist()]
-
-
-def labels_by_class(labels, rows):
-    """How often each class was chosen, and how often it was left."""
-    chosen = Counter(labels[row] for row in rows)
-    return chosen, Counter(labels) - chosen
