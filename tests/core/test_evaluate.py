@@ -32,8 +32,7 @@ def test_exact_accuracy_is_that_of_120_forward_passes(make_linear_model, images)
         ensemble = model(images, gate="uniform").argmax(1) == labels
     answers = torch.stack(passes).argmax(-1)
     correct = (answers == labels).double()
-    batches = zip(images.split(3), labels.split(3), strict=True)
-    found = verdicts_over_gates(model, batches).accuracy
+    found = verdicts_over_gates(model, zip(images.split(3), labels.split(3), strict=True)).accuracy
     assert found._asdict() == pytest.approx({
         "switched": correct.mean().item(), "best": correct.mean(1).max().item(),
         "worst": correct.mean(1).min().item(), "every": correct.min(0).values.mean().item(),
@@ -55,10 +54,8 @@ def test_experts_of_one_answer_each_win_with_the_largest_weight(make_linear_mode
         for number, expert in enumerate(model.experts):
             expert.linear.weight.zero_()
             expert.linear.bias.copy_(1e3 * torch.eye(10)[number])
-    labels = torch.tensor([0, 0, 0, 1, 1, 2, 7, 7])
-    found = verdicts_over_gates(model, [(images, labels)]).accuracy
-    assert found.trained == found.best == 3 / 8
-    assert found.worst == found.every == 0
+    found = verdicts_over_gates(model, [(images, torch.tensor([0, 0, 0, 1, 1, 2, 7, 7]))]).accuracy
+    assert found.trained == found.best == 3 / 8 and found.worst == found.every == 0
     assert found.switched == pytest.approx((3 + 2 + 1) / 8 / 5)
     assert agreement(model, images) == {"unanimous": 0.0, "pairs": pytest.approx(1 / 5)}
 
@@ -102,8 +99,8 @@ def test_attacks_are_drawn_from_the_seed_and_leave_the_random_state(make_distant
     image_set = ImageSet((255 * images).round().byte(), labels)
     state, found = torch.get_rng_state(), []
     for seed in (0, 0, 1, 2, 3, 4, 5):
-        verdicts = verdicts_under_attack(model, image_set, "pgd", "switch", **BUDGET, steps=2, seed=seed)
-        found.append(verdicts.trained.tolist())
+        one = verdicts_under_attack(model, image_set, "pgd", "switch", **BUDGET, steps=2, seed=seed)
+        found.append(one.trained.tolist())
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)
         state = torch.get_rng_state()
