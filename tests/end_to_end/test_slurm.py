@@ -52,15 +52,13 @@ def test_the_smoke_graph_through_sbatch(profile, smoke, tmp_path):
     settings = load_preset("smoke", output_folder=str(output))
     command = reproduce_command(output, "--profile", str(profile))
     with slurm_cluster(folder, slots=2) as environment:
-        run = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        heard = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, **heard)
         hang(settings)
         printed = "\n".join(run.communicate(timeout=2400))
         history = (folder / "log" / "jobs.txt").read_text()
-        shown = subprocess.run(
-            ["scontrol", "show", "job", "--oneliner"], env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+        asked = ["scontrol", "show", "job", "--oneliner"]
+        shown = subprocess.run(asked, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, printed[-4000:]
     ended = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in history.splitlines()]
     # Every job of the graph was one of Slurm's, and the one that hung was killed and tried again
@@ -69,13 +67,11 @@ def test_the_smoke_graph_through_sbatch(profile, smoke, tmp_path):
     assert states.count("COMPLETED") == len(jobs) and states.count("TIMEOUT") >= 1
     assert set(jobs["state"]) == {"done"}
     assert f"{HANGING} goes on after epoch 1" in printed
-    measuring = re.compile("Comment=rule_measure_(attacks|adaptive)")
-    on_gpu = [job for job in shown.stdout.splitlines() if measuring.search(job)]
+    on_gpu = [job for job in shown.stdout.splitlines() if "Comment=rule_measure_a" in job]  # attacks and adaptive
     assert on_gpu and all("TresPerJob=gres:gpu:1" in job for job in on_gpu)
     assert at_once(ended) == 2
     here, there = (tables(load_preset("smoke", output_folder=str(one)).figures) for one in (smoke[0], output))
-    assert here.keys() == there.keys()
-    assert not [name for name in here if here[name] != there[name]]
+    assert here.keys() == there.keys() and not [name for name in here if here[name] != there[name]]
 
 
 def at_once(ended):
