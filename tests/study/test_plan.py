@@ -23,14 +23,9 @@ def test_passes_are_counted_as_by_hand(make_recipe, expert):
     recipe = replace(make_recipe("standalone"), expert=expert, layers=layers)
     (network,) = build_model(recipe, load_dataset("parts10", None, 2, 1, 1)).experts
     counted = []
-
-    def count(layer, _, output):
-        inputs = layer.weight[0].numel()  # that one output is made of
-        counted.append(output[0].numel() * inputs)
-
     for layer in network.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(count)
+        if isinstance(layer, nn.Conv2d | nn.Linear):  # whose every output is made of so many inputs
+            layer.register_forward_hook(lambda of, _, out: counted.append(out[0].numel() * of.weight[0].numel()))
     network(torch.zeros(1, 3, 32, 32))
     forward, cost = sum(counted), plan.cost_of(recipe, 10)
     assert cost["forward"] == forward
