@@ -10,8 +10,6 @@ def spoil(path: Path, how: str) -> None:
         del content[len(content) // 2 :]
     elif how == "empty":
         content.clear()
-    elif how == "altered":
-        content[len(content) // 3] ^= 0xFF
     elif how == "flipped bit":
         content[-1000] ^= 1
     elif how == "foreign":
