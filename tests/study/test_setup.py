@@ -118,14 +118,6 @@ def test_help_is_the_default_and_lists_every_target(fresh_checkout):
     assert sorted(listed) == sorted(targets.split())
 
 
-def test_installing_is_skipped_when_up_to_date_and_starts_afresh_when_cut_off(fresh_checkout):
-    stamp = fresh_checkout / ".venv" / ".installed"
-    stamp.parent.mkdir()
-    assert make("--question", ".venv/.installed", folder=fresh_checkout).returncode == 1
-    stamp.touch()
-    assert make("--question", ".venv/.installed", folder=fresh_checkout).returncode == 0
-
-
 def test_wrong_python_is_named(fresh_checkout):
     python = fresh_checkout / "python3.10"
     pretend = "import sys; sys.version = '3.10.13 (main)'; exec(sys.argv[2])"
