@@ -87,12 +87,6 @@ def test_constants_of_answers_are_what_mathematics_gives_and_all_in_use():
     assert measured_like("1 in 5. Then 46.9 %, 8\\% and 0.89, of 1,000.") == {"46.9 %", "8\\%", "0.89"}
 
 
-def test_there_are_eight_and_the_first_names_every_other():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(8)]
-    way_in = "".join(source(cell) for cell in cells(NOTEBOOKS[0], "markdown"))
-    assert all(f"({path.name})" in way_in for path in NOTEBOOKS[1:])
-
-
 def test_every_equation_stands_in_library_and_notebook_and_is_computed_by_hand_too():
     """In a cell of its own; that both agree, the notebook itself asserts."""
     library = "".join(path.read_text() for path in (ROOT / "immunity_lib").rglob("*.py"))
