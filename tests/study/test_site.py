@@ -4,7 +4,7 @@ import re
 
 import nbformat
 import pytest
-from build_site import build_site, main
+from build_site import build_site
 
 from study.store import write_artefact
 
@@ -40,8 +40,11 @@ def made(make_settings, tmp_path):
 
 
 def test_C7_every_notebook_and_artefact_is_linked_as_text_and_nothing_is_asked_of_a_network(made):
+    old = build_site(made).parent / "notebooks/old.html"
+    old.write_text("old")
     index = build_site(made)
     page = index.read_text()
+    assert not old.exists(), "an older site leaves nothing behind"
     links = re.findall(r'(?:href|src)="([^"]+)"', page)
     assert {
         "notebooks/00_start_here.html", "notebooks/02_training-parts10-one-model.html",
@@ -62,16 +65,3 @@ def test_equations_are_drawn_by_the_browser_and_links_between_notebooks_lead_to_
     assert 'href="01_expert_selection.html"' in page
     assert 'href="02_training-parts10-one-model.html"' in page
     assert 'href="none.ipynb"' in page, "a link to no page stays as it is"
-
-
-def test_an_older_site_leaves_nothing_behind(made):
-    old = build_site(made).parent / "notebooks" / "old.html"
-    old.write_text("old")
-    assert build_site(made).exists() and not old.exists()
-
-
-def test_before_anything_was_run_it_says_what_to_run(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--preset", "smoke", "--output", str(tmp_path)])
-    assert ended.value.code == 2
-    assert "make reproduce PRESET=smoke" in capsys.readouterr().err
