@@ -71,7 +71,6 @@ def test_fewer_layers_keep_the_shape_of_robnet_free():
     ("check", "design", "message"),
     [
         (cells.check_design, [[("skip_connect", 2)]], "comes from state 2; .*from 0 to 1"),
-        (cells.check_design, [[("skip_connect", -1)]], "comes from state -1; .*from 0 to 1"),
         (cells.check_design, [[("conv_9x9", 0)]], "unknown operation 'conv_9x9'.*sep_conv_3x3"),
         (cells.check_design, [[("skip_connect", 0)], []], "state 3 .* has no incoming edge"),
         (cells.check_design, [], "its design is empty"),
