@@ -154,7 +154,7 @@ def test_the_page_holds_what_was_computed_on_one_scale_and_gives_every_mixture_b
         assert part == mask.flatten().nonzero().flatten().tolist()
 
 
-def test_own_images_are_led_away_from_what_each_model_answers(exploration, monkeypatch):
+def test_own_images_are_led_away_from_what_each_model_answers(exploration, subject, monkeypatch):
     """Of models that answer one class whatever they see: 3 and 7. No gradient, no map."""
 
     def stubborn(settings, name, dataset):
@@ -166,8 +166,7 @@ def test_own_images_are_led_away_from_what_each_model_answers(exploration, monke
         return model
 
     monkeypatch.setattr(module, "trained_model", stubborn)
-    fresh = Exploration(exploration.settings, exploration.dataset)
-    own = Subject("mine", exploration.gallery[0].image, None)
+    fresh, own = Exploration(exploration.settings, exploration.dataset), Subject("mine", subject.image, None)
     (shown,) = content_of(explorer_page(fresh, NAMES, [own], "uniform", 2))["subjects"]
     assert [of_model["asked"] for of_model in shown["models"]] == [3, 7]
     assert all(np.all(of_model["empty"]) for of_model in shown["models"])
