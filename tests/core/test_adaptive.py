@@ -51,8 +51,7 @@ def test_an_honest_model_passes_every_check_under_every_family(make_linear_model
     families = [told["family"] for _, told in results.values()]
     assert families == sorted(families, key=list(FAMILIES).index) and set(families) == set(FAMILIES)
     for found, told in results.values():
-        assert found.switched.shape == (16, 6) and found.experts.shape == (16, 3)
-        assert told["flags"] == []
+        assert found.switched.shape == (16, 6) and found.experts.shape == (16, 3) and told["flags"] == []
     assert [finding["passed"] for finding in summary["checks"]] == [True] * 8
 
 
@@ -68,8 +67,7 @@ def test_an_honest_model_passes_every_check_under_every_family(make_linear_model
     ids=["kills gradients", "adds noise"],
 )  # fmt: skip
 def test_a_model_that_fakes_robustness_is_caught(make_linear_model, many_images, decoy, checks):
-    model = spoil(make_linear_model(3, sharpness=3.0), **decoy)
-    _, summary = evaluate(model, many_images)
+    _, summary = evaluate(spoil(make_linear_model(3, sharpness=3.0), **decoy), many_images)
     assert checks <= {one["check"] for one in summary["checks"] if not one["passed"]}
 
 
@@ -142,8 +140,7 @@ def test_C1_with_few_classes_auto_attack_is_left_out_and_the_rest_works(make_lin
     results, summary = evaluate(model, many_images, SMALL)
     assert {told["family"] for _, told in results.values()} == set(FAMILIES) - {"judges"}
     assert "square" in results and len(summary["checks"]) == 8
-    message = f"at least 4 classes, the model has {classes}; attacks that work"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"at least 4 classes, the model has {classes}; attacks that work"):
         auto_attack(model, many_images, torch.zeros(16, dtype=torch.long), "uniform", eps=0.03)
 
 
@@ -156,8 +153,7 @@ def test_G1_every_expert_alone_lies_where_the_model_lies(make_linear_model, monk
         if attack.family == "transfer":
             attack.perturb(None, None)
     assert [len(through.experts) for through in seen] == [1, 1, 1, 3]
-    for through in seen:
-        assert {parameter.device.type for parameter in through.parameters()} == {"meta"}
+    assert {parameter.device.type for through in seen for parameter in through.parameters()} == {"meta"}
 
 
 def test_more_draws_of_noise_fool_no_fewer(make_distant_images):
