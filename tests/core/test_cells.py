@@ -20,12 +20,9 @@ def parameters(module) -> int:
 
 @pytest.mark.parametrize(
     ("name", "options", "ten_classes", "hundred_classes"),
-    [
-        ("pdarts", {"auxiliary": True}, 3_910_224, 4_031_364),
-        ("pdarts", {"width": 64 / 36}, 10_521_802, 10_614_052),
-        ("advrush", {"auxiliary": True}, 4_634_472, 4_755_612),
-    ],
-)
+    [("pdarts", {"auxiliary": True}, 3_910_224, 4_031_364), ("pdarts", {"width": 64 / 36}, 10_521_802, 10_614_052),
+     ("advrush", {"auxiliary": True}, 4_634_472, 4_755_612)],
+)  # fmt: skip
 def test_parameter_counts(name, options, ten_classes, hundred_classes):
     for num_classes, expected in ((10, ten_classes), (100, hundred_classes)):
         assert parameters(build_expert(name, num_classes, **options)) == expected
@@ -69,15 +66,12 @@ def test_fewer_layers_keep_the_shape_of_robnet_free():
 
 @pytest.mark.parametrize(
     ("check", "design", "message"),
-    [
-        (cells.check_design, [[("skip_connect", 2)]], "comes from state 2; .*from 0 to 1"),
-        (cells.check_design, [[("conv_9x9", 0)]], "unknown operation 'conv_9x9'.*sep_conv_3x3"),
-        (cells.check_design, [[("skip_connect", 0)], []], "state 3 .* has no incoming edge"),
-        (cells.check_design, [], "its design is empty"),
-        (cells.decode, "11 10", "encodes no cell; one is 14 codes"),
-        (cells.decode, "11 " * 13 + "12", "encodes no cell; one is 14 codes"),
-    ],
-)
+    [(cells.check_design, [[("skip_connect", 2)]], "comes from state 2; .*from 0 to 1"),
+     (cells.check_design, [[("conv_9x9", 0)]], "unknown operation 'conv_9x9'.*sep_conv_3x3"),
+     (cells.check_design, [[("skip_connect", 0)], []], "state 3 .* has no incoming edge"),
+     (cells.check_design, [], "its design is empty"), (cells.decode, "11 10", "encodes no cell; one is 14 codes"),
+     (cells.decode, "11 " * 13 + "12", "encodes no cell; one is 14 codes")],
+)  # fmt: skip
 def test_impossible_designs_are_named(check, design, message):
     with pytest.raises(ValueError, match=message):
         check(design)
