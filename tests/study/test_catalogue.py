@@ -36,15 +36,10 @@ def test_what_is_no_name_is_told_what_a_name_is(text):
 
 @pytest.mark.parametrize(
     ("method", "weights", "of_maps"),
-    [
-        ("standalone", (1, 0, 0, 0), (0.1, 1)),
-        ("moe", (2, 0.5, 0, 0), (0.1, 1)),
-        ("moe-mi", (2, 0.5, 3, 0), (0.2, 2)),
-        ("moe-ps", (2, 0.5, 0, 4), (0.2, 2)),
-        ("immunity", (2, 0.5, 3, 4), (0.2, 2)),
-        ("immunity-literal", (2, 0.5, 3, 4), (0, 0)),
-    ],
-)
+    [("standalone", (1, 0, 0, 0), (0.1, 1)), ("moe", (2, 0.5, 0, 0), (0.1, 1)), ("moe-mi", (2, 0.5, 3, 0), (0.2, 2)),
+     ("moe-ps", (2, 0.5, 0, 4), (0.2, 2)), ("immunity", (2, 0.5, 3, 4), (0.2, 2)),
+     ("immunity-literal", (2, 0.5, 3, 4), (0, 0))],
+)  # fmt: skip
 def test_methods_are_configurations_of_one_model(make_recipe, method, weights, of_maps):
     found = make_recipe(method, alpha=0.5, beta=3, gamma=4, floor=0.2, warmup_epochs=2)
     assert (found.experts, found.alpha, found.beta, found.gamma) == weights
