@@ -25,23 +25,18 @@ def test_eps_can_be_a_fraction_or_a_decimal(make_settings):
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [
-        ("eps", "9/8", "eps is 9/8; it must be at most 1"),
-        ("eps", "8/0", "eps = '8/0': "),
-        ("epochs", 2.5, "epochs = 2.5: .*integer"),
-        ("experts", 1, "experts is 1; a mixture has at least 2"),
-        ("beta", math.nan, "beta = nan: .*finite"),
-        ("dataset", "mnist", "dataset = 'mnist': .*'parts10', 'cifar10', 'cifar100' or 'images'"),
-        ("dataset", "images", "data set images, but data_folder is empty; name the folder"),
-        ("expert", "vgg", "expert = 'vgg': Input should be 'resnet18'"),
-        ("attacks", ["deepfool"], "attacks.0 = 'deepfool': .*'fgsm'"),
-        ("seeds", [1, 1], r"seeds repeat: \[1, 1\]"),
-        ("further_datasets", ["parts10"], r"datasets repeat: \['parts10', 'parts10'\]"),
-        ("attacked_images", 1000, "attacked_images is 1000, but test_images only 128"),
-        ("output_folder", "s3://bucket/out", "is an address; name a folder of this machine"),
-        ("epohcs", 3, "unknown parameter 'epohcs'; valid names: .*epochs, eps"),
-    ],
-)
+    [("eps", "9/8", "eps is 9/8; it must be at most 1"), ("eps", "8/0", "eps = '8/0': "),
+     ("epochs", 2.5, "epochs = 2.5: .*integer"), ("experts", 1, "experts is 1; a mixture has at least 2"),
+     ("beta", math.nan, "beta = nan: .*finite"),
+     ("dataset", "mnist", "dataset = 'mnist': .*'parts10', 'cifar10', 'cifar100' or 'images'"),
+     ("dataset", "images", "data set images, but data_folder is empty; name the folder"),
+     ("expert", "vgg", "expert = 'vgg': Input should be 'resnet18'"),
+     ("attacks", ["deepfool"], "attacks.0 = 'deepfool': .*'fgsm'"), ("seeds", [1, 1], r"seeds repeat: \[1, 1\]"),
+     ("further_datasets", ["parts10"], r"datasets repeat: \['parts10', 'parts10'\]"),
+     ("attacked_images", 1000, "attacked_images is 1000, but test_images only 128"),
+     ("output_folder", "s3://bucket/out", "is an address; name a folder of this machine"),
+     ("epohcs", 3, "unknown parameter 'epohcs'; valid names: .*epochs, eps")],
+)  # fmt: skip
 def test_D16_bad_value_is_named_with_what_would_be_right(field, value, message):
     with pytest.raises(ValueError, match=message):
         load_preset("smoke", **{field: value})
@@ -68,14 +63,10 @@ def mine(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        ("epochs: [", "mine.yaml is not YAML"),
-        ("- epochs", "mine.yaml must hold fields like"),
-        ("# nothing", "mine.yaml must hold fields like"),
-        ("epochs: 3", "compared_experts is missing: the networks"),
-        ("output_folder: gs://bucket", "output_folder = 'gs://bucket' is an address"),
-    ],
-)
+    [("epochs: [", "mine.yaml is not YAML"), ("- epochs", "mine.yaml must hold fields like"),
+     ("# nothing", "mine.yaml must hold fields like"), ("epochs: 3", "compared_experts is missing: the networks"),
+     ("output_folder: gs://bucket", "output_folder = 'gs://bucket' is an address")],
+)  # fmt: skip
 def test_C6_a_preset_that_cannot_be_used_is_named(mine, content, message):
     with pytest.raises(ValueError, match=message):
         load_preset(mine(content))
