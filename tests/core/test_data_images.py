@@ -103,17 +103,14 @@ BOTH = ["train/cat/1.png", "train/dog/1.png", "test/cat/1.png"]
 
 @pytest.mark.parametrize(
     ("layout", "message"),
-    [
-        ([], "has 0 class folders; valid are"),
-        (["cat/1.png"], "has 1 class folders; valid are"),
-        (["train/cat/1.png", "train/dog/2.png"], "no images for test/cat, test/dog; valid are"),
-        (["train/1.png", "test/1.png"], "has 0 class folders"),
-        ([*BOTH, "test/cow/1.png"], "no images for train/cow, test/dog; valid are"),
-        (["cat/1.png", "dog/1.png"], "no images for test/cat, test/dog; valid are .*many images"),
-        ([f"{k}/1.txt" for k in range(10, 14)], "train/13, test/10, and 3 more; valid"),
-        (None, "nowhere' is no folder; valid are .*<class>"),
-    ],
-)
+    [([], "has 0 class folders; valid are"), (["cat/1.png"], "has 1 class folders; valid are"),
+     (["train/cat/1.png", "train/dog/2.png"], "no images for test/cat, test/dog; valid are"),
+     (["train/1.png", "test/1.png"], "has 0 class folders"),
+     ([*BOTH, "test/cow/1.png"], "no images for train/cow, test/dog; valid are"),
+     (["cat/1.png", "dog/1.png"], "no images for test/cat, test/dog; valid are .*many images"),
+     ([f"{k}/1.txt" for k in range(10, 14)], "train/13, test/10, and 3 more; valid"),
+     (None, "nowhere' is no folder; valid are .*<class>")],
+)  # fmt: skip
 def test_a_folder_in_no_valid_layout_is_told_what_is_wrong(tmp_path, layout, message):
     for name in layout or ():
         _save(tmp_path / "image.png", seed=0)
