@@ -15,6 +15,7 @@ from io import BytesIO
 import psutil
 import pytest
 from build_site import build_site
+from graph import wait_for
 from PIL import Image
 
 from study.explorer.exploration import PRESET_BUDGET, Exploration
@@ -47,13 +48,8 @@ def server(command, port, state):
     with open(state / "server.log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=state)
         try:
-            deadline = time.monotonic() + PATIENCE
-            while time.monotonic() < deadline:
-                try:  # no page is asked for: that would cost Voila one of its kernels
-                    socket.create_connection(("127.0.0.1", port), timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
+            # No page is asked for: that would cost Voila one of its kernels
+            wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, PATIENCE)
             yield process
         finally:
             process.terminate()
@@ -69,14 +65,11 @@ def free_port():
 @contextmanager
 def jupyterlab(folder, state):
     """JupyterLab on a folder; yields its address."""
-    settings = state / "JUPYTERLAB_SETTINGS/@jupyterlab/apputils-extension"
-    settings.mkdir(parents=True)
-    quiet = {"fetchNews": "false", "checkForUpdates": False}
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+    quiet = state / "JUPYTERLAB_SETTINGS/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    write_json(quiet, {"fetchNews": "false", "checkForUpdates": False})
     port = free_port()
-    command = [sys.executable, "-m", "jupyterlab", str(folder), "--no-browser", "--allow-root"]
-    command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
-    command += [f"--IdentityProvider.token={TOKEN}"]
+    command = [sys.executable, "-m", "jupyterlab", str(folder), "--no-browser", "--allow-root", f"--port={port}"]
+    command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
     with server(command, port, state):
         yield f"http://127.0.0.1:{port}"
 
@@ -293,10 +286,7 @@ def test_B8_the_explorer_moves_on_voila_s_page_and_its_kernels_end(tmp_path, sta
             changed_by(page, lambda: page.click(".explorer-image-25"), WORDS, PICTURES)
             page.wait_for_timeout(15_000)
             assert len(kernels(process)) == 1, "that of an open page stays"
-        deadline = time.monotonic() + PATIENCE
-        while kernels(process) and time.monotonic() < deadline:
-            time.sleep(1)
-        assert not kernels(process)
+        wait_for(lambda: not kernels(process), PATIENCE)
 
 
 def test_the_page_says_what_was_computed(tmp_path):
@@ -305,19 +295,17 @@ def test_the_page_says_what_was_computed(tmp_path):
     exploration = Exploration(settings, load_data(settings))
     name, subject = exploration.models[0], exploration.gallery[8]
     answers = exploration.answers(name, subject, "uniform")
-    path = tmp_path / "page.html"
-    path.write_text(explorer_page(exploration, [name], [subject], "uniform", PRESET_BUDGET))
+    (tmp_path / "page.html").write_text(explorer_page(exploration, [name], [subject], "uniform", PRESET_BUDGET))
     with browser_page() as page:
-        page.goto(path.as_uri())
+        page.goto((tmp_path / "page.html").as_uri())
         for step, state in ((0, 0), (7, 30), (20, 119)):
             page.locator("#step").fill(str(step))
             page.locator("#state").fill(str(state + 1))
             page.wait_for_timeout(1000)
             mixtures = answers.mixtures[PRESET_BUDGET, step]
-            answered = mixtures.argmax(-1)
+            answered, (words, _) = mixtures.argmax(-1), shown(page, None)
             class_name = exploration.dataset.class_names[answered[state]]
             sign = "\u2713" if answered[state] == subject.label else "\u2717"
-            words, _ = shown(page, None)
             share = int(re.search(rf": {class_name} (\d+)% {sign} under this gate", words)[1])
             assert abs(share - 100 * mixtures[state].max()) < 0.6
             assert f"{int((answered == subject.label).sum())} of 120 gates answer" in words
@@ -336,8 +324,7 @@ def test_the_site_works_from_a_file_without_a_network(tmp_path):
         page.on("requestfailed", lambda request: problems.append(request.url))
         page.goto(build_site(settings).as_uri())
         page.click("text=00_start_here")
-        equation = page.locator(".equation math").first
-        assert equation.bounding_box()["height"] > 10, "an equation is drawn"
+        assert page.locator(".equation math").first.bounding_box()["height"] > 10, "an equation is drawn"
         page.click("text=All notebooks and figures")
         page.click("text=Step through")
         changed_by(page, lambda: page.press("#step", "End"), WORDS, PICTURES, view=None)
