@@ -9,13 +9,12 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 
 import pandas as pd
 import psutil
 import pytest
 import yaml
-from graph import job_command, reproduce_command, tables
+from graph import job_command, reproduce_command, tables, wait_for
 from PIL import Image
 
 from immunity_lib.data import find_source
@@ -187,8 +186,7 @@ def test_data_removed_in_the_middle(tmp_path, gone):
     victim = data / "test/class3" if gone == "a class" else min((data / "test/class3").iterdir())
     aside, models = tmp_path / "aside", outputs[1] / "runs/own/models"
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while run.poll() is None and len(list(models.glob("*/record.json"))) < 2:
-        time.sleep(0.2)
+    wait_for(lambda: run.poll() is not None or len(list(models.glob("*/record.json"))) >= 2, 1500)
     victim.rename(aside)
     _, printed = run.communicate(timeout=1500)
     if gone == "a class":
