@@ -157,14 +157,11 @@ ROBNETS = {0: 0.02, 10: 0.61, 20: 1.2, 95: (1.2 + 0.001) / 2, 170: 0.001}  # as 
 
 @pytest.mark.parametrize(
     ("schedule", "factors"),
-    [
-        ("constant", {0: 1, 0.25: 1, 1: 1}),
-        ("multistep", {0: 1, 0.25: 1, 0.5: 0.1, 0.75: 0.01, 1: 0.01}),
-        ("one-cycle", {0: 1e-3, 0.125: 0.5, 0.25: 1, 0.5: 2 / 3, 0.75: 1 / 3, 1: 1e-3}),
-        ("cosine", {0: 1, 0.25: QUARTER, 0.5: 0.5, 0.75: 1 - QUARTER, 1: 0}),
-        ("warmup-cosine", {epoch / 170: rate / 1.2 for epoch, rate in ROBNETS.items()}),
-    ],
-)
+    [("constant", {0: 1, 0.25: 1, 1: 1}), ("multistep", {0: 1, 0.25: 1, 0.5: 0.1, 0.75: 0.01, 1: 0.01}),
+     ("one-cycle", {0: 1e-3, 0.125: 0.5, 0.25: 1, 0.5: 2 / 3, 0.75: 1 / 3, 1: 1e-3}),
+     ("cosine", {0: 1, 0.25: QUARTER, 0.5: 0.5, 0.75: 1 - QUARTER, 1: 0}),
+     ("warmup-cosine", {epoch / 170: rate / 1.2 for epoch, rate in ROBNETS.items()})],
+)  # fmt: skip
 def test_learning_rate_schedules(schedule, factors):
     assert {done: training.learning_rate_factor(schedule, done) for done in factors} == pytest.approx(factors)
 
