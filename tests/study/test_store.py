@@ -106,15 +106,12 @@ def rename_a_weight(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda folder: spoil(folder / "model.safetensors", "truncated"),
-        lambda folder: spoil(folder / "model.safetensors", "flipped bit"),
-        lambda folder: spoil(folder / "record.json", "truncated"),
-        lambda folder: write_json(folder / "record.json", {"weights": store.checksum(folder / "model.safetensors")}),
-        swap_with_another_seed,
-        rename_a_weight,
-    ],
-)
+    [lambda folder: spoil(folder / "model.safetensors", "truncated"),
+     lambda folder: spoil(folder / "model.safetensors", "flipped bit"),
+     lambda folder: spoil(folder / "record.json", "truncated"),
+     lambda folder: write_json(folder / "record.json", {"weights": store.checksum(folder / "model.safetensors")}),
+     swap_with_another_seed, rename_a_weight],
+)  # fmt: skip
 def test_D7_damaged_model_is_set_aside_and_trained_anew(settings, dataset, training, capsys, damage):
     expected = trained_model(settings, NAME, dataset).state_dict()
     folder = model_folder(settings, NAME)
