@@ -111,10 +111,8 @@ def test_table3_has_attacks_and_scores_in_one_row(world, settings):
 @pytest.mark.parametrize("defence", sorted(set(tables.DEFENCES) - {"switching"}))
 def test_gates_table_shows_every_gate_of_every_mixture_under_pgd(world, settings, defence):
     """Oracle: verdicts counted one by one. Six gates fill no byte: what pads it is no gate."""
-    table = tables.gates_table(settings)
-    assert set(table["model"]) == {"MoE", "Immunity"}
-    assert set(table["attacked gate"]) == {"switch", "uniform"}
-    names = models(catalogue.table3_models(settings), "moe")
+    table, names = tables.gates_table(settings), models(catalogue.table3_models(settings), "moe")
+    assert set(table["model"]) == {"MoE", "Immunity"} and set(table["attacked gate"]) == {"switch", "uniform"}
     expected = mean(world.accuracy(name, "pgd", "uniform", defence=defence) for name in names)
     labels = {"training": "standard", "model": "MoE", "attacked gate": "uniform"}
     column = tables.DEFENCES[defence].removesuffix(" (%)")
@@ -140,11 +138,12 @@ def test_a_reader_can_add_numbers_of_the_paper_and_a_faulty_file_is_named(settin
     row = text[(text["model"] == "MoE") & (text["source"] == "paper")].iloc[0]
     assert (row["clean (%)"], row["PGD (%)"], row["FGSM (%)"]) == ("94.74", "12.5", "")
     assert row["CScore (pixels^4)"] == "80 as printed"
-    for content, told in (
-        (shipped + line.format("PGD,ninety"), "ninety"),
-        (shipped + 2 * line.format("PGD,1"), "MoE"),
-        ("table,model,value\n", ""),
-    ):
+    faulty = {
+        "ninety": shipped + line.format("PGD,ninety"),
+        "MoE": shipped + 2 * line.format("PGD,1"),
+        "": "table,data\n",
+    }
+    for told, content in faulty.items():
         path.write_text(content)
         with pytest.raises(ValueError, match=f"(?s)reported.csv needs table, data.*{told}"):
             tables.table3(settings)
@@ -232,9 +231,9 @@ def test_the_suite_has_a_row_for_every_attack_and_a_column_for_every_defence(wor
     assert list(own["attack"].unique()) == [attack for attack, _, _ in ADAPTIVE]
     ours = own[own["attack"] == "noise"].set_index("column")["value"]
     assert list(ours.index) == ["expected over switches", "plain ensemble", "switching", "frozen gate", "every switch"]
+    attacked = models(names, "moe", "adversarial")
     for column, defence in {"expected over switches": "switched", "plain ensemble": "uniform"}.items():
-        shares = [world.accuracy(name, "noise", "all gates", "adaptive", defence)
-                  for name in models(names, "moe", "adversarial")]  # fmt: skip
+        shares = [world.accuracy(name, "noise", "all gates", "adaptive", defence) for name in attacked]
         assert ours[column] == pytest.approx(mean(shares))
     assert ours["switching"] == pytest.approx(ours["expected over switches"] - ours["plain ensemble"])
 
