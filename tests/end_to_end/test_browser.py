@@ -87,16 +87,6 @@ def browser_page(width=1300, **options):
         browser.close()
 
 
-def run_all(page, address, notebook):
-    """Open a notebook and have all of its cells run. It lies in the folder that is served."""
-    page.goto(f"{address}/lab/tree/{notebook.name}?token={TOKEN}")
-    page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
-    # The notebook's own indicator says idle before the kernel is connected
-    page.wait_for_selector(IDLE)
-    page.click("text=Run")
-    page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
-
-
 def wait_for_the_end(page, notebook):
     """Save the notebook until every cell has been run, or one has failed; its code cells."""
     deadline = time.monotonic() + 2 * PATIENCE
@@ -221,14 +211,6 @@ def show_in_theme(page, theme, width):
     page.set_viewport_size({"width": width, "height": 2400})
 
 
-def take_picture(page, path):
-    """Of the whole explorer, with a record beside it."""
-    page.wait_for_timeout(5000)
-    page.locator(".widget-vbox", has=page.locator(".explorer-gallery")).first.screenshot(path=path)
-    taken = {"kind": "screenshot", "notebook": "05_heatmaps", "width": page.viewport_size["width"]}
-    write_json(path.with_suffix(".json"), taken | {"provenance": provenance()})
-
-
 def test_the_explorer_moves_in_jupyterlab(tmp_path, state, pytestconfig):
     """From opening the notebook to moved maps, nothing trained: the weights come with it. In either theme."""
     pictures = pytestconfig.getoption("screenshots") or tmp_path
@@ -236,7 +218,11 @@ def test_the_explorer_moves_in_jupyterlab(tmp_path, state, pytestconfig):
     notebook = written(folder, "05_heatmaps", output_folder=str(tmp_path), **FEW)
     with jupyterlab(folder, state) as address, browser_page() as page:
         started = time.monotonic()
-        run_all(page, address, notebook)
+        page.goto(f"{address}/lab/tree/{notebook.name}?token={TOKEN}")
+        page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")
+        page.wait_for_selector(IDLE)  # the notebook's own indicator says so before the kernel is connected
+        page.click("text=Run")
+        page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
         page.wait_for_selector(".jp-OutputArea img")
         print(f"first picture after {time.monotonic() - started:.1f} s")
         page.wait_for_selector(FRAME, state="attached")
@@ -258,7 +244,11 @@ def test_the_explorer_moves_in_jupyterlab(tmp_path, state, pytestconfig):
                 changed_by(page, partial(page.click, f".explorer-image-{number}"), WORDS, PICTURES)
             colours.append(page.locator(FRAME).evaluate(COLOUR))
             assert frame.locator("body").evaluate(COLOUR) == colours[-1], "words are in the theme's colour"
-            take_picture(page, pictures / f"explorer-{theme.lower()}.png")
+            page.wait_for_timeout(5000)
+            path = pictures / f"explorer-{theme.lower()}.png"
+            page.locator(".widget-vbox", has=page.locator(".explorer-gallery")).first.screenshot(path=path)
+            taken = {"kind": "screenshot", "notebook": "05_heatmaps", "width": width, "provenance": provenance()}
+            write_json(path.with_suffix(".json"), taken)
         assert len(set(colours)) == 2
         print(f"explorer used after {time.monotonic() - started:.1f} s")
 
