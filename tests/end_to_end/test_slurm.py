@@ -37,14 +37,6 @@ def profile(tmp_path):
     return folder
 
 
-def hang(settings):
-    """Stop the kernel of one training after its first epoch, as if the node had hung."""
-    wait_for((settings.runs / "models" / HANGING / "checkpoint.safetensors").exists, 1200)
-    job = read_json(settings.runs / f"jobs/02_training-{HANGING}.json")
-    for kernel in psutil.Process(job["process"]).children():
-        kernel.send_signal(signal.SIGSTOP)
-
-
 @pytest.mark.node
 @pytest.mark.skipif(bool(missing()), reason=f"Slurm is not installed: {missing()} not found")
 def test_the_smoke_graph_through_sbatch(profile, smoke, tmp_path):
@@ -54,7 +46,11 @@ def test_the_smoke_graph_through_sbatch(profile, smoke, tmp_path):
     with slurm_cluster(folder, slots=2) as environment:
         heard = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         run = subprocess.Popen(command, cwd=ROOT, env=environment, **heard)
-        hang(settings)
+        # Stop the kernel of one training after its first epoch, as if the node had hung
+        wait_for((settings.runs / "models" / HANGING / "checkpoint.safetensors").exists, 1200)
+        job = read_json(settings.runs / f"jobs/02_training-{HANGING}.json")
+        for kernel in psutil.Process(job["process"]).children():
+            kernel.send_signal(signal.SIGSTOP)
         printed = "\n".join(run.communicate(timeout=2400))
         history = (folder / "log" / "jobs.txt").read_text()
         asked = ["scontrol", "show", "job", "--oneliner"]
@@ -69,12 +65,7 @@ def test_the_smoke_graph_through_sbatch(profile, smoke, tmp_path):
     assert f"{HANGING} goes on after epoch 1" in printed
     on_gpu = [job for job in shown.stdout.splitlines() if "Comment=rule_measure_a" in job]  # attacks and adaptive
     assert on_gpu and all("TresPerJob=gres:gpu:1" in job for job in on_gpu)
-    assert at_once(ended) == 2
+    spans = [[datetime.fromisoformat(job[when]) for when in ("StartTime", "EndTime")] for job in ended]
+    assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) == 2, "jobs at a time"
     here, there = (tables(load_preset("smoke", output_folder=str(one)).figures) for one in (smoke[0], output))
     assert here.keys() == there.keys() and not [name for name in here if here[name] != there[name]]
-
-
-def at_once(ended):
-    """The largest number of jobs that ran at the same time."""
-    spans = [[datetime.fromisoformat(job[when]) for when in ("StartTime", "EndTime")] for job in ended]
-    return max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
