@@ -18,15 +18,6 @@ from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, 
 from immunity_lib.moe import ExpertOutputs
 
 
-def outputs_with_weights(signs):
-    """One synthetic "expert" per sign: class 0 is its mean activation times the sign."""
-    generator = torch.Generator().manual_seed(0)
-    activations = tuple(torch.rand(4, 3, 8, 8, generator=generator).requires_grad_() for _ in signs)
-    means = [torch.stack([one.mean((1, 2, 3)), one[:, 0].mean((1, 2))], dim=1) for one in activations]
-    logits = torch.stack([sign * mean for sign, mean in zip(signs, means, strict=True)], dim=1)
-    return ExpertOutputs(logits, torch.full((4, len(signs)), -math.log(len(signs))), activations)
-
-
 @pytest.mark.parametrize(
     ("explained", "score"),
     [
@@ -70,7 +61,11 @@ def test_maps_agree_with_pytorch_grad_cam_up_to_scaling(model, images):
 
 @pytest.mark.parametrize(("signs", "floor"), [([+1, -1], 0.0), ([-1, -1], 0.0), ([-1, -1], 0.1)])
 def test_empty_map_is_uniform_counted_and_harmless(signs, floor):
-    outputs = outputs_with_weights(signs)  # negative weights: the ReLU leaves nothing
+    """Of synthetic "experts": class 0 is the mean activation times the sign; if negative, the ReLU leaves nothing."""
+    activations = tuple(torch.rand(4, 3, 8, 8).requires_grad_() for _ in signs)
+    means = [torch.stack([one.mean((1, 2, 3)), one[:, 0].mean((1, 2))], dim=1) for one in activations]
+    logits = torch.stack([sign * mean for sign, mean in zip(signs, means, strict=True)], dim=1)
+    outputs = ExpertOutputs(logits, torch.full((4, len(signs)), -math.log(len(signs))), activations)
     maps = heatmaps_from_outputs(outputs, torch.zeros(4, dtype=torch.int64), create_graph=True, floor=floor)
     assert torch.equal(maps[:, 1], torch.full((4, 32, 32), 1 / 1024))
     empty = [sign < 0 for sign in signs]
