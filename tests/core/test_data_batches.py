@@ -16,9 +16,7 @@ from immunity_lib.data.batches import affine_maps, cut_out, evaluation_batches, 
 
 @pytest.fixture
 def image_set():
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (101, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return ImageSet(pixels, torch.arange(101))
+    return ImageSet(torch.randint(0, 256, (101, 3, 32, 32), dtype=torch.uint8), torch.arange(101))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +64,7 @@ def test_all_is_drawn_from_the_generator_by_the_call_and_in_this_order(image_set
     drawn, generator = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
     order = torch.randperm(101, generator=drawn)[:40]
     maps = random_maps(101, drawn, 9.0)[:40]
-    centres = torch.randint(0, 32, (101, 2), generator=drawn)[:40]
-    fill = (0.3, 0.2, 0.1)
+    centres, fill = torch.randint(0, 32, (101, 2), generator=drawn)[:40], (0.3, 0.2, 0.1)
     batches = training_batches(image_set, 40, generator, rotation=9.0, cutout=6, fill=fill)
     assert torch.equal(generator.get_state(), drawn.get_state())
     images, labels = next(batches)
@@ -98,8 +95,7 @@ def test_impossible_batch_sizes_and_rows_are_named(image_set):
 
 def test_cutout_hides_a_square_in_the_given_colour_and_nothing_else():
     images = torch.rand(3, 3, 32, 32)
-    centres = torch.tensor([[16, 10], [0, 31], [31, 3]])
-    fill = (0.1, 0.2, 0.3)
+    centres, fill = torch.tensor([[16, 10], [0, 31], [31, 3]]), (0.1, 0.2, 0.3)
     hidden = cut_out(images, centres, 8, fill)
     for image, before, (row, column) in zip(hidden, images, centres.tolist(), strict=True):
         expected = before.clone()  # against the loop of the published description
