@@ -167,8 +167,7 @@ def test_C10_a_damaged_archive_is_named_with_the_remedy(_, tmp_path):
     with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or damaged.*replace"):
         load_dataset("cifar10", tmp_path)
     packed = _pack(archive)
-    content = packed.read_bytes()[:500]
-    packed.write_bytes(content)
+    packed.write_bytes(content := packed.read_bytes()[:500])
     for prepare in (lambda _: None, _write_archive):  # alone, and beside an extracted one
         prepare(tmp_path)
         with pytest.raises(ValueError, match="python.tar.gz is incomplete or damaged.*replace"):
