@@ -24,8 +24,7 @@ def test_the_images_and_masks_of_a_seed_never_change(train):
     masks = image_set.part_masks.numpy().tobytes() + image_set.background.numpy().tobytes()
     assert hashlib.sha256(masks).hexdigest() == MASKS_OF_SEED_0
     others = [("train", 1), ("test", 0), ("test-shifted", 0)]
-    checksums = {parts10.generate(split, 300, seed).checksum for split, seed in others}
-    assert len(checksums | {IMAGES_OF_SEED_0}) == 4
+    assert len({parts10.generate(split, 300, seed).checksum for split, seed in others} | {IMAGES_OF_SEED_0}) == 4
     dataset = load_dataset("parts10", train_images=300, validation_images=50, test_images=20)
     assert dataset.splits["validation"].checksum == train.rows(300, 350).checksum
 
@@ -38,8 +37,7 @@ def test_no_two_parts_confuse_the_same_classes():
 
 
 def test_masks_are_disjoint_and_every_bird_shows_a_part(train):
-    overlap = train.part_masks.sum(dim=1) + train.background.long()
-    assert overlap.max() == 1
+    assert (train.part_masks.sum(dim=1) + train.background.long()).max() == 1
     area = train.part_masks.sum(dim=(2, 3))
     assert area.amax(dim=1).min() >= 10
     # One part in four is always there; the others are with the rest of the probability.
