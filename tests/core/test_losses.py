@@ -110,10 +110,9 @@ def test_total_is_eq_12(outputs, maps, alpha, beta, gamma, coordinates):
     """(1/B) { sum_q CE + (beta/N) sum_q MI + gamma/(N (N - 1)) PS }, for B = 4 and N = 3."""
     weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "coordinates": coordinates}
     loss = losses.immunity_loss(outputs, LABELS, maps, **weights)
-    scale = 1 / 5 if coordinates == "unit" else 1.0
     cross_entropy = cross_entropy_by_loops(outputs, LABELS, alpha)
     information = mutual_information_by_loops(maps.numpy())
-    stability = position_stability_by_loops(maps.numpy(), scale)
+    stability = position_stability_by_loops(maps.numpy(), 1 / 5 if coordinates == "unit" else 1.0)
     total = cross_entropy + beta / 3 * information + gamma / (3 * 2) * stability / 4
     assert loss.total.item() == pytest.approx(total, rel=1e-12)
     assert loss.cross_entropy.item() == pytest.approx(cross_entropy)
