@@ -60,8 +60,7 @@ def test_switching_draws_each_permutation_equally_often(gate):
         orders = [next(order for order, one in known.items() if torch.equal(one[q], mixture[q])) for q in range(4)]
         drawn[orders[0]] += 1
         differ += len(set(orders)) > 1
-    assert len(drawn) == 6
-    assert all(50 < count < 150 for count in drawn.values())  # five deviations from 100
+    assert len(drawn) == 6 and all(50 < count < 150 for count in drawn.values())  # five deviations from 100
     assert differ == 0 if gate == "switch" else differ > 570  # all four agree once in 216 times
 
 
