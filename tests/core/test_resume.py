@@ -26,12 +26,11 @@ def checkpoint(folder):
     return folder / "checkpoint.safetensors"
 
 
-def assert_same_run(folder, expected):
+def assert_same_run(*folders):
     """The same weights, momentum, random state and log, to the bit."""
-    ours, theirs = (read_tensors(checkpoint(one))[0] for one in (folder, expected))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    ours, theirs = (pd.read_json(one / "log.jsonl", lines=True).drop(columns="seconds") for one in (folder, expected))
-    pd.testing.assert_frame_equal(ours, theirs, check_exact=True, check_like=True)
+    torch.testing.assert_close(*(read_tensors(checkpoint(one))[0] for one in folders), rtol=0, atol=0)
+    logs = (pd.read_json(one / "log.jsonl", lines=True).drop(columns="seconds") for one in folders)
+    pd.testing.assert_frame_equal(*logs, check_exact=True, check_like=True)
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +134,7 @@ WEIGHT, ONE = "model.gate.linear.weight", torch.zeros(1)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("truncated", "not a whole file"), ("empty", "not a whole file"),
-        ("foreign", "not a whole file"),
+        ("truncated", "not a whole file"), ("empty", "not a whole file"), ("foreign", "not a whole file"),
         (lambda tensors, notes: notes.update(recipe={"epochs": 1}), "other settings or data"),
         (lambda tensors, notes: notes.update(data="0" * 64), "other settings or data"),
         (lambda tensors, notes: notes.pop("log"), "'log'"),
@@ -161,7 +159,6 @@ def test_D7_unusable_checkpoint_is_set_aside_and_training_starts_anew(
     train(recipe, dataset, folder)
     (aside,) = folder.glob("checkpoint.safetensors.aside-*")
     assert aside.read_bytes() == spoilt
-    message = capsys.readouterr().err
-    assert f"set aside as {aside}: " in message and reason in message
-    assert "training starts anew" in message
+    assert f"set aside as {aside}: " in (message := capsys.readouterr().err)
+    assert reason in message and "training starts anew" in message
     assert_same_run(folder, uninterrupted)
