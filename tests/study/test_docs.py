@@ -118,3 +118,4 @@ def test_an_image_passes_the_modules_that_the_architecture_lists(make_settings, 
     listed = re.findall(r"^\d+\. `([\w.]+)`", ARCHITECTURE, re.MULTILINE)
     called = {re.sub(r"^(immunity_lib|study)\.", "", one) for one in passed & GRAPH.keys()}
     assert called == set(listed) - {"data.images"} | {"data.parts10"}
+    assert len(listed) <= 18
