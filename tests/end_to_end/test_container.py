@@ -15,6 +15,7 @@ from graph import wait_for
 from study.settings import ROOT, load_preset
 from study.store import read_json
 
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ENTRY = ROOT / "container" / "entry.sh"
 WORDS = {"reproduce", "lab", "papermill", "plan", "status", "site", "test"}
 
@@ -28,6 +29,14 @@ def test_hadolint_finds_nothing():
     hadolint = Path(sys.executable).with_name("hadolint")
     found = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+def test_the_base_is_pinned_and_the_user_not_root():
+    (base,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert re.findall(r"^FROM (.*)$", DOCKERFILE, re.MULTILINE) == ["${BASE_IMAGE}"]
+    assert re.fullmatch(r"debian:\d+\.\d+-slim", base)
+    *_, user = re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
 
 
 def test_the_entry_starts_what_exists():
