@@ -5,7 +5,7 @@ import sys
 
 ABSENT = [  # of what `pip install .` does not bring
     "IPython", "ipywidgets", "jinja2", "jupyterlab", "matplotlib", "nbconvert", "pandas", "papermill", "psutil",
-    "pyarrow", "pydantic", "seaborn", "snakemake", "statsmodels", "study", "voila", "yaml",
+    "pyarrow", "pydantic", "seaborn", "snakemake", "study", "voila", "yaml",
 ]  # fmt: skip
 READER = f"import sys; sys.modules |= dict.fromkeys({ABSENT})  # importing one is an error"
 READER += """
