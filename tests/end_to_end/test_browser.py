@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
 
@@ -255,8 +255,11 @@ def test_the_explorer_moves_in_jupyterlab(tmp_path, state, pytestconfig):
 
 def kernels(process):
     """Those that a server has started and not ended."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "ipykernel" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that is just ending
+            found += [child] * ("ipykernel" in " ".join(child.cmdline()))
+    return found
 
 
 def test_B8_the_explorer_moves_on_voila_s_page_and_its_kernels_end(tmp_path, state):
