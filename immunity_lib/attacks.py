@@ -76,22 +76,23 @@ def attack_images(
 
 def ascent_path(
     objective: Callable[[Tensor], Tensor], images: Tensor, *,
-    eps: float | Tensor, step_size: float, steps: int, random_start: bool = True,
+    eps: float | Tensor, step_size: float, steps: int, random_start: bool = True, falling: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
     """PGD (Madry et al. 2018, arXiv 1706.06083): where it starts, and where it is after each step.
 
     objective: from points (B, 3, 32, 32) to what is raised, (B,). eps: a float, or each image's own as (B, 1, 1, 1),
-    then without a random start.
+    then without a random start. falling: the step falls from step_size to 0 by a cosine.
     """
     points = images = images.detach()
     if random_start:
         points = (points + torch.empty_like(points).uniform_(-eps, eps)).clamp(0, 1)
     yield points
-    for _ in range(steps):
+    for step in range(steps):
         start = points.clone().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(objective(start).sum(), start)
-        points = within_budget(points + step_size * gradient.sign(), images, eps)
+        length = step_size * (1 + math.cos(math.pi * step / steps)) / 2 if falling else step_size
+        points = within_budget(points + length * gradient.sign(), images, eps)
         yield points
 
 
@@ -157,20 +158,24 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
     Images that every gate gets wrong are let be."""
     check_batch(model, images, labels)
     best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
-    for raised in AIMS.values():
-        left = (fooled < 1).nonzero().squeeze(1)
+
+    def climb(raised: Callable[[ExpertOutputs, Tensor], Tensor], left: Tensor) -> None:
         start, theirs = images[left], labels[left]
-        points = within_budget(start + torch.empty_like(start).uniform_(-eps, eps), start, eps)
-        for step in range(steps + 1):
-            points.requires_grad_()
-            with torch.enable_grad():
-                outputs = model.expert_outputs(points)
-                (gradient,) = torch.autograd.grad(raised(outputs, theirs).sum(), points)
-            points, share = points.detach(), verdicts(outputs, theirs).failure
+
+        def look_at(points: Tensor) -> ExpertOutputs:
+            share = verdicts(outputs := model.expert_outputs(points), theirs).failure
             better = share > fooled[left]
-            best[left[better]], fooled[left[better]] = points[better], share[better]
-            length = eps * (1 + math.cos(math.pi * step / steps)) / 2
-            points = within_budget(points + length * gradient.sign(), start, eps)
+            best[left[better]], fooled[left[better]] = points[better].detach(), share[better]
+            return outputs
+
+        path = ascent_path(
+            lambda points: raised(look_at(points), theirs), start, eps=eps, step_size=eps, steps=steps, falling=True
+        )
+        *_, last = path
+        look_at(last)
+
+    for raised in AIMS.values():
+        climb(raised, (fooled < 1).nonzero().squeeze(1))
     return best
 
 
