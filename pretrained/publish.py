@@ -15,14 +15,15 @@ from immunity_lib.files import read_tensors, write_tensors
 from immunity_lib.moe import ImmunityMoE
 from study.catalogue import ModelName, explored_models, measured_models, trained_models
 from study.graph import parse_options, preset_parser
+from study.measure import ASKED
 from study.settings import Settings
 from study.store import (
     WEIGHTS,
     checksum,
-    find_record,
     load_data,
     own_folder,
     pretrained_folder,
+    record_path,
     trained_model,
     training_record,
     write_json,
@@ -31,13 +32,13 @@ from study.store import (
 
 def publish_measurements(settings: Settings, name: ModelName) -> None:
     """Write what was measured of a model, and how it was trained, to pretrained/<preset>/<name>/."""
-    folder, own = pretrained_folder(settings, name), settings.model_copy(update={"pretrained": False})
+    folder = pretrained_folder(settings, name)
     folder.mkdir(parents=True, exist_ok=True)
     record = own_folder(settings, name) / "record.json"
     if record.exists() and not (folder / WEIGHTS).exists():
         shutil.copy(record, folder)
-    for kind in ("attacks", "adaptive", "scores"):
-        found = find_record(own, name, kind)
+    for kind in ASKED:
+        found = record_path(settings, name, kind)
         for path in (found, found.with_suffix(".parquet")):
             if path.exists():
                 shutil.copy(path, folder / f"{kind}{path.suffix}")
@@ -77,7 +78,8 @@ def publish_all(settings: Settings, measurements: bool) -> None:
     for name in explored_models(settings):
         publish_weights(settings, name, dataset)
     if measurements:
-        for name in dict.fromkeys([*trained_models(settings), *measured_models(settings, "attacks")]):
+        measured = [name for kind in ASKED for name in measured_models(settings, kind)]
+        for name in dict.fromkeys([*trained_models(settings), *measured]):
             publish_measurements(settings, name)
 
 

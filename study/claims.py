@@ -16,7 +16,7 @@ from scipy import stats
 from study import catalogue
 from study.catalogue import DATA, METHODS, NETWORKS
 from study.settings import Settings
-from study.tables import SCORES, read_rows
+from study.tables import SCORES, read_rows, right_experts
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 VERDICTS = ("holds", "does not hold", "no effect", "undecided", "one training: no verdict", "not testable")
@@ -235,6 +235,9 @@ def by_image(settings: Settings, kind: str, column: str, **model: str) -> np.nda
     rows = rows[rows[chosen_by].str.fullmatch(wanted_rows)]
     if frame == "attacks":
         rows = rows[rows["sees"].isin(["", settings.attack_gates[0]])]
+    if "expert" in column and len(rows):
+        rows = rows.reset_index(drop=True)
+        rows = rows.assign(**right_experts(rows, settings.recipe.experts))
     if rows.empty or column not in rows or rows[column].isna().all():
         raise NotTestable(f"the preset measures no {kind} of {DATA[data]}")
     groups = rows.groupby(["seed", "image"])[column]

@@ -23,10 +23,14 @@ ControlName = Literal["standalone", "standalone-wide", "ensemble"]
 AdaptiveName = Literal["baselines", ControlName, "moe", "immunity"]
 Regime = Literal["standard", "adversarial", "trades", "alp"]
 Count = Annotated[int, Field(gt=0)]
-# 0.031 means 31/1000, not the nearest binary fraction
-Magnitude = Annotated[
-    Fraction, BeforeValidator(lambda one: str(one) if isinstance(one, float) else one), Field(gt=0, le=1)
-]
+
+
+def _exactly(value: Any) -> Any:
+    """A decimal as it was written: 0.031 means 31/1000, not the nearest binary fraction."""
+    return str(value) if isinstance(value, float) else value
+
+
+Magnitude = Annotated[Fraction, BeforeValidator(_exactly), Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -153,9 +157,8 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
             raise ValueError(f"{field} = {folder!r} is an address; {ask}")
         if isinstance(folder, str) and folder.startswith("~"):
             content = {**content, field: str(Path(folder).expanduser())}
-    # What regimes under attack use; 0.031 means 31/1000, not the nearest binary fraction
-    recipe = {"adversary": "pgd"} | {
-        name: Fraction(str(value)) if isinstance(value, float) and name.startswith(("eps", "step")) else value
+    recipe = {"adversary": "pgd"} | {  # what regimes under attack use
+        name: _exactly(value) if name in ("eps", "step_size") else value
         for name, value in content.items()
         if name in TRAINING
     }

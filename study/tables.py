@@ -47,16 +47,16 @@ def read_rows(settings: Settings, names: Names, kind: str) -> pd.DataFrame:
     frame = read_frame(settings, names, kind).rename(columns={"model": "name"})
     frame["model"] = list(map(catalogue.method_title, frame["method"], frame["expert"]))
     frame["data"], frame["training"] = frame["data"].map(DATA), frame["regime"]
-    frame = frame[frame["split"] == "test"].reset_index(drop=True)
-    return frame.assign(**_right_experts(frame, settings.recipe.experts))
+    return frame[frame["split"] == "test"].reset_index(drop=True)
 
 
-def _right_experts(frame: pd.DataFrame, experts: int) -> dict[str, np.ndarray]:
-    """Shares of a model's experts that are right alone: of all, of the one under attack, and of the others."""
+def right_experts(frame: pd.DataFrame, experts: int) -> dict[str, np.ndarray]:
+    """Shares of a model's experts that are right alone: of all, of the one under attack, and of the others. frame: rows
+    as `read_rows` gives them, numbered from 0; experts: of a mixture."""
     longest = frame["experts"].str.len().max()
     packed = b"".join(one.ljust(longest, b"\0") for one in frame["experts"])
     right = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(len(frame), -1), axis=1)
-    count = np.where(frame["method"].str.startswith("standalone"), 1, experts)
+    count = np.where(frame["method"].isin(catalogue.SINGLE), 1, experts)
     attacked = frame["attack"].str.extract(r"pgd-expert-(\d+)")[0].astype(float)
     one = np.where(attacked.notna(), right[frame.index, attacked.fillna(1).astype(int) - 1], np.nan)
     others = (right.sum(1) - one) / np.maximum(count - 1, 1)
@@ -68,7 +68,7 @@ def gate_cells(settings: Settings, names: Names, kind: str = "attacks") -> pd.Da
     labels = ["name", "data", "training", "model", "seed", "family", "attack", "sees"]
     cells = []
     for key, rows in read_rows(settings, names, kind).groupby(labels, sort=False):
-        experts = 1 if rows["method"].iloc[0].startswith("standalone") else settings.recipe.experts
+        experts = 1 if rows["method"].iloc[0] in catalogue.SINGLE else settings.recipe.experts
         packed = np.frombuffer(b"".join(rows["gates"]), np.uint8).reshape(len(rows), -1)
         by_gate = np.unpackbits(packed, axis=1, count=min(math.factorial(experts), DRAWN)).mean(0)
         found = rows[["switched", "uniform", "trained"]].astype(float).mean()

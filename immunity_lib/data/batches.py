@@ -45,11 +45,10 @@ class ImageSet:
         """The rows from start up to stop, not copied; ValueError where there are none."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"rows {start} to {stop} asked for, of an image set of {len(self)}")
-        tensors = (self.images, self.labels, self.part_masks, self.background)
-        return ImageSet(*(None if tensor is None else tensor[start:stop] for tensor in tensors))
+        return self.select(slice(start, stop))
 
-    def select(self, rows: Tensor) -> "ImageSet":
-        """The rows of these numbers, in their order."""
+    def select(self, rows: Tensor | slice) -> "ImageSet":
+        """The rows of these numbers, in their order; those of a slice are not copied."""
         tensors = (self.images, self.labels, self.part_masks, self.background)
         return ImageSet(*(None if tensor is None else tensor[rows] for tensor in tensors))
 
