@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 
 import nbclient
@@ -130,3 +132,13 @@ def test_what_was_damaged_is_set_aside_and_made_again(smoke, settings):
     assert all(again[key].equal(value) for key, value in tensors.items())
     pd.testing.assert_frame_equal(pd.read_parquet(record.with_suffix(".parquet")), frame)
     pd.testing.assert_frame_equal(pd.read_parquet(scores), scored)
+
+
+@pytest.mark.parametrize(("parameter", "value", "told"), [("epohcs", "3", "epochs"), ("preset", "nosuch", "demo")])
+def test_a_wrong_parameter_of_papermill_fails_before_computing(parameter, value, told, tmp_path):
+    """papermill itself only warns of an unknown one."""
+    command = [sys.executable, "-m", "papermill", "notebooks/02_training.ipynb", str(tmp_path / "out.ipynb")]
+    done = subprocess.run([*command, "-p", parameter, value, "-k", "python3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and {parameter, value} & set(re.findall(r"\w+", done.stderr)) and told in done.stderr, (
+        done.stderr
+    )
