@@ -73,19 +73,22 @@ class Recipe:
             "train_images": 2, "validation_images": 1, "experts": 1, "layers": 3, "epochs": 1,
             "batch_size": 2, "adversary_steps": 1,
         }  # fmt: skip
+        wrong = []
         for name, value in vars(self).items():
             if value is None or isinstance(value, bool | str):
                 continue
             low = least.get(name, 0)
-            if not low <= value < math.inf:  # so phrased that NaN fails
-                raise ValueError(f"{name} is {value}; it must be at least {low}")
-            if name in ("width", "learning_rate", "eps", "step_size") and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
             high = {"width": 4, "eps": 1, "step_size": 1, "seed": 2**63 - 1}.get(name, math.inf)
-            if value > high:
-                raise ValueError(f"{name} is {value}; it must be at most {high}")
-            if name in ("momentum", "drop_path") and value >= 1:
-                raise ValueError(f"{name} is {value}; it must be below 1")
+            if not low <= value < math.inf:  # so phrased that NaN fails
+                wrong.append(f"{name} is {value}; it must be at least {low}")
+            elif name in ("width", "learning_rate", "eps", "step_size") and not value > 0:
+                wrong.append(f"{name} is {value}; it must be above 0")
+            elif value > high:
+                wrong.append(f"{name} is {value}; it must be at most {high}")
+            elif name in ("momentum", "drop_path") and value >= 1:
+                wrong.append(f"{name} is {value}; it must be below 1")
+        if wrong:
+            raise ValueError("\n".join(wrong))
 
     def as_json(self) -> dict[str, Any]:
         """The fields for a JSON file, fractions as text."""

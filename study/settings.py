@@ -84,17 +84,20 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        wrong = []
         for field, values in [("datasets", self.datasets), *self]:
             if isinstance(values, list) and len(set(values)) < len(values):
-                raise ValueError(f"{field} repeat: {values}; give each once")
+                wrong.append(f"{field} repeat: {values}; give each once")
         if (experts := self.recipe.experts) < 2:
-            raise ValueError(f"experts is {experts}; a mixture has at least 2")
+            wrong.append(f"experts is {experts}; a mixture has at least 2")
         if "images" in self.datasets and not self.data_folder:
-            raise ValueError("data set images, but data_folder is empty; name the folder with a folder for each class")
+            wrong.append("data set images, but data_folder is empty; name the folder with a folder for each class")
         for field in ("attacked_images", "adaptive_images"):
             count, available = getattr(self, field), self.test_images
             if None not in (available, count) and count > available:
-                raise ValueError(f"{field} is {count}, but test_images only {available}; lower it, or raise those")
+                wrong.append(f"{field} is {count}, but test_images only {available}; lower it, or raise those")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     @property

@@ -43,8 +43,10 @@ def test_D16_bad_value_is_named_with_what_would_be_right(field, value, message):
 
 
 def test_all_problems_are_named_at_once_and_an_unknown_preset_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="(?s)epochs is -1.*unknown parameter .bta."):
-        load_preset("smoke", epochs=-1, bta=1)
+    with pytest.raises(ValueError, match="(?s)width is 0.*epochs is -1.*unknown parameter .bta."):
+        load_preset("smoke", epochs=-1, width=0, bta=1)
+    with pytest.raises(ValueError, match="(?s)seeds repeat.*experts is 1.*attacked_images is 1000"):
+        load_preset("smoke", seeds=[1, 1], experts=1, attacked_images=1000)
     with pytest.raises(ValueError, match="'large'; valid names: .*demo.*smoke.*, or the path"):
         load_preset("large")
 
