@@ -10,10 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from immunity_lib.recipe import BASELINES, DATASETS, EXPERT_NAMES, Recipe
-from study.settings import Settings, read_yaml
+from study.settings import Settings, read_yaml, validate
 
 REGIMES = {
     "standard": "on clean images",
@@ -110,7 +110,7 @@ def recipe_of(settings: Settings, name: ModelName) -> Recipe:
         changes["adversary"] = None
         unused += ["adversary_steps", "eps", "step_size"]
     changes |= {field.name: field.default for field in fields(Recipe) if field.name in unused}
-    return TypeAdapter(Recipe).validate_python(asdict(settings.recipe) | changes)
+    return validate(Recipe, asdict(settings.recipe) | changes)
 
 
 def own_recipe(settings: Settings, name: ModelName) -> dict[str, Any] | None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from immunity_lib.recipe import BaselineName, DatasetName, ExpertName, Recipe
 
@@ -32,6 +32,7 @@ def _exactly(value: Any) -> Any:
 
 Magnitude = Annotated[Fraction, BeforeValidator(_exactly), Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Checked = TypeVar("Checked")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 # Of a recipe, what the study itself sets for each model
@@ -166,8 +167,13 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
         if name in TRAINING
     }
     own = {name: value for name, value in content.items() if name not in TRAINING}
+    return validate(Settings, {**own, "recipe": recipe})
+
+
+def validate(kind: type[Checked], content: Mapping[str, Any]) -> Checked:
+    """Settings or a recipe of these fields; raises ValueError with all that is wrong with them."""
     try:
-        return Settings.model_validate({**own, "recipe": recipe})
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
 

@@ -1,6 +1,6 @@
 """One command from a preset to its tables and figures: what `make reproduce` runs.
 
-Checks the preset and the data before anything is computed, lets Snakemake make what is missing, and lists what there
+Refuses what cannot end well before anything is computed, lets Snakemake make what is missing, and lists what there
 is and what it shows. Killed at any moment, the same command goes on. Of several GPUs, each job takes one of its own;
 with the profile of a cluster (profiles/), Snakemake submits every job to its scheduler."""
 
@@ -19,12 +19,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from study.graph import parse_options, preset_parser
+from study.graph.checks import look_ahead
 from study.graph.plan import ASSUMED_TFLOPS, requests
 from study.graph.status import format_status
-from study.settings import ROOT, Settings, read_yaml
-from study.store import DamagedFile, chosen_device, load_data, read_json, write_atomically
-
-PROFILES = ROOT / "profiles"
+from study.settings import ROOT, Settings
+from study.store import DamagedFile, chosen_device, read_json, write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,17 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, settings = parse_options(parser, arguments)
     lock = settings.runs / ".lock"
     try:
-        if set(settings.output_folder) & set("{}"):
-            told = f"output folder {settings.output_folder!r} has a brace in its name"
-            raise ValueError(f"{told}, which stands for a wildcard in the graph; choose another")
-        profile = options.profile and profile_folder(options.profile)
+        profile, sources, gpus = look_ahead(settings, options.profile, options.jobs)
         config = {"preset": options.preset} | settings.model_dump(include={"data_folder", "output_folder"})
-        if profile and submits(profile):
-            config["requests"] = requests(settings, options.tflops)
-        else:
-            config["gpus"] = ",".join(visible_gpus())
-        # Downloads them once, before models train beside each other
-        sources = "; ".join(f"{name} from {load_data(settings, name).source}" for name in settings.datasets)
+        config |= {"gpus": ",".join(gpus)} if gpus is not None else {"requests": requests(settings, options.tflops)}
         print(f"preset {settings.preset} on {chosen_device()}; {sources}", flush=True)
         settings.runs.mkdir(parents=True, exist_ok=True)
         # Held until this process ends, however it ends; Snakemake's own lock, left out, would outlive a kill
@@ -67,29 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = f"stopped with status {status}; the same command goes on where this one stopped, and the notebooks, with"
         print(f"{told} a log of each that failed, are in {settings.runs / 'notebooks'}", file=sys.stderr)
     return status
-
-
-def profile_folder(name: str) -> Path:
-    """Where a profile lies, by its name in profiles/ or by its path; ValueError lists the names."""
-    for folder in (PROFILES / name, Path(name)):
-        if (folder / "config.yaml").is_file():
-            return folder.resolve()
-    known = ", ".join(sorted(path.parent.name for path in PROFILES.glob("*/config.yaml")))
-    raise ValueError(f"unknown profile {name!r}; valid names: {known}, or the path of a folder")
-
-
-def submits(profile: Path) -> bool:
-    """Whether a profile hands its jobs to a scheduler, rather than running them on this machine."""
-    return read_yaml(profile / "config.yaml").get("executor", "local") != "local"
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by number or UUID."""
-    from torch.cuda import device_count
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = named.split(",") if named else map(str, range(device_count()))
-    return [name.strip() for name in names][: device_count()]
 
 
 def touch_future_files(settings: Settings) -> None:
@@ -118,6 +86,7 @@ def list_results(settings: Settings) -> str:
 
 def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: int | None) -> int:
     os.environ.pop("SNAKEMAKE_PROFILE", None)  # --profile alone says where the jobs run
+    os.environ["XDG_CACHE_HOME"] = str(settings.runs / ".cache")  # which it needs: the user's may be read-only
     from snakemake.cli import main as snakemake
 
     # A file, since Snakemake would read values on its command line as YAML
@@ -130,7 +99,13 @@ def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: 
         *(("--profile", str(profile)) if profile else ()),
     ]  # fmt: skip
     if "requests" not in config:
-        arguments += ["--cores", str(jobs or "all"), "--resources", f"gpu={len(visible_gpus())}"]
+        gpus = len(config["gpus"].split(",")) if config["gpus"] else 0
+        arguments += [
+            "--cores",
+            str(jobs or "all"),
+            "--resources",
+            f"gpu={gpus}",
+        ]
     elif jobs:
         arguments += ["--jobs", str(jobs)]
     signals, status = hand_on_signals(), 0

@@ -8,6 +8,7 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import psutil
@@ -18,7 +19,7 @@ from graph import job_command, reproduce_command, wait_for
 from snakemake.scheduling.job_scheduler import JobScheduler
 
 from study.catalogue import adaptive_models, attacked_models, trained_models
-from study.graph import job, plan, run, status
+from study.graph import checks, job, plan, run, status
 from study.settings import ROOT, load_preset
 from study.store import own_folder, read_json, write_atomically, write_json
 
@@ -137,7 +138,7 @@ def test_D2_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if inherited is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
-    assert run.visible_gpus() == expected
+    assert checks.visible_gpus() == expected
 
 
 HOLD = """
@@ -211,6 +212,41 @@ def test_C6_a_wrong_option_is_told_before_anything_runs(command, options, told, 
     with pytest.raises(SystemExit, match="2"):
         command.main([*options, *preset])
     assert_told(told, capsys)
+
+
+def test_all_that_stands_in_the_way_is_told_at_once(tmp_path, monkeypatch, capsys):
+    """Of names, data, models, disk, memory and GPUs, before anything is computed."""
+    images = tmp_path / "one class"
+    (images / "a").mkdir(parents=True)
+    preset, _ = smoke_preset(
+        tmp_path, width=3.0, controls=["standalone-wide"], further_datasets=["images"], data_folder=str(images)
+    )
+    gpu = {"device_count": 1, "get_device_capability": (7, 0), "get_device_name": "Old", "get_arch_list": ["sm_75"]}
+    gpu["get_device_properties"] = SimpleNamespace(name="Old", total_memory=10**9)
+    for function, value in gpu.items():
+        monkeypatch.setattr(f"torch.cuda.{function}", lambda *_, value=value: value)
+    monkeypatch.setattr(checks, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    output = tmp_path / "{x}"
+    with pytest.raises(SystemExit, match="2"):
+        run.main([f"--preset={preset}", f"--output={output}", "--profile=slrum"])
+    told = capsys.readouterr().err
+    for one in (
+        "has a brace in its name", "unknown profile 'slrum'", "one class' has 1 class folders",
+        "-standalone-wide-resnet18-standard-seed0 cannot be trained: width is 4.24", "make room", "but Old has 1.0 GB",
+        "GPU 0 (Old) has compute capability 7.0, for which PyTorch",
+    ):  # fmt: skip
+        assert told.count(one) == 1, told
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 6), True), ((9, 0), True), ((10, 0), True), ((7, 0), False)])
+def test_G4_a_gpu_without_kernels_is_named(monkeypatch, capability, runs):
+    """Those for 8.0 run on 8.6, and what is compiled at run time on any later one."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "One")
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_80", "sm_90a", "compute_90"])
+    assert bool(checks.missing_kernels()) != runs
 
 
 @pytest.fixture

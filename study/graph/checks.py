@@ -1,0 +1,122 @@
+"""What stands in the way of a preset on this machine: all that can be known before anything is computed, at once."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from shutil import disk_usage
+
+import psutil
+
+from study import catalogue
+from study.graph.plan import cost_of
+from study.settings import ROOT, Settings, read_yaml
+from study.store import load_data, own_folder
+
+PROFILES = ROOT / "profiles"
+BYTES_ON_DISK = 12  # for each parameter: weights, and in training a checkpoint with momentum
+BYTES_OF_LIBRARIES = 10**9  # of a process that has loaded them
+
+
+def look_ahead(settings: Settings, profile: str, jobs: int | None) -> tuple[Path | None, str, list[str] | None]:
+    """The folder of the profile, where the data are from, and the GPUs of this machine (None where a scheduler has the
+    jobs). Raises ValueError with all that stands in the way, as far as it can be known before anything is computed."""
+    wrong: dict[str, None] = {}  # each once, in this order
+    data, costs, folder = {}, {}, None
+
+    @contextmanager
+    def noted(about: str = "") -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            wrong[about + str(error)] = None
+
+    if set(settings.output_folder) & set("{}"):
+        stands = "which stands for a wildcard in the graph; choose another"
+        wrong[f"output folder {settings.output_folder!r} has a brace in its name, {stands}"] = None
+    with noted():
+        folder = profile_folder(profile) if profile else None
+    for name in settings.datasets:  # downloaded once, before models train beside each other
+        with noted():
+            data[name] = load_data(settings, name)
+    for name in catalogue.trained_models(settings):
+        if name.dataset in data and not (own_folder(settings, name) / "record.json").exists():
+            with noted(f"{name.model_copy(update={'seed': 0})} cannot be trained: "):
+                costs[name] = cost_of(catalogue.recipe_of(settings, name), len(data[name.dataset].class_names))
+    existing = next(path for path in (settings.runs, *settings.runs.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        wrong[f"{existing} is no folder that can be written to; choose another output folder"] = None
+    needed = sum(BYTES_ON_DISK * cost["parameters"] for cost in costs.values())
+    if (free := disk_usage(existing).free) < needed:
+        told = f"{existing} has {free / 1e9:.1f} GB left, and the models need {needed / 1e9:.1f} GB"
+        wrong[f"{told}; make room, or choose another output folder"] = None
+    gpus = None if folder and submits(folder) else visible_gpus()
+    if gpus is not None:
+        wrong |= dict.fromkeys(missing_kernels())
+        largest = max(costs, key=lambda name: costs[name]["memory"], default=None)
+        room, where = memory(bool(gpus))
+        if largest and (needed := costs[largest]["memory"] + BYTES_OF_LIBRARIES) > room:
+            told = f"{largest} takes {needed / 1e9:.1f} GB of memory, but {where} has {room / 1e9:.1f} GB"
+            wrong[f"{told}; lower width, experts or batch_size, or take a larger machine"] = None
+        elif largest and not gpus and needed * (beside := min(jobs or os.cpu_count() or 1, len(costs))) > room:
+            told = f"{beside} jobs beside each other may take {needed * beside / 1e9:.1f} GB of memory"
+            print(f"{told} of {room / 1e9:.1f} GB; JOBS={int(room // needed)} surely fits", file=sys.stderr)
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return folder, "; ".join(f"{name} from {one.source}" for name, one in data.items()), gpus
+
+
+def memory(on_gpu: bool) -> tuple[int, str]:
+    """Bytes of the smallest GPU in use, or of this machine as far as a container may have it; and whose they are."""
+    from torch.cuda import device_count, get_device_properties
+
+    if on_gpu:
+        return min((one.total_memory, one.name) for one in map(get_device_properties, range(device_count())))
+    limit, room = Path("/sys/fs/cgroup/memory.max"), psutil.virtual_memory().total
+    with suppress(OSError, ValueError):  # no such limit
+        room = min(room, int(limit.read_text()))
+    return room, "this machine"
+
+
+def missing_kernels() -> list[str]:
+    """A sentence for each GPU in use that PyTorch was not built for."""
+    from torch import __version__, cuda
+
+    built, found = [re.fullmatch("(sm|compute)_([0-9]+)([0-9])a?f?", arch) for arch in cuda.get_arch_list()], []
+    for gpu in range(cuda.device_count()):
+        major, minor = cuda.get_device_capability(gpu)
+        if not any(
+            # Kernels run on later GPUs of the same major number, what is compiled at run time on all later ones
+            (int(one[2]) == major and int(one[3]) <= minor) or (one[1] == "compute" and int(one[2]) < major)
+            for one in built
+            if one
+        ):
+            told = f"GPU {gpu} ({cuda.get_device_name(gpu)}) has compute capability {major}.{minor}, for which"
+            remedy = "install one that has, or leave the GPU out with CUDA_VISIBLE_DEVICES"
+            found.append(f"{told} PyTorch {__version__} has no kernels; {remedy}")
+    return found
+
+
+def profile_folder(name: str) -> Path:
+    """Where a profile lies, by its name in profiles/ or by its path; ValueError lists the names."""
+    for folder in (PROFILES / name, Path(name)):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    known = ", ".join(sorted(path.parent.name for path in PROFILES.glob("*/config.yaml")))
+    raise ValueError(f"unknown profile {name!r}; valid names: {known}, or the path of a folder")
+
+
+def submits(profile: Path) -> bool:
+    """Whether a profile hands its jobs to a scheduler, rather than running them on this machine."""
+    return read_yaml(profile / "config.yaml").get("executor", "local") != "local"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by number or UUID."""
+    from torch.cuda import device_count
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else map(str, range(device_count()))
+    return [name.strip() for name in names][: device_count()]
