@@ -13,7 +13,7 @@ import torch
 
 from immunity_lib.train import train
 from study.catalogue import ModelName, recipe_of
-from study.graph.plan import cost_of
+from study.graph.cost import cost_of
 from study.settings import load_preset
 from study.store import load_data
 

@@ -11,7 +11,7 @@ from shutil import disk_usage
 import psutil
 
 from study import catalogue
-from study.graph.plan import cost_of
+from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
 from study.store import load_data, own_folder
 

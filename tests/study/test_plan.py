@@ -12,6 +12,7 @@ from immunity_lib.data import load_dataset
 from immunity_lib.train import build_model
 from study.catalogue import ModelName, adaptive_models, attacked_models, recipe_of, trained_models
 from study.graph import plan
+from study.graph.cost import cost_of
 from study.settings import load_preset
 
 
@@ -27,7 +28,7 @@ def test_passes_are_counted_as_by_hand(make_recipe, expert):
         if isinstance(layer, nn.Conv2d | nn.Linear):  # whose every output is made of so many inputs
             layer.register_forward_hook(lambda of, _, out: counted.append(out[0].numel() * of.weight[0].numel()))
     network(torch.zeros(1, 3, 32, 32))
-    forward, cost = sum(counted), plan.cost_of(recipe, 10)
+    forward, cost = sum(counted), cost_of(recipe, 10)
     assert cost["forward"] == forward
     assert cost["gradient"] == pytest.approx(2 * forward, rel=0.01)
     # The first layer needs no gradient of the images
@@ -36,12 +37,12 @@ def test_passes_are_counted_as_by_hand(make_recipe, expert):
 
 def test_heat_maps_add_the_tail_behind_their_layer_and_a_pair_of_images_is_trained_on_twice(make_recipe):
     """Maps take a backward pass of it, and in training that is differentiated itself."""
-    plain, regularised = (plan.cost_of(make_recipe(method), 10) for method in ("moe", "immunity"))
+    plain, regularised = (cost_of(make_recipe(method), 10) for method in ("moe", "immunity"))
     assert plain["forward"] == regularised["forward"]
     tail = regularised["maps"] - regularised["forward"]
     assert 0 < tail < regularised["forward"]
     assert regularised["step"] - plain["step"] == pytest.approx(3 * tail, rel=0.05)  # and the resizing
-    single, pair = (plan.cost_of(make_recipe("moe", regime), 10) for regime in ("adversarial", "trades"))
+    single, pair = (cost_of(make_recipe("moe", regime), 10) for regime in ("adversarial", "trades"))
     assert pair["step"] == pytest.approx(2 * single["step"], rel=0.02)
 
 
@@ -52,16 +53,14 @@ def test_a_step_of_an_attack_is_one_gradient(make_settings, model, images, label
     attack_images(model, images, labels, "pgd", "uniform", eps=0.1, step_size=0.1, steps=5)
     settings = make_settings(attacks=["pgd"], steps=5, attack_gates=["switch"])
     name = ModelName.parse("parts10-moe-resnet18-standard-seed0")
-    cost, row = plan.cost_of(recipe_of(settings, name), 10), plan.plan(settings).loc[str(name)]
+    cost, row = cost_of(recipe_of(settings, name), 10), plan.plan(settings).loc[str(name)]
     on_one = (row["03_attacks"] - settings.test_images * cost["forward"]) / settings.attacked_images
     assert on_one == len(passes) * cost["gradient"] + cost["forward"]
 
 
 def test_D10_memory_is_that_of_the_larger_phase(make_recipe):
     """Measuring takes 250 images at a time; a larger batch in training takes in proportion more."""
-    measuring, *trainings = (
-        plan.cost_of(replace(make_recipe("moe"), batch_size=batch), 10) for batch in (2, 1000, 2000)
-    )
+    measuring, *trainings = (cost_of(replace(make_recipe("moe"), batch_size=batch), 10) for batch in (2, 1000, 2000))
     weights = 4 * measuring["parameters"]
     # Each expert keeps the output of its 17 three-by-three convolutions at the least
     maps = 2 * 4 * (5 * 4 * 32**2 + 4 * 8 * 16**2 + 4 * 16 * 8**2)
@@ -70,7 +69,7 @@ def test_D10_memory_is_that_of_the_larger_phase(make_recipe):
     assert kept[1] == 2 * kept[0] > 2000 * maps
     # 17.8 GB were seen for five GoogLeNets, where the plan said 3
     seen = replace(make_recipe("moe"), expert="googlenet", experts=5, width=1.0)
-    assert plan.cost_of(seen, 10)["memory"] > 5e9
+    assert cost_of(seen, 10)["memory"] > 5e9
 
 
 def test_every_model_is_billed_once_and_for_what_is_done_with_it(make_settings):
