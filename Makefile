@@ -7,6 +7,11 @@ JOBS ?=
 PROFILE ?=
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 
+# What a shell says of Python and of installing, as modules of clusters do, is not meant for .venv; mirrors are
+unexport PYTHONPATH PYTHONHOME PYTHONOPTIMIZE PYTHONWARNINGS PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT \
+	UV_TARGET UV_PREFIX UV_REQUIRE_HASHES UV_NO_BUILD UV_NO_BINARY UV_ONLY_BINARY
+export PYTHONUTF8 = 1
+
 # Remade when the lock or the project changes. The stamp is written last, so that an install
 # that was cut off starts afresh. --python: an active conda environment is left alone.
 INSTALLED := .venv/.installed

@@ -112,6 +112,31 @@ def fresh_checkout(tmp_path):
     return tmp_path
 
 
+def install_commands(text):
+    """What a text installs packages with, each a line."""
+    return re.findall(r"(?:pip install|conda env create) [^&;`\n]*", text.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize("way", ["make", "container"])
+def test_D9_nothing_is_installed_or_built_with_what_has_no_hash(fresh_checkout, way):
+    """A package that is published as source alone is built with the setuptools of the lock, which comes first."""
+    dry = make("--dry-run", f"PYTHON={sys.executable}", ".venv/.installed", folder=fresh_checkout).stdout
+    first, *then = install_commands((ROOT / "Dockerfile").read_text() if way == "container" else dry)
+    assert "--require-hashes" in first and "setuptools" in LOCKED and len(then) == 2
+    for command in then:
+        ours = re.search(r"(-e|--editable) \.$", command.strip())
+        assert "--require-hashes" in command or ours, command
+        assert {"--no-deps", "--no-build-isolation"} <= set(command.split()), command
+
+
+def test_what_checks_no_hashes_is_said():
+    pages = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "environment.yml", *(ROOT / "docs").glob("*.md")]
+    unchecked = {one.strip() for page in pages for one in install_commands(page.read_text())}
+    assert unchecked == {"conda env create -f environment.yml", 'pip install -e ".[study]"', "pip install ."}
+    said = (ROOT / "SECURITY.md").read_text().partition("Not promised")[2]
+    assert "`environment.yml`" in said and "`pip install .`" in said
+
+
 def test_help_is_the_default_and_lists_every_target(fresh_checkout):
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     listed = re.findall(r"^  make (\S+) +\S", make(folder=fresh_checkout).stdout, flags=re.MULTILINE)
@@ -126,6 +151,23 @@ def test_wrong_python_is_named(fresh_checkout):
     outcome = make(".venv/.installed", f"PYTHON={python}", folder=fresh_checkout)
     assert f"Python 3.11 is needed, but {python} is Python 3.10.13" in outcome.stderr
     assert outcome.returncode != 0 and not (fresh_checkout / ".venv").exists()
+
+
+def test_D3_neighbours_what_a_shell_says_of_python_and_of_installing_is_not_for_this_environment(fresh_checkout):
+    """As the modules of a cluster say it; mirrors are obeyed."""
+    python = fresh_checkout / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nenv\n")
+    python.chmod(0o755)
+    (fresh_checkout / ".venv/.installed").touch()
+    names = "PYTHONPATH PYTHONHOME PYTHONOPTIMIZE PYTHONWARNINGS PIP_USER UV_TARGET UV_REQUIRE_HASHES".split()
+    told = dict.fromkeys([*names, "PIP_INDEX_URL"], "/elsewhere") | {"PYTHONUTF8": "0"}
+    environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"} | told
+    done = subprocess.run(["make", "plan"], cwd=fresh_checkout, env=environment, capture_output=True, text=True)
+    kept = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert {name: kept.get(name) for name in told} == dict.fromkeys(names) | {
+        "PIP_INDEX_URL": "/elsewhere", "PYTHONUTF8": "1",
+    }  # fmt: skip
 
 
 def test_D15_the_makefile_passes_its_variables_on_with_their_spaces(fresh_checkout):
