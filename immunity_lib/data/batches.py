@@ -59,8 +59,8 @@ class ImageSet:
         return among_its_class.argsort(stable=True)[:k]
 
     def first(self, k: int) -> "ImageSet":
-        """The first k rows."""
-        return self.rows(0, k)
+        """The first k rows, or all of fewer."""
+        return self.rows(0, min(k, len(self)))
 
 
 @dataclass(frozen=True)

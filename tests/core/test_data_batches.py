@@ -90,7 +90,11 @@ def test_impossible_batch_sizes_and_rows_are_named(image_set):
     with pytest.raises(ValueError, match="batch_size is 0;"):
         next(evaluation_batches(image_set, 0))
     with pytest.raises(ValueError, match="rows 0 to 102 asked for, of an image set of 101"):
-        image_set.first(102)
+        image_set.rows(0, 102)
+
+
+def test_C2_of_fewer_images_than_a_notebook_shows_all_are_taken(image_set):
+    assert image_set.first(102).checksum == image_set.checksum and len(image_set.first(3)) == 3
 
 
 def test_cutout_hides_a_square_in_the_given_colour_and_nothing_else():
