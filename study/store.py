@@ -44,7 +44,11 @@ PRETRAINED = ROOT / "pretrained"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 WEIGHTS = "model.safetensors"
 LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
+DEVICES = Path("/dev")
 _say_once = cache(print)  # each line, in a process
+
+# Else a GPU rounds float32 to ten bits before it multiplies (TF32), which no setting of a preset asks for
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def provenance() -> dict[str, Any]:
@@ -63,15 +67,19 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+        "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
         "threads": torch.get_num_threads(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def _git(*arguments: str) -> str | None:
-    # Without git, or a checkout, the source's checksum still says which code it was
+    # Without git, or a checkout, the source's checksum still says which code it was. Its own checkout: neither one that
+    # the shell names, nor one that the project was unpacked in
+    command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", *arguments]
+    how = {"env": {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}, "cwd": ROOT}
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, **how).strip()
     return None
 
 
@@ -81,8 +89,24 @@ def checksum(path: Path) -> str:
 
 
 def chosen_device() -> torch.device:
-    """A GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU where there is one, else the CPU. OSError where there is one that PyTorch cannot use: on the CPU, what is
+    meant for it would take days, and say nothing."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    chosen, there = os.environ.get("CUDA_VISIBLE_DEVICES"), []
+    for gpu in DEVICES.glob("nvidia[0-9]*") if chosen not in ("", "-1") else ():
+        try:
+            os.close(os.open(gpu, os.O_RDWR))
+        except PermissionError:  # on a cluster, another job's
+            continue
+        except OSError:
+            pass
+        there.append(str(gpu))
+    if there:
+        built = f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, can use no GPU"
+        told = f"{built}, though there is {', '.join(there)} and CUDA_VISIBLE_DEVICES is {chosen or 'not set'}"
+        raise OSError(f"{told}; mend the driver or that variable, of which -1 chooses the CPU")
+    return torch.device("cpu")
 
 
 def load_data(settings: Settings, name: str = "") -> Dataset:

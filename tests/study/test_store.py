@@ -44,6 +44,45 @@ def training(monkeypatch):
     return spy
 
 
+@pytest.mark.parametrize(
+    ("opened", "chosen", "told"),
+    [(3, None, "nvidia0 and CUDA_VISIBLE_DEVICES is not set"), (3, "2,3", "is 2,3; mend the driver or that variable"),
+     (OSError("it has failed"), None, "can use no GPU"), (PermissionError("of another job"), None, ""),
+     (3, "-1", ""), (3, "", "")],
+)  # fmt: skip
+def test_G5_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, opened, chosen, told):
+    """Rather than trained without for days; unless the CPU was chosen."""
+    for name in ("nvidia0", "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(store, "DEVICES", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(store.os, "open", Mock(side_effect=[opened]))
+    monkeypatch.setattr(store.os, "close", Mock())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    if not told:
+        assert store.chosen_device().type == "cpu"
+        return
+    with pytest.raises(OSError, match=told):
+        store.chosen_device()
+
+
+def test_G6_float32_is_not_rounded_to_less_on_a_gpu_and_records_say_so():
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+    assert store.provenance()["tf32"] is False
+
+
+def test_D3_neighbours_the_commit_is_this_project_s_whatever_git_is_told(monkeypatch, tmp_path):
+    """As in a hook of git, or unpacked inside of another project."""
+    own = store._git("rev-parse", "HEAD")
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert store._git("rev-parse", "HEAD") == own
+    monkeypatch.setattr(store, "ROOT", ROOT / "study")
+    assert store._git("rev-parse", "HEAD") is None
+
+
 def same_state(one, other):
     return all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
 
