@@ -107,7 +107,7 @@ class Claim(BaseModel, extra="forbid", frozen=True):
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
     """The claims of the file; raises ValueError that names what is wrong in which claim."""
     claims: dict[str, Claim] = {}
-    for number, content in enumerate(yaml.safe_load(path.read_text()), start=1):
+    for number, content in enumerate(yaml.safe_load(path.read_bytes()), start=1):
         try:
             claim = Claim.model_validate(content)
         except ValidationError as error:

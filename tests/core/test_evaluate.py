@@ -82,7 +82,7 @@ def test_accuracy_over_drawn_gates_is_that_over_all_within_its_error(make_linear
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd"])
-def test_attacks_break_the_images_that_lie_within_eps(make_distant_images, attack):
+def test_A10_attacks_break_the_images_that_lie_within_eps(make_distant_images, attack):
     """Of a model whose images lie 0.5/255, 1.5/255 and so on from its boundary."""
     model, images, labels = make_distant_images([(k + 0.5) / 255 for k in range(16)])
     image_set = ImageSet((255 * images).round().byte(), labels)

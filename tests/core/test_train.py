@@ -30,7 +30,7 @@ STEPS = 3  # an epoch: 48 images in batches of 16
         ("batch_size", 1, "at least 2"), ("layers", 2, "at least 3"), ("epochs", 0, "at least 1"),
         ("experts", 0, "at least 1"), ("seed", 2**64, "at most"), ("seed", -1, "at least 0"),
         ("width", 0.0, "above 0"), ("width", 5.0, "at most 4"), ("learning_rate", 0.0, "above 0"),
-        ("eps", Fraction(0), "above 0"), ("eps", Fraction(2), "at most 1"),
+        ("eps", Fraction(0), "at least 1/1000000"), ("eps", Fraction(2), "at most 1"),
         ("momentum", 1.0, "below 1"), ("drop_path", 1.0, "below 1"), ("gamma", -1.0, "at least 0"),
         ("beta", math.nan, "at least 0"), ("learning_rate", math.inf, "at least 0"),
     ],
@@ -78,7 +78,7 @@ def test_seeds_and_experts_differ_and_the_caller_s_random_state_stays(make_recip
     assert not any(torch.equal(*pair) for pair in itertools.combinations(weights, 2))
 
 
-def test_training_learns(make_recipe, dataset, tmp_path):
+def test_A10_training_learns(make_recipe, dataset, tmp_path):
     """Of all images at once, each step descends: what is learnt in ten does not hang on luck."""
     steady = {"batch_size": 48, "learning_rate": 0.01, "augment": False, "schedule": "constant"}
     _, log = train(make_recipe("standalone", epochs=10, **steady), dataset, tmp_path)

@@ -70,7 +70,7 @@ def test_verdicts_of_a_world_that_is_known(judged):
     assert count_by_luck(found).startswith(f"{held} of {(tested['check'] == False).sum()} claims")  # noqa: E712
 
 
-def test_one_training_is_no_verdict_however_large_the_effect(world):
+def test_A1_one_training_is_no_verdict_however_large_the_effect(world):
     if len(world.settings.seeds) > 1:
         pytest.skip("these are three")
     found = verdicts(world.settings, read_claims()).set_index("claim")
@@ -94,7 +94,7 @@ def test_an_effect_is_the_difference_of_means_to_that_against_which_the_claim_do
     assert line["effect"] == pytest.approx(means["moe-mi"] - means[best])
 
 
-def test_a_score_s_effect_is_the_ratio_of_means(world):
+def test_A5_a_score_s_effect_is_the_ratio_of_means_and_so_is_its_interval(world, monkeypatch):
     (line,) = verdicts(world.settings, [claim("experts-differ")]).to_dict("records")
     own, other = (
         [world.scores[name]["mutual_information"].mean() for name in ablated(world.settings, method)]
@@ -102,6 +102,10 @@ def test_a_score_s_effect_is_the_ratio_of_means(world):
     )
     ratio = np.exp(np.mean(np.log(own) - np.log(other)))
     assert line["effect"] == pytest.approx(100 * (ratio - 1)) and line["unit"] == "%"
+    nearly_none = np.log(np.random.default_rng(0).uniform(0.001, 0.3, (3, 50)))  # by which a score falls
+    monkeypatch.setattr(claims, "paired_effects", lambda *_: {"MoE": nearly_none})
+    (line,) = verdicts(world.settings, [claim("experts-differ")]).to_dict("records")
+    assert -100 < line["low"] < line["effect"] < line["high"], "no score falls by more than all of it"
 
 
 def test_switching_is_held_against_other_gates_of_the_same_model_and_images(world):
@@ -240,7 +244,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(trainings, deviations
 
 @pytest.mark.parametrize("trainings", [1, 3, 5])
 @pytest.mark.parametrize("shares", [(0.01, 0.0), (0.05, 0.01), (0.002, 0.0)])
-def test_rare_differences_are_not_taken_for_certainty(trainings, shares):
+def test_A6_rare_differences_are_not_taken_for_certainty(trainings, shares):
     """Only one of the models is right on so few images, the same in all trainings."""
     generator, covered = np.random.default_rng(0), 0
     for _ in range(400):
