@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from immunity_lib.files import write_json
+from immunity_lib.files import write_atomically, write_json
 from study.catalogue import ModelName
 from study.graph import parse_options, preset_parser
 from study.settings import ROOT
@@ -31,10 +31,14 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 LOOK_AGAIN, REFRESHED = 1, 20  # seconds between two looks, and between two signs of life
 LONGEST_FOLDER = 60  # characters, of a kernel's sockets: their paths have 107 at most
 
-# The same whoever starts the job: a sum's last bits depend on the number of threads.
+# The same whoever starts the job, and whatever the shell says of Python, PyTorch's libraries and matplotlib: a sum's
+# last bits depend on the number of threads, and tests in a notebook are `assert`.
 # One thread each: models that train beside each other use the cores better than one with several. The allocator keeps
 # its memory, 4 and 8 GiB, instead of handing it back after every layer.
-SURROUNDINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+SURROUNDINGS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONUTF8"), "1")
+SURROUNDINGS |= dict.fromkeys(("PYTHONPATH", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "MPLBACKEND"), "")
+SURROUNDINGS |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+SURROUNDINGS["ONEDNN_DEFAULT_FPMATH_MODE"] = "STRICT"  # float32 in every digit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,13 +114,15 @@ def _run(notebook, executed, parameters, shown, report: Callable, parent: int) -
 @contextmanager
 def own_kernel() -> Iterator[str]:
     """Within it, the kernel "python3" is this interpreter, whatever other one is installed under that name, and reads
-    none of the user's start-up files; gives a folder for its sockets."""
+    none of the user's start-up files and settings; gives a folder for its sockets."""
     folder = None if len(tempfile.gettempdir()) <= LONGEST_FOLDER else "/tmp"
     with tempfile.TemporaryDirectory(prefix="immunity-", dir=folder) as own:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         kernel = {"argv": command, "display_name": "Python 3", "language": "python"}
         write_json(Path(own, "kernels/python3/kernel.json"), kernel)
-        os.environ |= {"JUPYTER_PATH": own, "JUPYTER_RUNTIME_DIR": own, "IPYTHONDIR": own}
+        places = dict.fromkeys(("JUPYTER_PATH", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"), own)
+        write_atomically(Path(own, "matplotlibrc"), "")  # one that is not there would be the user's own
+        os.environ |= places | {"MATPLOTLIBRC": own}
         yield own
 
 

@@ -44,21 +44,35 @@ def state_of(settings, name):
 
 @pytest.mark.slow
 def test_B2_B3_B4_a_job_runs_its_own_interpreter_wherever_it_is_started(tmp_path):
-    """Beside another kernel of the same name, a start-up file and a long TMPDIR."""
+    """Beside another kernel of the same name, a start-up file and a long TMPDIR; and for a user whose home cannot be
+    written to, with a window for figures, settings of matplotlib and Jupyter, and packages of his own."""
     kernel = tmp_path / "jupyter/kernels/python3"
     startup = tmp_path / "ipython/profile_default/startup"
     temporary = tmp_path / ("t" * (82 - len(str(tmp_path))))
     for folder in (kernel, startup, temporary):
         folder.mkdir(parents=True)
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: nothing\n")
+    (tmp_path / "jupyter/jupyter_config.json").write_text("{")
+    (tmp_path / "jupyter/matplotlib.py").write_text("raise ImportError('of another Python')")
     write_json(kernel / "kernel.json", {"argv": ["false"], "display_name": "x", "language": "x"})
     (startup / "00.py").write_text(f"from math import pi; open('{tmp_path}/ran', 'w').close()")
-    places = {"JUPYTER_PATH": tmp_path / "jupyter", "IPYTHONDIR": tmp_path / "ipython", "TMPDIR": temporary}
-    environment = os.environ | {name: str(path) for name, path in places.items()}
+    places = dict.fromkeys(("JUPYTER_PATH", "JUPYTER_CONFIG_DIR", "PYTHONPATH"), tmp_path / "jupyter")
+    places |= dict.fromkeys(("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "PYTHONSTARTUP"), "/dev/null/x")
+    places |= {"IPYTHONDIR": tmp_path / "ipython", "TMPDIR": temporary, "MATPLOTLIBRC": tmp_path / "matplotlibrc"}
+    told = {"MPLBACKEND": "TkAgg", "LC_ALL": "C", "PYTHONOPTIMIZE": "1", "COLUMNS": "7", "TQDM_DISABLE": "1"}
+    environment = os.environ | {name: str(path) for name, path in places.items()} | told
     command = job_command("00_start_here", "smoke", tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "runs/smoke/jobs/00_start_here.json")["state"] == "done"
     assert not (tmp_path / "ran").exists()
+
+
+def test_B2_neighbours_a_kernel_computes_alike_whatever_a_shell_says():
+    told = {"MKL_NUM_THREADS": "7", "OMP_NUM_THREADS": "7", "PYTHONOPTIMIZE": "1", "PYTHONWARNINGS": "error"}
+    asked = "import sys, torch; print(torch.get_num_threads(), __debug__, sys.flags.utf8_mode, sys.warnoptions)"
+    environment = os.environ | told | {"PYTHONUTF8": "0", "PYTHONPATH": "/x"} | job.SURROUNDINGS
+    assert subprocess.check_output([sys.executable, "-c", asked], env=environment).split() == [b"1", b"True", b"1", b"[]"]
 
 
 @pytest.mark.slow
