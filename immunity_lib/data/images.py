@@ -238,5 +238,7 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _text(path: str | os.PathLike) -> str:
-    """A path that can be printed and saved; bytes that are not UTF-8 become \\xe9 and the like."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """A path that can be printed and saved; bytes that are not UTF-8, and what would move a terminal's cursor or turn
+    its line around, become \\xe9 and the like."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)

@@ -184,3 +184,14 @@ def test_C7_class_names_survive_whatever_their_bytes(tmp_path):
     with pytest.raises(ValueError, match=r"caf\\xe9/broken.png") as told:
         _load(tmp_path / "images")
     str(told.value).encode()  # it can be printed
+
+
+def test_C7_neighbours_a_name_cannot_move_a_terminal_s_cursor_or_turn_its_line(tmp_path):
+    hostile = ("\x1b[31mred\nline", "\u202eabc", "\u05e9\u05dc", "=cmd|'x'!A0 _%&\\")
+    _fill(tmp_path / "images", classes=hostile)
+    names = _load(tmp_path / "images").class_names
+    assert set(names) == {r"\x1b[31mred\nline", r"\u202eabc", *hostile[2:]}
+    (tmp_path / "images/train" / hostile[0] / "broken\r.png").touch()
+    with pytest.raises(ValueError, match=r"\\x1b\[31mred\\nline/broken\\r.png") as told:
+        _load(tmp_path / "images")
+    assert str(told.value).isprintable()
