@@ -88,13 +88,18 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def names_gpus(visible: str | None) -> bool:
+    """Whether this value of CUDA_VISIBLE_DEVICES leaves any GPU: -1, nothing or a cluster's NoDevFiles do not."""
+    return visible is None or bool(re.match("[0-9]|GPU-|MIG-", visible))
+
+
 def chosen_device() -> torch.device:
     """A GPU where there is one, else the CPU. OSError where there is one that PyTorch cannot use: on the CPU, what is
     meant for it would take days, and say nothing."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     chosen, there = os.environ.get("CUDA_VISIBLE_DEVICES"), []
-    for gpu in DEVICES.glob("nvidia[0-9]*") if chosen not in ("", "-1") else ():
+    for gpu in DEVICES.glob("nvidia[0-9]*") if names_gpus(chosen) else ():
         try:
             os.close(os.open(gpu, os.O_RDWR))
         except PermissionError:  # on a cluster, another job's

@@ -13,7 +13,7 @@ import psutil
 from study import catalogue
 from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
-from study.store import load_data, own_folder
+from study.store import load_data, names_gpus, own_folder
 
 PROFILES = ROOT / "profiles"
 BYTES_ON_DISK = 12  # for each parameter: weights, and in training a checkpoint with momentum
@@ -114,9 +114,13 @@ def submits(profile: Path) -> bool:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by number or UUID."""
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by number or UUID. ValueError where it
+    names some and there is none: what is meant for them would take days on the CPU."""
     from torch.cuda import device_count
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named and names_gpus(named) and not device_count():
+        told = f"CUDA_VISIBLE_DEVICES is {named!r}, but PyTorch finds no GPU (see nvidia-smi for the driver)"
+        raise ValueError(f"{told}; mend either, or choose the CPU by -1")
     names = named.split(",") if named else map(str, range(device_count()))
     return [name.strip() for name in names][: device_count()]

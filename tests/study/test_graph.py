@@ -72,7 +72,8 @@ def test_B2_neighbours_a_kernel_computes_alike_whatever_a_shell_says():
     told = {"MKL_NUM_THREADS": "7", "OMP_NUM_THREADS": "7", "PYTHONOPTIMIZE": "1", "PYTHONWARNINGS": "error"}
     asked = "import sys, torch; print(torch.get_num_threads(), __debug__, sys.flags.utf8_mode, sys.warnoptions)"
     environment = os.environ | told | {"PYTHONUTF8": "0", "PYTHONPATH": "/x"} | job.SURROUNDINGS
-    assert subprocess.check_output([sys.executable, "-c", asked], env=environment).split() == [b"1", b"True", b"1", b"[]"]
+    found = subprocess.check_output([sys.executable, "-c", asked], env=environment)
+    assert found.split() == [b"1", b"True", b"1", b"[]"]
 
 
 @pytest.mark.slow
@@ -145,14 +146,22 @@ def test_a_job_ends_with_the_graph_that_started_it(training):
 
 @pytest.mark.parametrize(
     ("inherited", "count", "expected"),
-    [("7, GPU-d5b7a1cc,3", 2, ["7", "GPU-d5b7a1cc"]), (None, 2, ["0", "1"]), ("-1", 0, []), ("", 0, [])],
+    [("7, GPU-d5b7a1cc,3", 2, ["7", "GPU-d5b7a1cc"]), (None, 2, ["0", "1"]), ("", 0, []), ("NoDevFiles", 0, [])],
 )
-def test_D2_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
+def test_D2_G3_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if inherited is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
     assert checks.visible_gpus() == expected
+
+
+@pytest.mark.parametrize("named", ["0", "2,3", "GPU-d5b7a1cc", "MIG-GPU-d5b7a1cc/1/0"])
+def test_G5_gpus_that_are_named_and_not_found_are_told_beforehand(monkeypatch, named):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES is '{named}', but PyTorch finds no GPU.*by -1"):
+        checks.visible_gpus()
 
 
 HOLD = """
@@ -167,12 +176,12 @@ with job.free_gpu(sys.argv[1]) as gpu:
 def test_jobs_beside_each_other_take_different_gpus(tmp_path):
     """As many at once as there are GPUs; one more waits until another has ended, however."""
 
-    command, environment = [sys.executable, "-c", HOLD, "2,GPU-d5b7,5"], os.environ | {"TMPDIR": str(tmp_path)}
+    command, environment = [sys.executable, "-c", HOLD, "2,MIG-GPU-d5b7/1/0,5"], os.environ | {"TMPDIR": str(tmp_path)}
     hold = partial(subprocess.Popen, command, env=environment, stdout=subprocess.PIPE, text=True)
     holders = [hold() for _ in range(3)]
     try:
         taken = [one.stdout.readline().strip() for one in holders]
-        assert sorted(taken) == ["2", "5", "GPU-d5b7"]
+        assert sorted(taken) == ["2", "5", "MIG-GPU-d5b7/1/0"]
         holders.append(hold())
         time.sleep(1.5)
         assert holders[3].poll() is None

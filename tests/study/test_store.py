@@ -48,7 +48,7 @@ def training(monkeypatch):
     ("opened", "chosen", "told"),
     [(3, None, "nvidia0 and CUDA_VISIBLE_DEVICES is not set"), (3, "2,3", "is 2,3; mend the driver or that variable"),
      (OSError("it has failed"), None, "can use no GPU"), (PermissionError("of another job"), None, ""),
-     (3, "-1", ""), (3, "", "")],
+     (3, "-1", ""), (3, "", ""), (3, "NoDevFiles", "")],
 )  # fmt: skip
 def test_G5_a_gpu_that_pytorch_cannot_use_is_named(monkeypatch, tmp_path, opened, chosen, told):
     """Rather than trained without for days; unless the CPU was chosen."""
