@@ -81,7 +81,9 @@ def build_site(settings: Settings) -> Path:
     artefacts = []
     for sidecar in sorted((site / "figures").glob("*.json")):
         content, table = read_json(sidecar), sidecar.with_suffix(".md")
-        rows = table.read_text().splitlines() if table.exists() else []
+        rows = table.read_text("utf-8").splitlines() if table.exists() else []
+        if not {"caption", "files"} <= content.keys():  # a reader's own
+            continue
         artefacts.append({
             "name": sidecar.stem, "caption": content["caption"],
             "files": [*content["files"], sidecar.name],

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import os
+import struct
+import zlib
 from itertools import product
 
 import numpy as np
@@ -138,7 +140,7 @@ def test_broken_files_are_named_with_the_remedy(tmp_path):
         _load(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "PCX", "TGA", "JPEG2000"])
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "PCX", "TGA", "JPEG2000", "AVIF", "DDS"])
 def test_C3_no_other_format_is_decoded_whatever_the_ending(tmp_path, kind, monkeypatch):
     content, ghostscript = io.BytesIO(), tmp_path / "bin" / "gs"
     Image.new("RGB", (40, 40)).save(content, kind)
@@ -171,6 +173,19 @@ def test_C4_too_many_pixels_are_refused_before_they_are_decoded(size):
     header = b"P6 %d %d 255 " % size  # of a PPM file, whose pixels do not even follow
     with pytest.raises(ValueError, match="x".join(map(str, size)) + " pixels, over 50,000,000 or too long"):
         pixels(io.BytesIO(header))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_C4_neighbours_nothing_beside_the_first_picture_is_unpacked(kind):
+    """Text and profiles that grow a thousandfold are refused; further pages are not read."""
+    picture, plain, pages = Image.new("RGB", (40, 40)), io.BytesIO(), io.BytesIO()
+    picture.save(plain, "PNG")
+    body = kind + b"x\0\0" + zlib.compress(bytes(10**8))
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    with pytest.raises(ValueError, match="too large"):
+        pixels(io.BytesIO(plain.getvalue()[:33] + chunk + plain.getvalue()[33:]))
+    picture.save(pages, "TIFF", save_all=True, append_images=[Image.new("RGB", (1, 10**6))])
+    assert not pixels(pages).any()
 
 
 def test_C7_class_names_survive_whatever_their_bytes(tmp_path):

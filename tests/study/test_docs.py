@@ -1,6 +1,7 @@
 """README and docs say what is there: files, commands, modules, functions, fields, numbers."""
 
 import ast
+import json
 import pkgutil
 import re
 import runpy
@@ -52,6 +53,21 @@ def test_A4_the_readmes_snippet_runs_twice_and_changes_no_model():
     exec(compile(ast.Module(looks, []), "README.md", "exec"), names)
     assert names["maps"].equal(maps)
     assert all(value.equal(state[key]) for key, value in model.state_dict().items())
+
+
+def test_B6_papermill_as_the_docs_call_it_gives_no_parameter_that_the_notebook_lacks():
+    """Of each such it warns, and a preset's file as -f would be thirty of them."""
+    found = 0
+    for page in [*PAGES, ROOT / "container/entry.sh"]:
+        text = page.read_text().replace("\\\n", " ")
+        for notebook, options in re.findall(r"papermill (?:notebooks/(\w+)\.ipynb|--cwd)([^`\n]*)", text):
+            assert not re.search(r" (-f|-y|-b)\b", options), options
+            for path in (ROOT / "notebooks").glob(f"{notebook or '*'}.ipynb"):
+                own = next(cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
+                parameters = {line.split(" = ")[0] for line in own["source"]}
+                assert set(re.findall(r"-p (\w+)", options)) <= parameters, (page, path)
+                found += 1
+    assert found > 8
 
 
 def table_rows(markdown):

@@ -61,6 +61,17 @@ def test_closes_with_exercises_and_their_answers_folded_away(notebook):
             ast.parse(snippet)
 
 
+def test_G8_batches_for_a_trained_model_are_made_where_it_lies(notebook):
+    """In cells and worked answers; without a device they are the CPU's, as are models that are built there."""
+    prose = "".join(source(cell) for cell in cells(notebook, "markdown"))
+    for code in [*map(source, cells(notebook, "code")), *re.findall("```python\n(.*?)```", prose, re.DOTALL)]:
+        calls = [one for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Call)]
+        of_cpu = {"build_model", "train"} & {ast.unparse(one.func) for one in calls}
+        for call in calls:
+            if ast.unparse(call.func) in ("evaluation_batches", "training_batches", "verdicts_under_attack"):
+                assert of_cpu or "chosen_device()" in ast.unparse(call), ast.unparse(call)
+
+
 def answers(path):
     """The text of each folded answer, without its snippets."""
     prose = "".join(source(cell) for cell in cells(path, "markdown"))

@@ -1,5 +1,6 @@
 """The site: everything that was made, in pages that need no network."""
 
+import json
 import re
 
 import nbformat
@@ -55,6 +56,17 @@ def test_C7_every_notebook_and_artefact_is_linked_as_text_and_nothing_is_asked_o
     assert "<td" in page and "&lt;1&gt;" in page
     for path in index.parent.rglob("*.html"):
         assert not re.search(r"(<script|<link|<img|@import)[^>]*https?://", path.read_text()), path
+
+
+def test_D1_what_a_sidecar_names_elsewhere_stays_where_it_is_and_a_file_of_the_reader_s_is_none(made, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    named = dict.fromkeys(("../../mine", str(mine)), "0" * 64)
+    (made.figures / "hostile.json").write_text(json.dumps({"caption": "Mine.", "files": named, "records": []}))
+    (made.figures / "notes.json").write_text('{"of": "mine"}')
+    page = build_site(made).read_text()
+    assert "Mine." in page and 'id="notes"' not in page and mine.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "figures", mine, tmp_path / "runs"]
 
 
 def test_equations_are_drawn_by_the_browser_and_links_between_notebooks_lead_to_pages(made):
