@@ -113,6 +113,12 @@ def submits(profile: Path) -> bool:
     return read_yaml(profile / "config.yaml").get("executor", "local") != "local"
 
 
+def gives_gpus(profile: Path) -> bool:
+    """Whether a cluster gives a GPU to what computes: unless its profile says that training gets none."""
+    asked = str(read_yaml(profile / "config.yaml").get("set-resources"))
+    return not re.search(r"\btrain\b[^}]*?gpu\W+0\b", asked)
+
+
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by number or UUID. ValueError where it
     names some and there is none: what is meant for them would take days on the CPU."""

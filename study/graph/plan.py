@@ -81,14 +81,15 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
     return classes, train, settings.test_images or available["test"]
 
 
-def requests(settings: Settings, tflops: float) -> dict[str, dict[str, int]]:
-    """What each job that computes asks a cluster for: minutes ("runtime") and MB ("mem_mb"); one that ran out of either
-    is tried again with more. tflops: sustained speed of a GPU of the cluster, or of a core where it has none."""
+def requests(settings: Settings, tflops: float, on_gpu: bool) -> dict[str, dict[str, int]]:
+    """What each job that computes asks a cluster for: minutes ("runtime") and MB of the node's own memory ("mem_mb");
+    one that ran out of either is tried again with more. tflops: sustained speed of a GPU of the cluster, or of a core
+    where it has none."""
     frame, table1, table3 = plan(settings), catalogue.table1_models(settings), catalogue.table3_models(settings)
     jobs = {f"{job}-{name}": macs for job in WORK[:-1] for name, macs in frame[job].items()}
     for job, names in (("01_expert_selection", table1), ("04_ablation", table3), ("05_heatmaps", table3)):
         jobs[job] = frame["scores"][list(map(str, catalogue.single(settings, names)))].sum()
-    memory = LIBRARIES + int(frame["memory"].max() / 1e6) + 1
+    memory = LIBRARIES + (0 if on_gpu else int(frame["memory"].max() / 1e6) + 1)  # the model's is the GPU's
     minutes = STARTING + MARGIN * 60 * hours(pd.Series(jobs), tflops)
     return {job: {"runtime": int(one) + 1, "mem_mb": memory} for job, one in minutes.items()}
 

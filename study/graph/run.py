@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from study.graph import parse_options, preset_parser
-from study.graph.checks import look_ahead
+from study.graph.checks import gives_gpus, look_ahead
 from study.graph.plan import ASSUMED_TFLOPS, requests
 from study.graph.status import format_status
 from study.settings import ROOT, Settings
@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         profile, sources, gpus = look_ahead(settings, options.profile, options.jobs)
         config = {"preset": options.preset} | settings.model_dump(include={"data_folder", "output_folder"})
-        config |= {"gpus": ",".join(gpus)} if gpus is not None else {"requests": requests(settings, options.tflops)}
+        if gpus is None:
+            config["requests"] = requests(settings, options.tflops, gives_gpus(profile))
+        else:
+            config["gpus"] = ",".join(gpus)
         print(f"preset {settings.preset} on {chosen_device()}; {sources}", flush=True)
         settings.runs.mkdir(parents=True, exist_ok=True)
         # Held until this process ends, however it ends; Snakemake's own lock, left out, would outlive a kill

@@ -156,6 +156,18 @@ def test_D2_G3_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, coun
     assert checks.visible_gpus() == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [("", True), ("set-resources: {train: {runtime: 9}, ablation: {gpu: 0}}", True),
+     ("set-resources: {train: {runtime: 9, gpu: 0}}", False), ("set-resources: ['train:gpu=0']", False)],
+)  # fmt: skip
+def test_G9_memory_of_a_gpu_is_not_asked_of_its_node_nor_more_cores_than_a_job_uses(tmp_path, text, given):
+    (tmp_path / "config.yaml").write_text(f"executor: slurm\n{text}\n")
+    assert checks.gives_gpus(tmp_path) == given
+    assert checks.gives_gpus(ROOT / "profiles/slurm")
+    assert job.SURROUNDINGS["OMP_NUM_THREADS"] == "1" and "threads:" not in (ROOT / "Snakefile").read_text()
+
+
 @pytest.mark.parametrize("named", ["0", "2,3", "GPU-d5b7a1cc", "MIG-GPU-d5b7a1cc/1/0"])
 def test_G5_gpus_that_are_named_and_not_found_are_told_beforehand(monkeypatch, named):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

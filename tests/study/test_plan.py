@@ -93,9 +93,10 @@ def test_the_plan_says_beforehand_what_could_be_decided(make_settings, seeds, to
     assert re.search(told, plan.format_power(make_settings(seeds=seeds)))
 
 
-def test_what_a_job_asks_a_cluster_for_follows_the_plan(make_settings):
+def test_G9_what_a_job_asks_a_cluster_for_follows_the_plan(make_settings):
     settings, tflops = make_settings(), 1e-4
-    asked, frame = plan.requests(settings, tflops), plan.plan(settings)
+    asked, frame = plan.requests(settings, tflops, False), plan.plan(settings)
+    assert {one["mem_mb"] for one in plan.requests(settings, tflops, True).values()} == {plan.LIBRARIES}
     for name, row in frame.iterrows():
         training = asked[f"02_training-{name}"]
         minutes = 2 * row["02_training"] / (tflops * 1e12) / 60
@@ -104,7 +105,7 @@ def test_what_a_job_asks_a_cluster_for_follows_the_plan(make_settings):
         assert f"03_attacks-{name}" in asked and f"06_adaptive_attacks-{name}" in asked
     # The mixtures of the ablation, and beside them ensembles of as many networks
     assert asked["04_ablation"]["runtime"] >= asked["05_heatmaps"]["runtime"] > 10
-    faster = plan.requests(settings, 10 * tflops)
+    faster = plan.requests(settings, 10 * tflops, False)
     for name, request in asked.items():
         assert faster[name]["runtime"] == pytest.approx(10 + (request["runtime"] - 10) / 10, abs=2)
 
