@@ -1,15 +1,16 @@
-"""All benchmarks, one after the other: `make bench`."""
+"""All benchmarks, one after the other, or those that are named: `make bench`."""
 
-from benchmarks import (
-    cells,
-    exact,
-    heatmaps,
-    input_pipeline,
-    memory,
-    plan,
-    regularised_step,
-)
+from argparse import ArgumentParser
+from importlib import import_module
 
-for benchmark in (input_pipeline, heatmaps, exact, regularised_step, cells, plan, memory):
+NAMES = ("input_pipeline", "heatmaps", "exact", "regularised_step", "cells", "plan", "memory")
+
+parser = ArgumentParser(prog="python -m benchmarks", description="Time the library beside its peers.")
+parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; none: all")
+names = parser.parse_args().names or NAMES
+if unknown := sorted(set(names) - set(NAMES)):
+    parser.error(f"unknown benchmark {unknown[0]!r}; valid names: {', '.join(NAMES)}")
+for name in names:
+    benchmark = import_module(f"benchmarks.{name}")
     print(f"\n{benchmark.__doc__.splitlines()[0]}", flush=True)
     benchmark.main()
