@@ -82,12 +82,9 @@ def drawn(*names, table=False):
 
 
 # Of the models of both tables, the notebook of Table 1 makes the scores
+SCORED = catalogue.measured_models(settings, "scores")
 OF_TABLE1 = catalogue.table1_models(settings)
-SCORED_ALONE = [
-    name
-    for name in catalogue.table3_models(settings)
-    if name not in OF_TABLE1
-]
+SCORED_ALONE = [name for name in SCORED if name not in OF_TABLE1]
 ATTACKED = catalogue.attacked_models(settings)
 ADAPTIVE = catalogue.adaptive_models(settings)
 
@@ -274,7 +271,7 @@ rule claims:
     input:
         measured(ATTACKED, "attacks"),
         measured(ADAPTIVE, "adaptive"),
-        measured(OF_TABLE1 + SCORED_ALONE, "scores"),
+        measured(SCORED, "scores"),
         notebook=NOTEBOOKS / "07_claims.ipynb",
         code=CODE,
     output:
