@@ -3,9 +3,9 @@
 #   docker build --build-arg COMMIT="$(git rev-parse HEAD)" -t immunity .
 #   docker run --rm immunity --help
 #
-# Debian 12, and no image with CUDA in it: torch's wheels bring CUDA 13.0, and the host its driver.
-# nvidia/cuda's Ubuntu 22.04 has Python 3.11.0rc1 alone, on which Triton (torch.compile) crashes.
-ARG BASE_IMAGE=debian:12.14-slim
+# Of CUDA, the base holds what lets containers see the GPU, and refuses a driver that is too old for 13.0;
+# torch's wheels bring the libraries. Any Debian or Ubuntu with Python 3.11 to 3.13 will do.
+ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 FROM ${BASE_IMAGE}
 
 # g++ and Python's headers: Triton and torch.compile build what they launch. tini hands SIGTERM on
@@ -13,17 +13,17 @@ FROM ${BASE_IMAGE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        ca-certificates g++ make python3.11 python3.11-dev python3.11-venv tini \
+        ca-certificates g++ make python3 python3-dev python3-venv tini \
     && rm -rf /var/lib/apt/lists/* \
-    && python3.11 -c 'import sys; v = sys.version_info; v.releaselevel == "final" or sys.exit( \
-        "a released Python 3.11 is needed, but BASE_IMAGE has " + sys.version.split()[0])'
+    && python3 -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) and v.releaselevel == "final" \
+        or sys.exit("a released Python 3.11 to 3.13 is needed, but BASE_IMAGE has " + sys.version.split()[0])'
 
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /opt/immunity
 
 # setuptools first: a few packages are published as source alone, and are built with it
 COPY requirements.lock ./
-RUN python3.11 -m venv /opt/venv \
+RUN python3 -m venv /opt/venv \
     && sed -n '/^setuptools==/,/[^\\]$/p' requirements.lock > /tmp/setuptools.lock \
     && pip install --no-cache-dir --no-deps --require-hashes --requirement /tmp/setuptools.lock \
     && pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock \

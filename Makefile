@@ -5,17 +5,18 @@ DATA ?=
 OUTPUT ?=
 JOBS ?=
 PROFILE ?=
-PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+TORCH ?=
+PYTHON ?= $(or $(firstword $(foreach one,python3.12 python3.13 python3.11,$(shell command -v $(one)))),python3)
 
 # What a shell says of Python and of installing, as modules of clusters do, is not meant for .venv; mirrors are
 unexport PYTHONPATH PYTHONHOME PYTHONOPTIMIZE PYTHONWARNINGS PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT \
-	UV_TARGET UV_PREFIX UV_REQUIRE_HASHES UV_NO_BUILD UV_NO_BINARY UV_ONLY_BINARY
+	UV_TORCH_BACKEND UV_TARGET UV_PREFIX UV_REQUIRE_HASHES UV_NO_BUILD UV_NO_BINARY UV_ONLY_BINARY
 export PYTHONUTF8 = 1
 
 # Remade when the lock or the project changes. The stamp is written last, so that an install
 # that was cut off starts afresh. --python: an active conda environment is left alone.
 INSTALLED := .venv/.installed
-UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-deps --no-build-isolation
+UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-build-isolation
 
 WHAT = --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)")
 WHERE = $(if $(OUTPUT),--output "$(OUTPUT)")
@@ -30,7 +31,9 @@ help:  ## list these targets
 	@echo '  OUTPUT     where runs/ and figures/ go (default: here)'
 	@echo '  JOBS       notebooks beside each other (default: all cores)'
 	@echo '  PROFILE    where they run: gpu-node, slurm, or a path (default: on this machine)'
-	@echo 'PYTHON names the Python 3.11 that the environment .venv is made from.'
+	@echo 'TORCH=cpu installs PyTorch without CUDA, 0.2 GB in place of 3; TORCH=cu126 for GPUs of 2017, as V100:'
+	@echo 'both come from its own index, and are the only packages without a hash.'
+	@echo 'PYTHON names the Python, 3.11 to 3.13, that the environment .venv is made from.'
 
 reproduce:  ## make every table and figure of PRESET (the first run installs .venv)
 smoke:  ## the same graph at its smallest, to see that everything runs
@@ -76,11 +79,11 @@ bench: $(INSTALLED)  ## time the library beside its peers
 
 lock: $(INSTALLED)  ## write requirements.lock from pyproject.toml (pins that still fit stay)
 	.venv/bin/uv pip compile pyproject.toml --quiet --extra study --extra test --generate-hashes \
-		--no-emit-index-url --no-header --python-version 3.11 -o requirements.lock
+		--no-emit-index-url --no-header --universal --python-version 3.11 -o requirements.lock
 
-NEEDS_PYTHON = import sys; found = sys.version.split()[0]; found.startswith("3.11.") or sys.exit( \
-	"Python 3.11 is needed, but $(PYTHON) is Python " + found + \
-	". Name the right one with: make PYTHON=/path/to/python3.11")
+NEEDS_PYTHON = import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
+	"Python 3.11, 3.12 or 3.13 is needed, but $(PYTHON) is Python " + sys.version.split()[0] + \
+	". Name the right one with: make PYTHON=/path/to/python3.12")
 
 # setuptools first: a few packages are published as source alone, and are built with it
 $(INSTALLED): requirements.lock pyproject.toml
@@ -89,6 +92,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 	rm -f $@
 	sed -nE '/^(uv|setuptools)==/,/[^\\]$$/p' requirements.lock > .venv/first.lock
 	.venv/bin/python -m pip install --quiet --no-deps --require-hashes -r .venv/first.lock
-	$(UV_INSTALL) --require-hashes -r requirements.lock
-	$(UV_INSTALL) -e .
+	sed -E '/^(torch|torchvision|triton|nvidia-.*|cuda-.*)==/,/[^\\]$$/d' requirements.lock > .venv/without_torch.lock
+	$(UV_INSTALL) --no-deps --require-hashes -r $(if $(TORCH),.venv/without_torch.lock,requirements.lock)
+	$(if $(TORCH),$(UV_INSTALL) --torch-backend=$(TORCH) \
+		$$(sed -nE 's/^(torch|torchvision)==([^ ]+).*/\1==\2/p' requirements.lock))
+	$(UV_INSTALL) --no-deps -e .
 	touch $@

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the Dockerfile as it is, without docker and without a registry: Debian 12 is made here from
+# Build the Dockerfile as it is, without docker and without a registry: Debian 13 is made here from
 # packages, as a base that knows this machine's certificates and package index. Needs root, buildah,
 # podman, runc and mmdebstrap.
 #
@@ -32,7 +32,7 @@ export CONTAINERS_STORAGE_CONF=$storage/storage.conf CONTAINERS_CONF=$storage/co
 base=localhost/base
 if ! buildah inspect --type image "$base" > /dev/null 2>&1; then
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Label: Debian' | head -n 1)
-    mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm "$storage/base.tar" \
+    mmdebstrap --quiet --variant=minbase --include=ca-certificates trixie "$storage/base.tar" \
         "${mirror:?no mirror of Debian in the apt configuration of this machine}"
     bare=$(podman import --quiet "$storage/base.tar")
     rm "$storage/base.tar"

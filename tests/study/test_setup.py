@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -20,7 +21,17 @@ from study.settings import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = (ROOT / "requirements.lock").read_text()
-LOCKED = dict(re.findall(r"^(\S+)==(\S+)", LOCK, flags=re.MULTILINE))
+LINES = re.findall(r"^(\S+)==(\S+) (?:; (.*) )?\\$", LOCK, re.MULTILINE)  # name, version, where it is installed
+
+
+def locked(**environment: str) -> dict[str, str]:
+    """What the lock installs, here or in an environment that differs from this one as told."""
+    found = [one for *one, marker in LINES if not marker or Marker(marker).evaluate(environment)]
+    assert len(found) == len(dict(found)), "each package once"
+    return dict(found)
+
+
+LOCKED = locked()
 
 OVERRIDDEN = {Requirement(line).name for line in PYPROJECT["tool"]["uv"]["override-dependencies"]}
 LIGHT = PYPROJECT["project"]["dependencies"]
@@ -33,14 +44,30 @@ def make(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def is_locked(requirement: Requirement) -> bool:
-    version = LOCKED.get(canonicalize_name(requirement.name))
+def is_locked(requirement: Requirement, versions: dict[str, str] = LOCKED) -> bool:
+    version = versions.get(canonicalize_name(requirement.name))
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
-@pytest.mark.parametrize("line", [*LIGHT, *EXTRAS["study"], *EXTRAS["test"]])
-def test_direct_dependency_is_locked_at_a_satisfying_version(line):
-    assert is_locked(Requirement(line))
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize(
+    ("system", "os_name", "machine"),
+    [
+        ("linux", "posix", "x86_64"),
+        ("linux", "posix", "aarch64"),
+        ("darwin", "posix", "arm64"),
+        ("win32", "nt", "AMD64"),
+    ],
+)
+def test_direct_dependencies_are_locked_at_satisfying_versions_on_every_system(python, system, os_name, machine):
+    versions = locked(
+        python_version=python, python_full_version=f"{python}.9", sys_platform=system, os_name=os_name,
+        platform_machine=machine,
+    )  # fmt: skip
+    for line in [*LIGHT, *EXTRAS["study"], *EXTRAS["test"]]:
+        assert is_locked(Requirement(line), versions), line
+    assert Requirement(f"python{PYPROJECT['project']['requires-python']}").specifier.contains(f"{python}.9")
+    assert any(name.startswith("nvidia-") for name in versions) == (system == "linux")
 
 
 def test_lock_holds_all_that_a_locked_package_needs_with_its_hashes_from_any_index():
@@ -50,15 +77,14 @@ def test_lock_holds_all_that_a_locked_package_needs_with_its_hashes_from_any_ind
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
             if applies and requirement.name not in OVERRIDDEN:
                 assert is_locked(requirement), f"{name} needs {requirement}"
-    with_hash = re.findall(r"^(\S+)==\S+ \\\n +--hash=sha256:[0-9a-f]{64}", LOCK, re.MULTILINE)
-    assert with_hash == list(LOCKED)
+    with_hash = re.findall(r"^(\S+)==.*\\\n +--hash=sha256:[0-9a-f]{64}", LOCK, re.MULTILINE)
+    assert with_hash == [name for name, *_ in LINES]
     assert "://" not in LOCK and not re.search(r"^--", LOCK, flags=re.MULTILINE)
 
 
 def test_conda_environment_and_citation_say_the_same_as_the_project():
-    *from_conda, from_pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert from_pip == {"pip": LIGHT + EXTRAS["study"]}
-    assert "python=3.11" in from_conda and PYPROJECT["project"]["requires-python"] == "==3.11.*"
+    from_conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert f"python{PYPROJECT['project']['requires-python']}" in from_conda
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PYPROJECT["project"]["version"]
 
@@ -129,12 +155,32 @@ def test_D9_nothing_is_installed_or_built_with_what_has_no_hash(fresh_checkout, 
         assert {"--no-deps", "--no-build-isolation"} <= set(command.split()), command
 
 
+def test_pytorch_can_be_another_build_than_that_of_the_lock(fresh_checkout):
+    """All else is installed from the lock, but for what only its PyTorch needs."""
+    dry = make("--dry-run", f"PYTHON={sys.executable}", "TORCH=cpu", ".venv/.installed", folder=fresh_checkout).stdout
+    *_, rest, torch, ours = install_commands(dry)
+    assert "--require-hashes -r .venv/without_torch.lock" in rest and "--torch-backend=cpu" in torch
+    assert "--require-hashes" not in torch and ours.strip().endswith("-e .")
+    (fresh_checkout / ".venv").mkdir()
+    for command in re.findall(r"^sed .*", dry, re.MULTILINE):
+        subprocess.run(["sh", "-c", command], cwd=fresh_checkout, check=True)
+    kept = re.findall(r"^(\S+)==", (fresh_checkout / ".venv/without_torch.lock").read_text(), re.MULTILINE)
+    gone = {name for name, *_ in LINES} - set(kept)
+    assert {"torch", "torchvision", "triton"} < gone and all(re.match("torch|triton|nvidia|cuda", one) for one in gone)
+    (versions,) = re.findall(r"\$\((sed .*)\)", dry)
+    said = subprocess.run(["sh", "-c", versions], cwd=fresh_checkout, capture_output=True, text=True).stdout.split()
+    assert said == [f"{name}=={LOCKED[name]}" for name in ("torch", "torchvision")]
+
+
 def test_what_checks_no_hashes_is_said():
     pages = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "environment.yml", *(ROOT / "docs").glob("*.md")]
-    unchecked = {one.strip() for page in pages for one in install_commands(page.read_text())}
-    assert unchecked == {"conda env create -f environment.yml", 'pip install -e ".[study]"', "pip install ."}
+    commands = {one.strip() for page in pages for one in install_commands(page.read_text())}
+    unchecked = {
+        one for one in commands if "--require-hashes" not in one and not one.endswith("--no-build-isolation -e .")
+    }
+    assert unchecked == {"conda env create -f environment.yml", "pip install ."}
     said = (ROOT / "SECURITY.md").read_text().partition("Not promised")[2]
-    assert "`environment.yml`" in said and "`pip install .`" in said
+    assert "conda's own packages" in said and "`pip install .`" in said and "`make TORCH=cpu`" in said
 
 
 def test_help_is_the_default_and_lists_every_target(fresh_checkout):
@@ -145,11 +191,11 @@ def test_help_is_the_default_and_lists_every_target(fresh_checkout):
 
 def test_wrong_python_is_named(fresh_checkout):
     python = fresh_checkout / "python3.10"
-    pretend = "import sys; sys.version = '3.10.13 (main)'; exec(sys.argv[2])"
+    pretend = "import sys; sys.version, sys.version_info = '3.10.13 (main)', (3, 10); exec(sys.argv[2])"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$@"\n')
     python.chmod(0o755)
     outcome = make(".venv/.installed", f"PYTHON={python}", folder=fresh_checkout)
-    assert f"Python 3.11 is needed, but {python} is Python 3.10.13" in outcome.stderr
+    assert f"Python 3.11, 3.12 or 3.13 is needed, but {python} is Python 3.10.13" in outcome.stderr
     assert outcome.returncode != 0 and not (fresh_checkout / ".venv").exists()
 
 
