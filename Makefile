@@ -18,8 +18,10 @@ export PYTHONUTF8 = 1
 INSTALLED := .venv/.installed
 UV_INSTALL = .venv/bin/uv pip install --python .venv/bin/python --no-build-isolation
 
-WHAT = --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)")
-WHERE = $(if $(OUTPUT),--output "$(OUTPUT)")
+# By the environment: whatever quotes and spaces are in a path, the shell does not read it
+export PRESET DATA OUTPUT JOBS PROFILE
+WHAT = --preset "$$PRESET" $(if $(DATA),--data "$$DATA")
+WHERE = $(if $(OUTPUT),--output "$$OUTPUT")
 
 .PHONY: help reproduce smoke plan status lab explorer site pretrained test test-fast test-node bench lock
 
@@ -39,8 +41,8 @@ reproduce:  ## make every table and figure of PRESET (the first run installs .ve
 smoke:  ## the same graph at its smallest, to see that everything runs
 smoke: override PRESET = smoke
 reproduce smoke: $(INSTALLED)
-	.venv/bin/python -m study.graph.run $(WHAT) $(WHERE) $(if $(JOBS),--jobs $(JOBS)) \
-		$(if $(PROFILE),--profile "$(PROFILE)")
+	.venv/bin/python -m study.graph.run $(WHAT) $(WHERE) $(if $(JOBS),--jobs "$$JOBS") \
+		$(if $(PROFILE),--profile "$$PROFILE")
 
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
 	.venv/bin/python -m study.graph.plan $(WHAT)

@@ -199,6 +199,8 @@ def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray
         ours, theirs = mine[:count], theirs[:count]
         if measure.unit == "%":
             mean, their_mean = (one.mean(1, keepdims=True) for one in (ours, theirs))
+            if not (mean.all() and their_mean.all()):  # as when all maps are empty
+                raise NotTestable(f"a model's {measure.kind.replace('_', ' ')} is 0 on all images, which has no ratio")
             effects[title] = np.log(mean / their_mean) + ours / mean - theirs / their_mean
         else:
             effects[title] = ours - theirs
@@ -264,7 +266,7 @@ def estimate(effects: np.ndarray, outside: float = 0.05) -> tuple[float, float, 
         return stats.t.ppf(1 - outside / 2, freedom) * np.sqrt(variance / (trainings * count))
 
     if trainings == 1:
-        half = reach(between_images, images - 1)
+        half = reach(between_images, max(images - 1, 1))
         return mean, mean - half, mean + half
     between_trainings = count * of_training.var(ddof=1)
     rest = values - of_training - of_image + values.mean()

@@ -44,6 +44,7 @@ PRETRAINED = ROOT / "pretrained"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 WEIGHTS = "model.safetensors"
 LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
+COLUMNS = set("split image label attack family sees gates experts switched uniform trained".split())  # of every frame
 DEVICES = Path("/dev")
 _say_once = cache(print)  # each line, in a process
 
@@ -262,7 +263,9 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
         read_summary(settings, name, kind)  # says what is missing
         try:
             frame = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
+            if lacking := COLUMNS - set(frame):
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        except Exception as error:  # for a damaged file, pandas and pyarrow raise errors of all kinds
             raise set_record_aside(path.with_suffix(".json"), f"{path} cannot be read ({error})") from error
         frames.append(frame.assign(model=str(name), data=name.dataset, **name.model_dump(exclude={"dataset"})))
     return pd.concat(frames, ignore_index=True)

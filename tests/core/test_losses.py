@@ -1,6 +1,10 @@
 """The losses of eqs (2), (9), (11) and (12), against plain loops and their identities."""
 
+import importlib
+import inspect
 import math
+import pkgutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+import immunity_lib
 from immunity_lib import losses, scores
 from immunity_lib.moe import ExpertOutputs
 from immunity_lib.recipe import Recipe
@@ -127,6 +132,19 @@ def test_A2_there_is_one_default_of_the_coordinates_and_of_gamma(outputs, maps, 
     as_called = losses.immunity_loss(outputs, LABELS, maps, alpha=1, beta=1, gamma=100)
     in_pixels = losses.position_stability_loss(maps, "pixels").item()  # these maps are 6x6
     assert 5**4 * as_called.position_stability.item() == pytest.approx(in_pixels)
+
+
+def test_A2_neighbours_a_function_s_default_is_the_recipe_s():
+    """But for the floor, which training has and the one fixed reading has not, and sizes that say what they are of."""
+    defaults, different = {field.name: field.default for field in fields(Recipe)}, set()
+    for module in pkgutil.walk_packages(immunity_lib.__path__, "immunity_lib."):
+        for function in vars(importlib.import_module(module.name)).values():
+            if inspect.isfunction(function) and function.__module__ == module.name:
+                for name, parameter in inspect.signature(function).parameters.items():
+                    if parameter.default not in (parameter.empty, defaults.get(name, parameter.default)):
+                        different.add((function.__name__, name))
+    of_maps = ("expert_heatmaps", "heatmaps_from_outputs", "normalise_maps")
+    assert different == {(name, "floor") for name in of_maps} | {("verdicts_under_attack", "batch_size")}
 
 
 def test_heat_map_terms_need_maps(outputs):

@@ -108,6 +108,19 @@ def test_A5_a_score_s_effect_is_the_ratio_of_means_and_so_is_its_interval(world,
     assert -100 < line["low"] < line["effect"] < line["high"], "no score falls by more than all of it"
 
 
+def test_A5_neighbours_a_score_of_zero_has_no_ratio(world, monkeypatch):
+    monkeypatch.setattr(claims, "by_image", lambda *_, method, **__: np.full((2, 5), float(method == "moe")))
+    (line,) = verdicts(world.settings, [claim("experts-differ")]).to_dict("records")
+    assert line["verdict"] == VERDICTS[-1] and "mutual information is 0 on all images" in line["reason"]
+
+
+@pytest.mark.parametrize("trainings", [1, 3])
+@pytest.mark.parametrize("effect", [-1.0, 0.0, 1.0])
+def test_A6_C2_neighbours_a_single_image_tells_next_to_nothing(trainings, effect):
+    mean, low, high = estimate(np.full((trainings, 1), effect))
+    assert mean == effect and low < 0 < high and high - low > 1
+
+
 def test_switching_is_held_against_other_gates_of_the_same_model_and_images(world):
     attacked = [(attack, sees) for attack, _, sees in ADAPTIVE]
     name = next(

@@ -6,6 +6,7 @@ import pkgutil
 import re
 import runpy
 import sys
+from fractions import Fraction
 from typing import get_args
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 
 from immunity_lib.attacks import ATTACKS
 from study import catalogue, measure, store, tables
-from study.settings import ROOT, TRAINING, AttackName, Settings, preset_names
+from study.settings import ROOT, TRAINING, AttackName, Settings, load_preset, preset_names
 
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
@@ -98,6 +99,23 @@ def test_what_the_docs_name_exists_and_the_other_way_round():
         assert f"{module}.{member}" in names or pkgutil.resolve_name(f"{names[module]}.{member}")
     attacks = set(get_args(AttackName))  # an attack of the tables has these four places
     assert attacks == set(catalogue.ATTACK_TITLES) == set(tables.STRONGEST_FIRST) <= ATTACKS.keys()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_A2_neighbours_what_the_docs_say_of_a_preset_is_what_it_says(name):
+    page, settings = (ROOT / "docs/presets.md").read_text(), load_preset(name)
+    (row,) = (one for one in table_rows(page.partition("## Fields")[0]) if one["preset"] == f"`{name}`")
+    recipe, words = settings.recipe, "none one two three".split()
+    truths = {
+        r"(\d+) experts": recipe.experts, r"(\d+) epochs": recipe.epochs, r"([\d,]+) images": recipe.train_images,
+        r"(\w+) seeds": words[len(settings.seeds)], r"at (\S+) of the channels": Fraction(recipe.width),
+    }  # fmt: skip
+    said = {pattern: re.search(pattern, row["models"]) for pattern in truths}
+    assert any(said.values())
+    for pattern, match in said.items():
+        assert not match or match[1].replace(",", "") == str(truths[pattern]), match[0]
+    if name == "demo":
+        assert f"trains {len(catalogue.trained_models(settings))} small models" in README
 
 
 def test_imports_go_one_way_are_shallow_and_drawn(tmp_path):

@@ -77,6 +77,13 @@ def test_truncated_files_are_set_aside_and_remade(settings, dataset, measurement
     assert path.with_suffix(ending).name in said and "it is made anew" in said
 
 
+def test_D7_neighbours_a_whole_frame_of_other_columns_is_set_aside_and_remade(settings, dataset, measurement, capsys):
+    path = record_path(settings, NAME, "attacks").with_suffix(".parquet")
+    pd.read_parquet(path).drop(columns=["gates", "sees"]).to_parquet(path)
+    measure_attacks(settings, NAME, dataset)
+    assert measurement.called and f"{path} cannot be read (it lacks gates, sees)" in capsys.readouterr().err
+
+
 @KINDS
 @pytest.mark.parametrize("other", ["weights", "data"])
 def test_a_record_about_other_weights_or_data_is_remade(settings, dataset, measurement, capsys, make, kind, other):

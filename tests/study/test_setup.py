@@ -1,6 +1,7 @@
 """The set-up files agree with each other, and the Makefile fails with words."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -199,26 +200,44 @@ def test_wrong_python_is_named(fresh_checkout):
     assert outcome.returncode != 0 and not (fresh_checkout / ".venv").exists()
 
 
-def test_D3_neighbours_what_a_shell_says_of_python_and_of_installing_is_not_for_this_environment(fresh_checkout):
-    """As the modules of a cluster say it; mirrors are obeyed."""
+@pytest.fixture
+def pretended_make(fresh_checkout):
+    """Runs make where the environment is installed and its Python only tells its arguments and variables."""
     python = fresh_checkout / ".venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\nenv\n")
+    python.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    )
     python.chmod(0o755)
     (fresh_checkout / ".venv/.installed").touch()
-    names = "PYTHONPATH PYTHONHOME PYTHONOPTIMIZE PYTHONWARNINGS PIP_USER UV_TARGET UV_REQUIRE_HASHES".split()
-    told = dict.fromkeys([*names, "PIP_INDEX_URL"], "/elsewhere") | {"PYTHONUTF8": "0"}
-    environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"} | told
-    done = subprocess.run(["make", "plan"], cwd=fresh_checkout, env=environment, capture_output=True, text=True)
-    kept = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    assert {name: kept.get(name) for name in told} == dict.fromkeys(names) | {
-        "PIP_INDEX_URL": "/elsewhere", "PYTHONUTF8": "1",
-    }  # fmt: skip
+
+    def run(*arguments, **environment):
+        environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")} | environment
+        command = ["make", "--silent", *arguments]
+        done = subprocess.run(command, cwd=fresh_checkout, env=environment, capture_output=True, text=True)
+        return json.loads(done.stdout)
+
+    return run
 
 
-def test_D15_the_makefile_passes_its_variables_on_with_their_spaces(fresh_checkout):
-    given = ("PRESET=my presets/mine.yaml", "DATA=my data", "OUTPUT=my out", "JOBS=3")
-    asked = make("--dry-run", "reproduce", *given, "PROFILE=my profile", folder=fresh_checkout).stdout
-    command = " ".join(asked[asked.index("--preset") :].replace("\\", "").split())
-    expected = '--preset "my presets/mine.yaml" --data "my data" --output "my out" --jobs 3 --profile "my profile"'
-    assert command == expected
+def test_D3_neighbours_what_a_shell_says_of_python_and_of_installing_is_not_for_this_environment(pretended_make):
+    """As the modules of a cluster say it; mirrors are obeyed."""
+    names = "PYTHONOPTIMIZE PYTHONWARNINGS PIP_USER PIP_TARGET UV_TARGET UV_REQUIRE_HASHES UV_NO_BUILD".split()
+    told = dict.fromkeys([*names, "PYTHONPATH", "PIP_INDEX_URL"], "/elsewhere") | {"PYTHONUTF8": "0"}
+    _, kept = pretended_make("plan", **told)
+    assert not {"PYTHONPATH", *names} & kept.keys()
+    assert kept["PIP_INDEX_URL"] == "/elsewhere" and kept["PYTHONUTF8"] == "1"
+    assert {"PYTHONHOME", "PIP_PREFIX", "UV_PREFIX"} <= set(
+        (ROOT / "Makefile").read_text().split()
+    )  # which break Python
+
+
+def test_D15_the_makefile_passes_its_variables_on_whatever_is_in_their_names(pretended_make, fresh_checkout):
+    given = {
+        name: f'my {name}\'s "x" `touch ran` ; touch ran & (ü)' for name in ("DATA", "OUTPUT", "PROFILE", "PRESET")
+    }
+    command, _ = pretended_make("reproduce", "JOBS=3", "-j8", *(f"{name}={value}" for name, value in given.items()))
+    options = dict(zip(command[2::2], command[3::2], strict=True))
+    assert options == {f"--{name.lower()}": value for name, value in given.items()} | {"--jobs": "3"}
+    assert not (fresh_checkout / "ran").exists()
+    assert "smoke" in pretended_make("smoke", "PRESET=demo")[0] and pretended_make("smoke", "-j8")[0][3] == "smoke"
