@@ -47,8 +47,8 @@ class Recipe:
     cutout: int = 0  # side of a hidden square; 0: none
     auxiliary_weight: float = 0.0  # of a network of cells' second classifier
     drop_path: float = 0.0  # of cells, at the end of training
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: mixed precision
-    compiled: bool = False  # torch.compile: a slow start, and faster steps
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"  # bfloat16: mixed precision; auto: where it is faster
+    compiled: bool | Literal["auto"] = False  # torch.compile: a slow start, and faster steps; auto: on a GPU
 
     # losses, eqs (2) and (12)
     alpha: float = 1.0  # weight of every expert's own cross entropy, eq (2)

@@ -65,7 +65,7 @@ def train(
     """
     model = build_model(recipe, dataset).to(device)
     loss = training_loss
-    if recipe.compiled:
+    if is_compiled(recipe, next(model.parameters()).device):
         torch._dynamo.config.trace_autograd_ops = True  # the heat maps' gradient, inside the loss
         loss = torch.compile(training_loss, dynamic=False)
     optimiser = make_optimiser(model, recipe)
@@ -266,8 +266,22 @@ def learning_rate_factor(schedule: str, done: float) -> float:
 
 def mixed_precision(recipe: Recipe, device: torch.device) -> AbstractContextManager:
     """Within it, convolutions and products are in bfloat16 if the recipe says so."""
-    mixed = recipe.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if is_mixed(recipe, device) else nullcontext()
+
+
+def is_mixed(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a recipe trains in bfloat16 there: with "auto", where the device computes in it, and does not emulate."""
+    if recipe.precision != "auto":
+        return recipe.precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def is_compiled(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a recipe's step is compiled there: with "auto", on a GPU; on CPUs it was no faster."""
+    return device.type == "cuda" if recipe.compiled == "auto" else recipe.compiled
 
 
 CHECKPOINT = "checkpoint.safetensors"

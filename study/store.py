@@ -36,7 +36,7 @@ from immunity_lib.files import (
 )
 from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
-from immunity_lib.train import CHECKPOINT, build_model, train
+from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
 from study.catalogue import ModelName, members, own_recipe, recipe_of
 from study.settings import NOT_OF_THE_RESULT, ROOT, Settings
 
@@ -233,6 +233,8 @@ def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "multiply_accumulates": counter.get_total_flops() // 2,
         "log": log,
+        "mixed_precision": is_mixed(wanted, device),
+        "compiled": is_compiled(wanted, device),
         "seconds": round(sum(entry["seconds"] for entry in log), 1),
         "seconds_in_this_process": round(time.perf_counter() - started, 1),
         "provenance": provenance(),

@@ -248,6 +248,22 @@ def test_auxiliary_classifier_adds_its_cross_entropy(make_recipe, dataset, batch
         build_expert("pdarts", 10, 0.125, layers=3).forward_with_auxiliary(images)
 
 
+@pytest.mark.parametrize(
+    ("able", "device", "mixed", "compiled"),
+    [({"avx512_bf16": True}, "cpu", True, False), ({"amx_bf16": True}, "cpu", True, False), ({}, "cpu", False, False),
+     ({"avx512_bw": True, "amx_bf16": False}, "cpu", False, False), ({}, "cuda", True, True)],
+)  # fmt: skip
+def test_what_is_left_to_the_machine_is_what_it_does_fast(make_recipe, monkeypatch, able, device, mixed, compiled):
+    """bfloat16 where it is computed, not emulated, at a seventh of the speed; compiled steps on a GPU."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    recipe, device = make_recipe(precision="auto", compiled="auto"), torch.device(device)
+    assert (training.is_mixed(recipe, device), training.is_compiled(recipe, device)) == (mixed, compiled)
+    for asked in (True, False):  # it does as it is told, wherever
+        told = make_recipe(precision="bfloat16" if asked else "float32", compiled=asked)
+        assert training.is_mixed(told, device) == training.is_compiled(told, device) == asked
+
+
 def test_mixed_precision_is_close_and_ends_before_probabilities(make_recipe, dataset, batch):
     """bfloat16 keeps 8 bits: the losses agree to a few per cent, the maps still sum to 1."""
     losses = []
