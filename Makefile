@@ -32,6 +32,7 @@ help:  ## list these targets
 	@echo '  DATA       folder of CIFAR or of your own images; smoke and demo need none'
 	@echo '  OUTPUT     where runs/ and figures/ go (default: here)'
 	@echo '  JOBS       notebooks beside each other (default: all cores)'
+	@echo '  CALIBRATE  1: make plan measures the speed of this machine, some ten seconds of each network'
 	@echo '  PROFILE    where they run: gpu-node, slurm, or a path (default: on this machine)'
 	@echo 'TORCH=cpu installs PyTorch without CUDA, 0.2 GB in place of 3; TORCH=cu126 for GPUs of 2017, as V100:'
 	@echo 'both come from its own index, and are the only packages without a hash.'
@@ -45,7 +46,7 @@ reproduce smoke: $(INSTALLED)
 		$(if $(PROFILE),--profile "$$PROFILE")
 
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
-	.venv/bin/python -m study.graph.plan $(WHAT)
+	.venv/bin/python -m study.graph.plan $(WHAT) $(if $(CALIBRATE),--calibrate)
 
 status: $(INSTALLED)  ## how far PRESET is, and when it will be done; from any machine
 	.venv/bin/python -m study.graph.status $(WHAT) $(WHERE)

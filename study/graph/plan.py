@@ -3,28 +3,35 @@
 Arithmetic is multiply-accumulates of convolutions and products, which PyTorch counts on shapes alone in an expert's
 real forward pass, training step, heat maps and gradient of the images; a step of an attack is such a gradient.
 Adaptive attacks are counted as if every image resisted, which few do. Left out: the gate, batch norms, losses,
-augmentation, the small held-out split. Hours are this arithmetic over an assumed sustained speed, the same for all.
+augmentation, the small held-out split. Hours are this arithmetic over a sustained speed: an assumed one, the same for
+all, or, with --calibrate, that of each network's training steps on this machine, which attacks are taken to share.
 On a CPU, measured epochs (`make bench`) keep to the proportions within a third for networks of plain convolutions,
 ResNet18 at half its bill aside; networks of cells, with their depthwise convolutions, take 4 to 5 times theirs.
 Memory is that of the larger phase, training or measuring: weights, in training also gradients and momentum, and what
 a batch keeps for its backward pass; a GPU's libraries take 1 to 2 GB beside it."""
 
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
+import torch
 
 from immunity_lib.attacks import AIMS, DRAWS_PER_STEP, QUERIES_PER_STEP
-from immunity_lib.data import find_source
+from immunity_lib.data import Dataset, find_source
 from immunity_lib.data.images import CLASS_NAMES
 from immunity_lib.evaluate import BUDGETS
+from immunity_lib.train import build_model, is_compiled, training_loss
 from study import catalogue
 from study.claims import FEWEST_TRAININGS, smallest_visible
 from study.graph import parse_options, preset_parser
 from study.graph.cost import cost_of
 from study.settings import Settings
+from study.store import chosen_device
 
 ASSUMED_TFLOPS = 10.0  # sustained; a guess for one data-centre GPU on images this small
+CALIBRATED = 10.0  # seconds, of each network
 MARGIN = 2.0  # of what a cluster is asked for: the speed is a guess, and to queue longer loses less than to be ended
 STARTING = 10  # minutes, for the kernel, the libraries and the data
 LIBRARIES = 4000  # MB of a process that has loaded them
@@ -81,6 +88,37 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
     return classes, train, settings.test_images or available["test"]
 
 
+def measured_tflops(settings: Settings) -> pd.Series:
+    """The sustained speed of training steps on this machine, in TFLOP/s, by the name of each model that the preset
+    trains. Measured of one expert of each network, on noise, for some CALIBRATED seconds after a first step."""
+    speeds, device = {}, chosen_device()
+    trained = {name: catalogue.recipe_of(settings, name) for name in catalogue.trained_models(settings)}
+    for name, recipe in trained.items():
+        kind = name.expert, recipe.width, recipe.beta + recipe.gamma > 0  # with heat maps or without
+        if kind not in speeds:
+            recipe = replace(recipe, experts=1, gate_network="constant", adversary=None, pairing="none")
+            classes, *_ = _counts(settings, name.dataset)
+            data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "noise", {})
+            model = build_model(recipe, data).to(device).train()
+            loss = torch.compile(training_loss) if is_compiled(recipe, device) else training_loss
+            images = torch.rand(recipe.batch_size, 3, 32, 32, device=device)
+            labels = torch.randint(classes, (recipe.batch_size,), device=device)
+            steps, started = -1, time.perf_counter()  # the first step, which sets up, does not count
+            while steps < 1 or time.perf_counter() - started < CALIBRATED:
+                loss(model, images, labels, recipe, recipe.warmup_epochs).total.backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                steps += 1
+                started = started if steps else time.perf_counter()
+            macs = steps * recipe.batch_size * cost_of(recipe, classes)["step"]
+            speeds[kind] = 2 * macs / (time.perf_counter() - started) / 1e12
+            told = "with heat maps" if kind[-1] else "without"
+            print(f"{name.expert} {told}: {speeds[kind]:.3g} TFLOP/s on {device}", file=sys.stderr, flush=True)
+    return pd.Series({
+        str(name): speeds[name.expert, recipe.width, recipe.beta + recipe.gamma > 0] for name, recipe in trained.items()
+    })  # fmt: skip
+
+
 def requests(settings: Settings, tflops: float, on_gpu: bool) -> dict[str, dict[str, int]]:
     """What each job that computes asks a cluster for: minutes ("runtime") and MB of the node's own memory ("mem_mb");
     one that ran out of either is tried again with more. tflops: sustained speed of a GPU of the cluster, or of a core
@@ -94,12 +132,12 @@ def requests(settings: Settings, tflops: float, on_gpu: bool) -> dict[str, dict[
     return {job: {"runtime": int(one) + 1, "mem_mb": memory} for job, one in minutes.items()}
 
 
-def hours(multiply_accumulates, tflops: float):
-    """At a sustained speed in TFLOP/s; a multiply-accumulate is two operations."""
+def hours(multiply_accumulates, tflops):
+    """At a sustained speed in TFLOP/s, of all or each; a multiply-accumulate is two operations."""
     return 2 * multiply_accumulates / (tflops * 1e12) / 3600
 
 
-def format_plan(settings: Settings, tflops: float) -> str:
+def format_plan(settings: Settings, tflops: float | pd.Series) -> str:
     """The bill as text: a line for all seeds of a model, the totals, and what they assume."""
     frame = plan(settings)
     measuring = frame[WORK[1:]].sum(axis=1)
@@ -107,18 +145,22 @@ def format_plan(settings: Settings, tflops: float) -> str:
     shown = pd.DataFrame({
         "epochs": frame["epochs"], "parameters (M)": frame["parameters"] / 1e6,
         "forward (GMAC)": frame["forward"] / 1e9, "training (PMAC)": frame["02_training"] / 1e15,
-        "measuring (PMAC)": measuring / 1e15, "GPU hours": each, "memory (GB)": frame["memory"] / 1e9,
+        "measuring (PMAC)": measuring / 1e15, "hours": each, "memory (GB)": frame["memory"] / 1e9,
     })  # fmt: skip
     by_model = shown.groupby(shown.index.str.replace("-seed[0-9]+$", "", regex=True), sort=False)
     table = by_model.mean().assign(jobs=by_model.size())
+    if isinstance(tflops, pd.Series):
+        speed = f"{tflops.min():.3g} to {tflops.max():.3g} TFLOP/s, as measured of each on this {chosen_device()}"
+    else:
+        speed = f"an assumed {tflops:g} TFLOP/s sustained (--tflops)"
     disk = (4 * frame["parameters"] + 2e6).sum() / 1e9
     _, _, assumptions = (__doc__ or "").partition("\n\n")
     return f"""\
 Preset {settings.preset}: what it would cost; per job, seeds of a model in one line.
 {table.to_string(float_format="{:,.3g}".format)}
 
-{len(frame)} trainings; {each.sum():,.0f} GPU hours in all, {each.max():,.1f} for the longest job, \
-at an assumed {tflops:g} TFLOP/s sustained (--tflops)
+{len(frame)} trainings; {each.sum():,.0f} hours in all, {each.max():,.1f} for the longest job, \
+at {speed}
 {disk:.1f} GB of disk: weights, and about 2 MB a model for logs, records and notebooks
 {format_power(settings)}
 
@@ -139,8 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper", output=False)
     told = f"sustained speed of the machine, TFLOP/s (default: {ASSUMED_TFLOPS:g})"
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)
+    told = f"measure it instead, for some {CALIBRATED:.0f} seconds of each network"
+    parser.add_argument("--calibrate", action="store_true", help=told)
     options, settings = parse_options(parser, arguments)
-    print(format_plan(settings, options.tflops))
+    print(format_plan(settings, measured_tflops(settings) if options.calibrate else options.tflops))
     return 0
 
 

@@ -85,6 +85,20 @@ def test_every_model_is_billed_once_and_for_what_is_done_with_it(make_settings):
     assert all(name.rsplit("-seed", 1)[0] in text for name in frame.index)
 
 
+def test_the_speed_of_each_network_can_be_measured_instead(make_settings, monkeypatch, capsys):
+    """Steps are timed on a pretended clock, whose every look takes a second."""
+    monkeypatch.setattr(plan.time, "perf_counter", map(float, range(10_000)).__next__)
+    settings = make_settings(baselines=["pdarts"], baseline_layers=3)
+    speeds, frame = plan.measured_tflops(settings), plan.plan(settings)
+    assert list(speeds.index) == list(frame.index) and (speeds > 0).all()
+    moe, immunity = (f"parts10-{method}-resnet18-standard-seed0" for method in ("moe", "immunity"))
+    assert speeds[moe] != speeds[immunity] and speeds[moe] == speeds[moe.replace("standard", "adversarial")]
+    assert capsys.readouterr().err.count("TFLOP/s on cpu") == 3
+    text = plan.format_plan(settings, speeds)
+    total = (2 * frame[plan.WORK].sum(axis=1) / (speeds * 1e12) / 3600).sum()
+    assert f"{total:,.0f} hours in all" in text and "as measured of each on this cpu" in text
+
+
 @pytest.mark.parametrize(
     ("seeds", "told"),
     [([0, 1], "no verdicts, for which there must be 3"), ([0, 1, 2], r"an effect of \d+\.\d points would")],
