@@ -4,7 +4,6 @@ A gate of N weights has N! states, and every expert's output is shared by all of
 the mixture under each. For N = 5 that is 120, so nothing is sampled; of more than six experts' gates, as many are
 drawn as six have. Images are (B, 3, 32, 32) in [0, 1], labels (B,)."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -53,16 +52,35 @@ def verdicts_under_attack(
     The attack, one of `attacks.ATTACKS`, is on the model's folded copy. Its random starts and gates are drawn from
     `seed`, without touching the caller's random state.
     """
-    target, total = fold(model), math.ceil(len(image_set) / batch_size)
-    batches = evaluation_batches(image_set, batch_size, device)
-    budget = {"eps": eps, "step_size": step_size, "steps": steps}
+    target, budget = fold(model), {"eps": eps, "step_size": step_size, "steps": steps}
+
+    def judge(rows: slice) -> GateVerdicts:
+        ((images, labels),) = evaluation_batches(image_set.select(rows), batch_size, device)
+        adversarial = attack_images(target, images, labels, attack, gate, **budget)
+        return verdicts_over_gates(model, [(adversarial, labels)])
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        shown = tqdm(batches, f"{attack} on the {gate} gate", total, leave=False)
-        adversarial = (
-            (attack_images(target, images, labels, attack, gate, **budget), labels) for images, labels in shown
-        )
-        return verdicts_over_gates(model, adversarial)
+        return GateVerdicts.join(in_parts(judge, len(image_set), batch_size, f"{attack} on the {gate} gate"))
+
+
+def in_parts(measure: Callable[[slice], Any], count: int, size: int = BATCH, title: str = "") -> list:
+    """What is measured of `count` images, `size` at a time; where a GPU's memory is too small, of half as many."""
+    results, start = [], 0
+    with tqdm(desc=title, total=count, leave=False, disable=not title) as shown:
+        while start < count:
+            rows = slice(start, min(start + size, count))
+            try:
+                results.append(measure(rows))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                print(f"out of memory; goes on with {size} images at a time", flush=True)
+            else:
+                start = rows.stop
+                shown.update(rows.stop - rows.start)
+    return results
 
 
 def evaluate_adaptively(
@@ -109,12 +127,15 @@ def evaluate_adaptively(
 
 def _attack(target: ImmunityMoE, images: Tensor, labels: Tensor, attack: AdaptiveAttack, eps: float) -> Result:
     started = time.perf_counter()
-    parts, flags = [], []
-    for some, theirs in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        adversarial, said = attack.perturb(some, theirs)
-        check_budget(some, adversarial, eps)
-        parts.append(verdicts_over_gates(target, [(adversarial, theirs)]))
-        flags += said
+    flags = []
+
+    def judge(rows: slice) -> GateVerdicts:
+        adversarial, said = attack.perturb(images[rows], labels[rows])
+        check_budget(images[rows], adversarial, eps)
+        flags.extend(said)
+        return verdicts_over_gates(target, [(adversarial, labels[rows])])
+
+    parts = in_parts(judge, len(images))
     return GateVerdicts.join(parts), {
         "family": attack.family,
         "sees": attack.sees,

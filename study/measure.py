@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from immunity_lib import evaluate, scores
 from immunity_lib.attacks import Effort, adaptive_attacks
@@ -96,11 +95,11 @@ def measure_scores(settings: Settings, name: ModelName, dataset: Dataset) -> Non
 
 
 def _scores(model: ImmunityMoE, images: ImageSet, split: str) -> tuple[pd.DataFrame, dict]:
-    parts, verdicts = [], []
-    batches = evaluation_batches(images, evaluate.BATCH, store.chosen_device())
-    for batch, labels in tqdm(batches, "heat maps", -(-len(images) // evaluate.BATCH), leave=False):
-        parts.append(expert_heatmaps(model, batch, labels).cpu())
-        verdicts.append(evaluate.verdicts_over_gates(model, [(batch, labels)]))
+    def look(rows: slice) -> tuple[Tensor, GateVerdicts]:
+        ((batch, labels),) = evaluation_batches(images.select(rows), evaluate.BATCH, store.chosen_device())
+        return expert_heatmaps(model, batch, labels).cpu(), evaluate.verdicts_over_gates(model, [(batch, labels)])
+
+    parts, verdicts = zip(*evaluate.in_parts(look, len(images), title="heat maps"), strict=True)
     maps, found = torch.cat(parts), GateVerdicts.join(verdicts)
     frame = _frame(found, torch.arange(len(images)), images.labels, split=split).assign(
         independence_score=scores.independence_by_image(maps).numpy(),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from immunity_lib.data import ImageSet
-from immunity_lib.evaluate import agreement, verdicts_over_gates, verdicts_under_attack
+from immunity_lib.evaluate import agreement, in_parts, verdicts_over_gates, verdicts_under_attack
 from immunity_lib.moe import ConstantGate, permutations
 
 BUDGET = {"eps": 8 / 255, "step_size": 2 / 255, "batch_size": 7}
@@ -105,3 +105,21 @@ def test_attacks_are_drawn_from_the_seed_and_leave_the_random_state(make_distant
         torch.rand(3)
         state = torch.get_rng_state()
     assert found[0] == found[1] and any(other != found[0] for other in found[2:])
+
+
+def test_G2_where_memory_is_too_small_half_as_many_images_are_measured_at_a_time(capsys):
+    """Each image once and in order; one that does not fit by itself is an error."""
+    fits, tried = 30, []
+
+    def measure(rows):
+        tried.append(rows.stop - rows.start)
+        if tried[-1] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(range(rows.start, rows.stop))
+
+    assert sum(in_parts(measure, 110, 100), []) == list(range(110))
+    assert tried == [100, 50, 25, 25, 25, 25, 10]
+    assert "goes on with 25 images at a time" in capsys.readouterr().out
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        in_parts(measure, 110, 100)
