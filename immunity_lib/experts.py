@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from immunity_lib.moe import in_eval_mode
 from immunity_lib.recipe import BASELINES, EXPERT_NAMES
 
 # The paper takes "the last convolutional layer with dimensions exceeding 8*8" for Grad-CAM.
@@ -62,11 +63,10 @@ class Expert(nn.Module):
 
     def stage_sides(self) -> dict[str, int]:
         """Side of every stage's feature grid for a 32x32 image, by the stage's name."""
-        stages = copy.deepcopy(self.stages).eval()  # for a dry run that updates no batch norm
         state = torch.zeros(1, 3, 32, 32, device=self.classifier.weight.device)
         sides = {}
-        with torch.no_grad():
-            for name, stage in stages.named_children():
+        with in_eval_mode(self.stages), torch.no_grad():  # a dry run, that updates no batch norm
+            for name, stage in self.stages.named_children():
                 state = stage(state)
                 sides[name] = self.activations_of(state).shape[-1]
         return sides

@@ -24,13 +24,14 @@ CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
     """Of a recipe's experts, from shapes alone: "parameters", bytes of "memory", and the multiply-accumulates of one
     image's "forward" pass, "gradient" by the image, heat "maps" and training "step" without its attack."""
-    alike = replace(  # whatever changes no shape; one expert on two images, the fewest that batch norms take
-        recipe, experts=1, gate_network="constant", precision="float32", seed=0, epochs=1, batch_size=2, alpha=0.0,
-        gamma=0.0, beta=float(recipe.beta + recipe.gamma > 0), floor=0.0, warmup_epochs=0.0, adversary=None,
-        adversary_steps=1,
+    plain = Recipe(  # what shapes depend on; one expert
+        experts=1, gate_network="constant", alpha=0.0, beta=0.0, gamma=0.0, warmup_epochs=0.0, expert=recipe.expert,
+        width=recipe.width, layers=recipe.layers, heatmap_layer=recipe.heatmap_layer,
+        auxiliary_weight=float(recipe.auxiliary_weight > 0),
     )  # fmt: skip
-    plain = replace(alike, beta=0.0, pairing="none", pairing_weight=0.0, auxiliary_weight=0.0)
-    cost = _cost_of_step(alike, classes) | _cost_of_measuring(plain, classes)
+    with_maps = float(recipe.beta + recipe.gamma > 0)
+    step = replace(plain, beta=with_maps, pairing=recipe.pairing, explained=recipe.explained if with_maps else "logit")
+    cost = _cost_of_step(step, plain, classes) | _cost_of_measuring(plain, classes)
     weights = 4 * cost["parameters"]
     training = 3 * weights + recipe.batch_size * cost["kept by a step"] // 2
     cost["memory"] = max(training, weights + BATCH * cost["kept by a gradient"] // 2)
@@ -39,8 +40,8 @@ def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
 
 
 @cache
-def _cost_of_step(recipe: Recipe, classes: int) -> dict[str, int]:
-    model, pair, labels = _without_contents(recipe, classes)
+def _cost_of_step(recipe: Recipe, plain: Recipe, classes: int) -> dict[str, int]:
+    model, pair, labels = _without_contents(plain, classes)
     with _Counter() as counter:
         with _kept_for_backward(model) as kept:
             other = None if recipe.pairing == "none" else pair
@@ -51,22 +52,24 @@ def _cost_of_step(recipe: Recipe, classes: int) -> dict[str, int]:
 
 
 @cache
-def _cost_of_measuring(recipe: Recipe, classes: int) -> dict[str, int]:
-    model, pair, labels = _without_contents(recipe, classes)
+def _cost_of_measuring(plain: Recipe, classes: int) -> dict[str, int]:
+    model, pair, labels = _without_contents(plain, classes)
+    images = pair.clone().requires_grad_()
     with _Counter() as counter:
         with _kept_for_backward(model) as kept:
-            outputs = model.eval().expert_outputs(pair.requires_grad_())
+            outputs = model.eval().expert_outputs(images)
             answers = outputs.mixture("uniform").sum()
         forward = counter.macs
         heatmaps_from_outputs(outputs, labels)
         maps = counter.macs
-        torch.autograd.grad(answers, pair)
+        torch.autograd.grad(answers, images)
     cost = {"forward": forward, "gradient": forward + counter.macs - maps, "maps": maps}
     return cost | {"kept by a gradient": sum(one.nbytes() for one in kept)}
 
 
+@cache
 def _without_contents(recipe: Recipe, classes: int) -> tuple[ImmunityMoE, torch.Tensor, torch.Tensor]:
-    """A model, two images and their labels."""
+    """A model, two images, the fewest that batch norms take, and their labels."""
     with torch.device("meta"), _Counter():  # it measures itself, too
         data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {})
         return build_model(recipe, data), torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
@@ -89,7 +92,11 @@ class _Counter(TorchDispatchMode):
                 self.known[key] = function(*arguments, **options), counter.get_total_flops() // 4
         found, macs = self.known[key]
         self.macs += macs
-        return tree_map_only(torch.Tensor, torch.empty_like, found)
+        return tree_map_only(torch.Tensor, _like, found)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _shapes(value):
