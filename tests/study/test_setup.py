@@ -135,7 +135,7 @@ def test_what_checks_no_hashes_is_said():
     unchecked = {one.strip() for page in pages for one in install_commands(page.read_text())}
     assert unchecked == {"conda env create -f environment.yml", 'pip install -e ".[study]"', "pip install ."}
     said = (ROOT / "SECURITY.md").read_text().partition("Not promised")[2]
-    assert "`environment.yml`" in said and "`pip install .`" in said
+    assert all(f"`{one}`" in said for one in ("environment.yml", "pip install .", "PROFILE"))
 
 
 def test_help_is_the_default_and_lists_every_target(fresh_checkout):
