@@ -95,22 +95,15 @@ def names_gpus(visible: str | None) -> bool:
 
 
 def chosen_device() -> torch.device:
-    """A GPU where there is one, else the CPU. OSError where there is one that PyTorch cannot use: on the CPU, what is
-    meant for it would take days, and say nothing."""
+    """A GPU where there is one, else the CPU. OSError where PyTorch cannot use one that is there, and is not another
+    job's: on the CPU, what is meant for it would take days, and say nothing."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    chosen, there = os.environ.get("CUDA_VISIBLE_DEVICES"), []
-    for gpu in DEVICES.glob("nvidia[0-9]*") if names_gpus(chosen) else ():
-        try:
-            os.close(os.open(gpu, os.O_RDWR))
-        except PermissionError:  # on a cluster, another job's
-            continue
-        except OSError:
-            pass
-        there.append(str(gpu))
-    if there:
-        built = f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, can use no GPU"
-        told = f"{built}, though there is {', '.join(there)} and CUDA_VISIBLE_DEVICES is {chosen or 'not set'}"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = [str(gpu) for gpu in DEVICES.glob("nvidia[0-9]*") if os.access(gpu, os.W_OK)]
+    if there and names_gpus(chosen):
+        told = f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, can use no GPU, though there is"
+        told = f"{told} {', '.join(there)} and CUDA_VISIBLE_DEVICES is {chosen or 'not set'}"
         raise OSError(f"{told}; mend the driver or that variable, of which -1 chooses the CPU")
     return torch.device("cpu")
 
