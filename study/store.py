@@ -199,8 +199,8 @@ def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE:
         if not (wanted.is_that_of(known["recipe"]) and same_data):
             raise DamagedFile("it was trained with other settings or other data")
         model.load_state_dict(read_tensors(folder / WEIGHTS)[0])
-    except KeyError as error:
-        raise DamagedFile(f"{folder / 'record.json'} lacks {error}") from error
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{folder / 'record.json'} is no whole record of a training: {error!r}") from error
     except RuntimeError as error:
         raise DamagedFile(f"its weights are of another version of the code ({error})") from error
     return model
@@ -273,7 +273,7 @@ def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, An
     try:
         return read_json(path)["summary"]
     except (DamagedFile, KeyError) as error:
-        raise set_record_aside(path, str(error)) from error
+        raise set_record_aside(path, f"{path} cannot be read ({error})") from error
 
 
 def set_record_aside(path: Path, reason: str) -> DamagedFile:
