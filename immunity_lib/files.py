@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -52,10 +53,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises DamagedFile that names the file if it is none."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not a whole record ({error}); move it away") from error
     if not isinstance(content, dict):
-        raise DamagedFile(f"{path} holds no record, but {str(content)[:40]!r}; move it away")
+        raise DamagedFile(f"{path} holds no record, but {reprlib.repr(content)[:40]!r}; move it away")
     return content
 
 
@@ -72,8 +73,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; raises DamagedFile if it is not whole."""
     try:
         with safe_open(path, "pt") as file:
-            notes = json.loads((file.metadata() or {})["immunity"])
+            notes = dict(json.loads((file.metadata() or {})["immunity"]))
             # Copied: it hands out the file's own pages, which change when the file is written to
             return {name: file.get_tensor(name).clone() for name in file.keys()}, notes
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{path} is not a whole file of this library: {error}") from error

@@ -10,6 +10,7 @@ DatasetName = Literal["parts10", "cifar10", "cifar100", "images"]
 # Of architecture search; the paper compares Immunity with them, and they can be experts like the others
 BaselineName = Literal["pdarts", "advrush", "robnet-free", "robnet-large-v1", "robnet-large-v2"]
 ExpertName = Literal["resnet18", "densenet121", "googlenet", "googlenet-kuangliu", BaselineName]
+SMALLEST_EPS = Fraction(1, 10**6)  # images are float32, of which not much smaller ones would change anything
 DATASETS, BASELINES, EXPERT_NAMES = map(get_args, (DatasetName, BaselineName, ExpertName))
 
 
@@ -71,17 +72,19 @@ class Recipe:
     def __post_init__(self) -> None:
         least = {
             "train_images": 2, "validation_images": 1, "experts": 1, "layers": 3, "epochs": 1,
-            "batch_size": 2, "adversary_steps": 1,
+            "batch_size": 2, "adversary_steps": 1, "eps": SMALLEST_EPS, "step_size": SMALLEST_EPS,
         }  # fmt: skip
         wrong = []
         for name, value in vars(self).items():
             if value is None or isinstance(value, bool | str):
                 continue
             low = least.get(name, 0)
-            high = {"width": 4, "eps": 1, "step_size": 1, "seed": 2**63 - 1}.get(name, math.inf)
+            high = {"width": 4, "eps": 1, "step_size": 1, "experts": 100, "rotation": 180, "cutout": 32}.get(
+                name, 2**63 - 1 if isinstance(value, int) else math.inf
+            )
             if not low <= value < math.inf:  # so phrased that NaN fails
                 wrong.append(f"{name} is {value}; it must be at least {low}")
-            elif name in ("width", "learning_rate", "eps", "step_size") and not value > 0:
+            elif name in ("width", "learning_rate") and not value > 0:
                 wrong.append(f"{name} is {value}; it must be above 0")
             elif value > high:
                 wrong.append(f"{name} is {value}; it must be at most {high}")
@@ -94,7 +97,7 @@ class Recipe:
         """The fields for a JSON file, fractions as text."""
         return json.loads(json.dumps(vars(self), default=str))
 
-    def is_that_of(self, known: dict[str, Any]) -> bool:
+    def is_that_of(self, known: Any) -> bool:
         """Whether these are the fields that `as_json` once gave; fields that it did not have yet stand for their
         defaults."""
-        return self.as_json() == Recipe().as_json() | known
+        return isinstance(known, dict) and self.as_json() == Recipe().as_json() | known

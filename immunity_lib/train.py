@@ -306,7 +306,7 @@ def _restore(folder: Path, source: dict, model: nn.Module, optimiser) -> list[di
         return []
     try:
         tensors, notes = read_tensors(path)
-        log, random_state = notes["log"], tensors["random.cpu"]
+        log = [dict(entry) for entry in notes["log"]]
         if any(notes[key] != value for key, value in source.items()):
             raise DamagedFile("it belongs to other settings or data")
         parameters = [one for group in optimiser.param_groups for one in group["params"]]
@@ -315,7 +315,8 @@ def _restore(folder: Path, source: dict, model: nn.Module, optimiser) -> list[di
         found = {key: one.shape for key, one in tensors.items() if not key.startswith("random.")}
         if not needed.items() <= found.items() <= (needed | possible).items():
             raise DamagedFile("it belongs to another version of the code")
-    except (DamagedFile, KeyError) as error:
+        torch.set_rng_state(tensors["random.cpu"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         set_aside(path, f"{error}; training starts anew")
         return []
     model.load_state_dict({key: tensors[f"model.{key}"] for key in weights})
@@ -323,7 +324,6 @@ def _restore(folder: Path, source: dict, model: nn.Module, optimiser) -> list[di
         if (buffer := tensors.get(f"momentum.{index}")) is not None:
             # In the memory format of its weight, without which the next step is slow
             optimiser.state[weight]["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
-    torch.set_rng_state(random_state)
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return log

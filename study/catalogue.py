@@ -44,7 +44,8 @@ NETWORKS = {
 ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD", "cw": "C&W", "apgd": "APGD"}
 
 PARTS = {"dataset": DATASETS, "method": METHODS, "expert": EXPERT_NAMES, "regime": REGIMES}  # of a name
-_NAME = "-".join(f"(?P<{part}>{'|'.join(names)})" for part, names in PARTS.items()) + "-seed(?P<seed>[0-9]+)"
+_NAME = "-".join(f"(?P<{part}>{'|'.join(names)})" for part, names in PARTS.items())
+_NAME += "-seed(?P<seed>0|[1-9][0-9]{0,17})"  # each in one spelling, and no larger than PyTorch takes it
 _read_once = cache(read_yaml)
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from immunity_lib.heatmaps import is_empty
 from immunity_lib.moe import ImmunityMoE
-from study.catalogue import ATTACK_TITLES
 from study.settings import Settings
 from study.store import write_artefact
-from study.tables import DEFENCES
+from study.tables import DEFENCES, attack_title
 
 COLOURS = color_sequences["petroff10"]  # told apart by colour-blind readers too
 SCREEN, PRINT = 90, 150  # dots per inch
@@ -151,7 +150,7 @@ def attack_bars(cells: pd.DataFrame) -> Figure:
         by = own.groupby(["header", "attack", "model"])["value"].mean().unstack()
         right, low, high = (by.loc[DEFENCES[state]].loc[attacks, models] for state in ("switched", "worst", "best"))
         reach = np.clip([(right - low).T, (high - right).T], 0, None).swapaxes(0, 1)
-        right.index = [ATTACK_TITLES.get(attack, attack) for attack in attacks]
+        right.index = [attack_title(attack) for attack in attacks]
         style = {"width": 0.8, "color": COLOURS, "capsize": 2, "rot": 0, "legend": False}
         right.plot.bar(ax=panel, yerr=reach, ylim=(0, 106), **style)
         for bars in panel.containers[1::2]:

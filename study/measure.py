@@ -223,8 +223,13 @@ def _comes_with_the_project(kind: str, settings: Settings, name: ModelName, data
     found = store.find_record(settings, name, kind)
     if found == store.record_path(settings, name, kind):
         return False
-    known, question = store.read_json(found), _question(kind, settings, name, dataset, {})
-    return question.pop("asked").items() <= known["asked"].items() and question.items() <= known.items()
+    question = _question(kind, settings, name, dataset, {})
+    try:
+        known, _ = store.read_json(found), pd.read_parquet(found.with_suffix(".parquet"))
+        return question.pop("asked").items() <= known["asked"].items() and question.items() <= known.items()
+    except Exception as error:  # of a damaged file, which stays as it is
+        print(f"the {kind} of {name} that come with the project are not used: {error!r}")
+        return False
 
 
 def _measure_once(

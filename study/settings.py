@@ -3,7 +3,10 @@
 A preset is flat YAML: the study's own fields (`Settings`) and those of training (`immunity_lib.recipe.Recipe`)."""
 
 import ast
+import os
+import reprlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from immunity_lib.recipe import BaselineName, DatasetName, ExpertName, Recipe
+from immunity_lib.recipe import SMALLEST_EPS, BaselineName, DatasetName, ExpertName, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "presets"
@@ -22,28 +25,32 @@ GateName = Literal["trained", "uniform", "switch", "switch-per-image"]
 ControlName = Literal["standalone", "standalone-wide", "ensemble"]
 AdaptiveName = Literal["baselines", ControlName, "moe", "immunity"]
 Regime = Literal["standard", "adversarial", "trades", "alp"]
-Count = Annotated[int, Field(gt=0)]
 
 
 def _exactly(value: Any) -> Any:
-    """A decimal as it was written: 0.031 means 31/1000, not the nearest binary fraction."""
-    return str(value) if isinstance(value, float) else value
+    """A decimal as it was written: 0.031 means 31/1000, not the nearest binary fraction; and yes is no number."""
+    if isinstance(value, str) and "e" in value.lower():
+        with suppress(ValueError):  # a Fraction would write out all zeros of 1e999999999
+            value = float(value)
+    return str(value) if isinstance(value, float | bool) else value
 
 
-Magnitude = Annotated[Fraction, BeforeValidator(_exactly), Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+_exact = BeforeValidator(_exactly)
+Count = Annotated[int, _exact, Field(gt=0, lt=2**31)]
+Magnitude = Annotated[Fraction, _exact, Field(ge=SMALLEST_EPS, le=1)]
+Weight = Annotated[float, _exact, Field(ge=0)]
 Checked = TypeVar("Checked")
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, _exact, Field(ge=0, lt=2**32)]
 
 # Of a recipe, what the study itself sets for each model
-SET_BY_MODEL = {"seed", "layers", "pairing", "pairing_weight"}
+SET_BY_MODEL = {"seed", "layers", "auxiliary_weight", "drop_path", "pairing", "pairing_weight"}
 TRAINING = {field.name for field in fields(Recipe)} - SET_BY_MODEL
 # Of this machine and moment; the rest of the settings is what a result rests on
 NOT_OF_THE_RESULT = {"model", "data_folder", "output_folder", "interactive", "pretrained"}
 
 
 class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    preset: str = Field(description="its name, under which results lie", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    preset: str = Field(description="its name, under which results lie", pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     model: str = Field("", description="one model of the preset by name; empty: all of them")
     data_folder: str = Field("", description="where CIFAR (empty: data/, it is downloaded) or the own images lie")
     output_folder: str = Field("", description="where runs/ and figures/ go; empty: the project")
@@ -59,8 +66,8 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     compared_experts: list[ExpertName] = Field(description="the networks of Table 1", min_length=1)
     further_datasets: list[DatasetName] = Field([], description="of Table 2, beside `dataset`")
     baselines: list[BaselineName] = Field([], description="networks to compare with in Table 2")
-    baseline_layers: int | None = Field(None, description="cells of each baseline; null: as published", ge=3)
-    baseline_width: float | None = Field(None, description="factor on the channels of each; null: `width`", gt=0, le=4)
+    baseline_layers: Count | None = Field(None, description="cells of each baseline; null: as published", ge=3)
+    baseline_width: Weight | None = Field(None, description="factor on the channels of each; null: `width`", gt=0, le=4)
     baseline_seeds: Count | None = Field(None, description="train them with so many of the seeds; null: all")
     baseline_recipes: Literal["own", "preset"] = Field("own", description="train baselines as published, or as all")
     controls: list[ControlName] = Field(["standalone"], description="single networks and ensembles of Table 2")
@@ -91,6 +98,12 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
                 wrong.append(f"{field} repeat: {values}; give each once")
         if (experts := self.recipe.experts) < 2:
             wrong.append(f"experts is {experts}; a mixture has at least 2")
+        if self.recipe.adversary is None and self.regimes != ["standard"]:
+            wrong.append(f"regimes are {self.regimes}, but adversary is null; choose pgd or ffgsm, or standard alone")
+        if self.recipe.expert in self.baselines:
+            wrong.append(f"baselines have {self.recipe.expert}, the expert itself; leave it to controls")
+        if absent := {*self.adaptive} - {*self.controls, "moe", "immunity", *["baselines"] * bool(self.baselines)}:
+            wrong.append(f"adaptive has {', '.join(sorted(absent))}, but no such model is in controls or baselines")
         if "images" in self.datasets and not self.data_folder:
             wrong.append("data set images, but data_folder is empty; name the folder with a folder for each class")
         for field in ("attacked_images", "adaptive_images"):
@@ -128,14 +141,14 @@ def load_preset(preset: str, **changes: Any) -> Settings:
     """Settings of a preset, by its name or by the path of a YAML file, with some fields changed.
     A relative folder in the file starts from there. Raises ValueError that says what is wrong and would be right."""
     own = PRESETS / f"{preset}.yaml"
-    path = own if own.exists() else Path(preset).expanduser()
-    if not path.is_file():
+    path = own if os.path.isfile(own) else Path(os.path.expanduser(str(preset)))
+    if not os.path.isfile(path):
         valid = ", ".join(preset_names())
         raise ValueError(f"unknown preset {preset!r}; valid names: {valid}, or the path of a YAML file")
     content = read_yaml(path)
     for field in ("data_folder", "output_folder"):
         if isinstance(folder := content.get(field), str) and folder and "://" not in folder:
-            content[field] = str(path.resolve().parent / Path(folder).expanduser())
+            content[field] = str(path.resolve().parent / os.path.expanduser(folder))
         if changes.get(field) in (None, ""):  # it says nothing
             changes.pop(field, None)
     return read_settings({"preset": path.stem} | content | changes)
@@ -143,12 +156,13 @@ def load_preset(preset: str, **changes: Any) -> Settings:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file; raises ValueError that names a file that is none."""
+    text = path.read_bytes()  # PyYAML knows UTF-16 from UTF-8
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(text)
+    except Exception as error:  # for a date that is none or a thousand brackets, it raises errors of all kinds
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold fields like 'epochs: 10'; found {content!r}")
+        raise ValueError(f"{path} must hold fields like 'epochs: 10'; found {reprlib.repr(content):.200}")
     return content
 
 
@@ -160,12 +174,14 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
             ask = "name a folder of this machine, on which a remote storage may be mounted"
             raise ValueError(f"{field} = {folder!r} is an address; {ask}")
         if isinstance(folder, str) and folder.startswith("~"):
-            content = {**content, field: str(Path(folder).expanduser())}
+            content = {**content, field: os.path.expanduser(folder)}
     recipe = {"adversary": "pgd"} | {  # what regimes under attack use
-        name: _exactly(value) if name in ("eps", "step_size") else value
+        name: _exactly(value) if name in ("eps", "step_size") or isinstance(value, bool) else value
         for name, value in content.items()
         if name in TRAINING
     }
+    if "recipe" in content:
+        raise ValueError("unknown parameter 'recipe'; its fields stand beside the others, as 'epochs: 10'")
     own = {name: value for name, value in content.items() if name not in TRAINING}
     return validate(Settings, {**own, "recipe": recipe})
 
@@ -188,8 +204,10 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{name} is missing: {field.description if field else 'give a value'}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
-        message = "give it letters, digits, '.', '_' and '-' alone, the first a letter or digit"
-    return f"{name} = {problem['input']!r}: {message}" if name else message
+        message = "give it letters, digits, '.', '_' and '-' alone, 100 at most, the first a letter or digit"
+    if problem["type"] == "value_error" and not name:  # of several fields, which it names
+        return message
+    return f"{name or 'a name'} = {reprlib.repr(problem['input']):.200}: {message}"
 
 
 PARAMETERS = "# Parameters"  # how a cell of parameters begins, the notebook's and papermill's

@@ -95,22 +95,15 @@ def names_gpus(visible: str | None) -> bool:
 
 
 def chosen_device() -> torch.device:
-    """A GPU where there is one, else the CPU. OSError where there is one that PyTorch cannot use: on the CPU, what is
-    meant for it would take days, and say nothing."""
+    """A GPU where there is one, else the CPU. OSError where PyTorch cannot use one that is there, and is not another
+    job's: on the CPU, what is meant for it would take days, and say nothing."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    chosen, there = os.environ.get("CUDA_VISIBLE_DEVICES"), []
-    for gpu in DEVICES.glob("nvidia[0-9]*") if names_gpus(chosen) else ():
-        try:
-            os.close(os.open(gpu, os.O_RDWR))
-        except PermissionError:  # on a cluster, another job's
-            continue
-        except OSError:
-            pass
-        there.append(str(gpu))
-    if there:
-        built = f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, can use no GPU"
-        told = f"{built}, though there is {', '.join(there)} and CUDA_VISIBLE_DEVICES is {chosen or 'not set'}"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = [str(gpu) for gpu in DEVICES.glob("nvidia[0-9]*") if os.access(gpu, os.W_OK)]
+    if there and names_gpus(chosen):
+        told = f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, can use no GPU, though there is"
+        told = f"{told} {', '.join(there)} and CUDA_VISIBLE_DEVICES is {chosen or 'not set'}"
         raise OSError(f"{told}; mend the driver or that variable, of which -1 chooses the CPU")
     return torch.device("cpu")
 
@@ -206,8 +199,8 @@ def _load(folder: Path, wanted: Recipe, dataset: Dataset) -> ImmunityMoE:
         if not (wanted.is_that_of(known["recipe"]) and same_data):
             raise DamagedFile("it was trained with other settings or other data")
         model.load_state_dict(read_tensors(folder / WEIGHTS)[0])
-    except KeyError as error:
-        raise DamagedFile(f"{folder / 'record.json'} lacks {error}") from error
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{folder / 'record.json'} is no whole record of a training: {error!r}") from error
     except RuntimeError as error:
         raise DamagedFile(f"its weights are of another version of the code ({error})") from error
     return model
@@ -282,7 +275,7 @@ def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, An
     try:
         return read_json(path)["summary"]
     except (DamagedFile, KeyError) as error:
-        raise set_record_aside(path, str(error)) from error
+        raise set_record_aside(path, f"{path} cannot be read ({error})") from error
 
 
 def set_record_aside(path: Path, reason: str) -> DamagedFile:

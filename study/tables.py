@@ -6,6 +6,7 @@ header ("column (unit)"), value and images; and from these tidy tables, of means
 import math
 import re
 from collections.abc import Collection, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def attack_cells(settings: Settings, names: Names) -> pd.DataFrame:
     if len(cells) != len(names) * (1 + len(settings.attacks) + len(settings.magnitudes)):
         wanted = f"{', '.join(settings.attacks)} on {gate}; run: make reproduce PRESET={settings.preset}"
         raise ValueError(f"records of {', '.join(cells['model'].unique())} are of other attacks or gates than {wanted}")
-    return cells.assign(header=cells["attack"].replace(ATTACK_TITLES).str.replace("pgd at", "PGD at") + " (%)")
+    return cells.assign(header=cells["attack"].map(attack_title) + " (%)")
 
 
 def score_cells(settings: Settings, names: Names) -> pd.DataFrame:
@@ -280,6 +281,12 @@ def evidence(settings: Settings, table: pd.DataFrame) -> str:
 def budget_text(eps: float) -> str:
     """A budget in 255ths, as papers write it: 8/255, 7.905/255."""
     return f"{255 * float(eps):.4g}/255"
+
+
+def attack_title(attack: str) -> str:
+    """An attack of a frame, as readers call it."""
+    eps = attack.removeprefix("pgd at ")
+    return ATTACK_TITLES.get(attack, attack) if eps == attack else f"PGD at {budget_text(Fraction(eps))}"
 
 
 def write_table(

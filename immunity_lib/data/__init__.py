@@ -69,7 +69,7 @@ def find_source(name: str, folder: str | os.PathLike | None = None, seed: int = 
         return parts10.source(seed)
     if name == "images" and not folder:
         raise ValueError(f"images of which folder? Name it; {images.LAYOUTS}")
-    folder = Path(folder or "data").expanduser().resolve()
+    folder = Path(os.path.abspath(os.path.expanduser(folder or "data")))
     return images.folder_source(folder) if name == "images" else images.cifar_source(name, folder)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from io import BytesIO
@@ -98,14 +98,13 @@ def _parquet_source(name: str, folder: Path) -> Source:
     """
     rows, lossy = {split: [] for split in SPLITS}, 0
     for split in SPLITS:
-        files = sorted(folder.glob(f"{split}-*.parquet"))
-        if not files:
-            raise ValueError(f"no {split}-*.parquet in '{folder}'; put the {split} files there")
-        for file in files:
+        for file in sorted(folder.glob(f"{split}-*.parquet")):
             found, paths = _read_parquet(file, len(CLASS_NAMES[name]))
             exact = [not str(path).startswith("lossy/") for path in paths]
             rows[split] += compress(found, exact)
             lossy += exact.count(False)
+        if not rows[split]:
+            raise ValueError(f"no {split}-*.parquet in '{folder}', or no images in them; put the {split} files there")
     description = "parquet files" + (f" ({lossy} lossy rows left out)" if lossy else "")
     available = {split: len(rows[split]) for split in SPLITS}
     return Source(description, CLASS_NAMES[name], available, partial(read_images, rows, True))
@@ -122,8 +121,8 @@ def _read_parquet(file: Path, classes: int) -> tuple[list[tuple[str, BytesIO, in
         labels = columns.get("fine_label", columns.get("label"))
         if images is None or labels is None:
             raise ValueError("it needs a column img or image, of image files, and a column label")
-        if wrong := [label for label in labels if label not in range(classes)]:
-            raise ValueError(f"label {wrong[0]!r} is not in 0 .. {classes - 1}")
+        if wrong := [label for label in labels if type(label) is not int or label not in range(classes)]:
+            raise ValueError(f"label {wrong[0]!r:.40} is not in 0 .. {classes - 1}")
         places = (f"{file} row {row}" for row in range(len(labels)))
         rows = list(zip(places, map(BytesIO, images), labels, strict=True))
         return rows, columns.get("img.path", [None] * len(rows))
@@ -143,25 +142,22 @@ def folder_source(folder: Path) -> Source:
 
     The rows of a split follow the hash of their file names, which mixes the classes: the first k are a fair sample.
     ValueError for a folder in neither layout and, once read, for broken files."""
-    from torchvision.datasets.folder import is_image_file, make_dataset  # costs seconds to import
-
-    def is_valid(path: str) -> bool:
-        return is_image_file(path) and f"{os.sep}." not in path.removeprefix(str(folder))
+    from torchvision.datasets.folder import is_image_file  # costs seconds to import
 
     rows: Rows = {"train": [], "test": []}
-    chosen = [folder / split for split in rows if (folder / split).is_dir()]
-    roots = chosen or [folder] * folder.is_dir()
+    chosen = [folder / split for split in rows if os.path.isdir(folder / split)]
+    roots = chosen or [folder] * os.path.isdir(folder)
     folders = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
     classes = sorted(name for name in folders if not name.startswith("."))
     if len(classes) < 2:
         found = f"has {len(classes)} class folders" if roots else "is no folder"
         raise ValueError(f"'{_text(folder)}' {found}; {LAYOUTS}")
-    labels = {name: label for label, name in enumerate(classes)}
     for root in roots:
-        files = make_dataset(root, labels, None, is_valid, allow_empty=True)
-        for path, label in sorted(files, key=lambda file: _rank(file[0])):
-            split = root.name if chosen else "test" if _rank(path) < TEST_SHARE else "train"
-            rows[split].append((path, path, label))
+        files = [(place, name, label) for label, of in enumerate(classes) for place, name in _files(root / of)]
+        for place, name, label in sorted(files, key=lambda file: (_rank(file[1]), file[2], file[0])):
+            if is_image_file(name):
+                split = root.name if chosen else "test" if _rank(name) < TEST_SHARE else "train"
+                rows[split].append((path := os.path.join(place, name), path, label))
     found = {f"{split}/{classes[label]}" for split in rows for *_, label in rows[split]}
     needed = [f"{split}/{name}" for split in rows for name in classes]
     if without := [name for name in needed if name not in found]:
@@ -172,9 +168,19 @@ def folder_source(folder: Path) -> Source:
     return Source(description, class_names, available, partial(read_images, rows, False))
 
 
-def _rank(path: str) -> float:
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
+    """Folder and name of every file below, hidden ones aside; a folder once, though links lead back to it."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        new = {os.path.realpath(place)} - seen
+        seen |= new
+        folders[:] = [name for name in sorted(folders) if new and not name.startswith(".")]
+        yield from ((place, name) for name in names if new and not name.startswith("."))
+
+
+def _rank(name: str) -> float:
     """In 0 .. 1, evenly spread, from the file's name alone."""
-    digest = hashlib.sha256(os.fsencode(os.path.basename(path))).digest()
+    digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
@@ -211,6 +217,8 @@ def pixels(file: str | BinaryIO, exact: bool = False) -> np.ndarray:
     from PIL import Image, ImageOps, UnidentifiedImageError
     from torchvision.transforms import functional
 
+    if isinstance(file, str) and not os.path.isfile(file):  # a pipe would be waited for
+        raise ValueError("no file, or a link to none")
     try:
         picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:

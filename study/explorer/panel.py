@@ -38,7 +38,7 @@ class Explorer(widgets.VBox):
         names = {name.title: name for name in exploration.models}
         alike = [name for name in exploration.models if name.regime == regime] or exploration.models
         explained = {one: one for one in (TRUE_CLASS, ANSWER)}
-        explained |= {name: k for k, name in enumerate(exploration.dataset.class_names)}
+        explained |= {name: k for k, name in enumerate(exploration.dataset.class_names) if name not in explained}
         budgets = {budget_text(eps): k for k, eps in enumerate(exploration.budgets)}
         self.subject = subject or exploration.gallery[0]
         self.seen: list[Subject] = []

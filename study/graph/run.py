@@ -81,7 +81,7 @@ def list_results(settings: Settings) -> str:
     lines = [f"Tables and figures of preset {settings.preset}:"]
     for sidecar in sorted(settings.figures.glob("*.json")):
         endings = {path.suffix[1:] for path in sidecar.parent.glob(f"{sidecar.stem}.*")} - {"json"}
-        with suppress(DamagedFile):
+        with suppress(DamagedFile, KeyError):
             lines.append(f"  {os.path.relpath(sidecar.with_suffix(''))} ({', '.join(sorted(endings))})")
             lines.append(f"      {read_json(sidecar)['caption']}")
     return "\n".join([*lines, f"Executed notebooks: {os.path.relpath(settings.runs / 'notebooks')}"])

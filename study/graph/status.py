@@ -3,21 +3,26 @@
 Read from what the jobs write beside their results: `jobs/` says how each stands, and the training logs how long an
 epoch takes. The time to go is reckoned from measured epochs and jobs alone."""
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from typing import Annotated
 
 import pandas as pd
+from pydantic import AwareDatetime, Field, create_model
 
 from study import catalogue
 from study.graph import parse_options, preset_parser
 from study.settings import ROOT, Settings
-from study.store import DamagedFile, own_folder, read_json
+from study.store import own_folder, read_json
 
 LOST = 120.0  # seconds without a sign of life, behind which a job counts as killed
 TOLD = ["running", "failed", "stopped", "lost", "waiting"]  # states beside "done"
+Seconds = Annotated[float, Field(ge=0, lt=1e9)]
+# What is read of a line in a training's log, and of a job's record
+Epoch = create_model("Epoch", seconds=Seconds)
+JobState = create_model("JobState", state=str, error=str, machine=str, seen=AwareDatetime, seconds=Seconds)
 
 
 def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd.DataFrame:
@@ -32,16 +37,16 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
     for notebook, model in jobs:
         job = f"{notebook}-{model}" if model else notebook
         row = rows[job] = {"notebook": notebook, "state": "waiting", "seconds": None}
-        with suppress(FileNotFoundError, DamagedFile):
-            row |= read_json(settings.runs / "jobs" / f"{job}.json")
-            silence = (now - datetime.fromisoformat(row["seen"])).total_seconds()
-            if row["state"] == "running" and silence > lost_after:
+        with suppress(FileNotFoundError, ValueError):  # one that is damaged counts as not there
+            row |= dict(JobState(**read_json(settings.runs / "jobs" / f"{job}.json")))
+            row["silence"] = (now - row["seen"]).total_seconds()
+            if row["state"] == "running" and row["silence"] > lost_after:
                 row["state"] = "lost"
         if notebook == "02_training":
             times = pd.Series(dtype=float)
-            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # the training writes a damaged log anew
+            with suppress(FileNotFoundError, ValueError):  # the training writes a damaged log anew
                 lines = (own_folder(settings, model) / "log.jsonl").read_text().splitlines()
-                times = pd.Series([json.loads(line)["seconds"] for line in lines], dtype=float)
+                times = pd.Series([Epoch.model_validate_json(line).seconds for line in lines], dtype=float)
             row |= {"network": model.expert, "epochs": catalogue.recipe_of(settings, model).epochs}
             row |= {"trained": len(times), "epoch": times.mean()}
     return pd.DataFrame.from_dict(rows, orient="index").astype({"seconds": float})
@@ -67,13 +72,13 @@ def format_status(settings: Settings, now: datetime, lost_after: float = LOST) -
     lines = [", ".join([done, *(f"{count[state]} {state}" for state in TOLD if state in count)])]
     (seconds, unknown), at_a_time = seconds_to_go(jobs), max(count.get("running", 0), 1)
     if seconds:
-        lines.append(f"to go: about {timedelta(seconds=round(seconds / at_a_time))} with {at_a_time} at a time")
+        to_go = timedelta(seconds=min(round(seconds / at_a_time), 10**12))  # it holds no more than 10**14
+        lines.append(f"to go: about {to_go} with {at_a_time} at a time")
     if unknown:
         lines.append(f"to go, and of which none has ended yet: {', '.join(unknown)}")
     told = jobs[jobs["state"].isin(TOLD[:-1])].sort_values("state", key=lambda s: s.map(TOLD.index))
     for name, job in told.iterrows():
-        ago = timedelta(seconds=round((now - datetime.fromisoformat(job.seen)).total_seconds()))
-        line = f"  {job.state:8} {name} on {job.machine}, seen {ago} ago"
+        line = f"  {job.state:8} {name} on {job.machine}, seen {timedelta(seconds=round(job.silence))} ago"
         if job.trained > 0:
             line += f": {job.trained:.0f} of {job.epochs:.0f} epochs, {job.epoch:.3g} s each"
         lines.append(f"{line}: {job.error}" if job.state == "failed" else line)

@@ -173,12 +173,13 @@ def test_own_images_are_led_away_from_what_each_model_answers(exploration, subje
 
 
 def test_C7_class_names_of_any_folder_stay_text(exploration, closing_figures):
-    names = (HOSTILE, "US$ and A$", "</script>", *exploration.dataset.class_names[3:])
+    names = (HOSTILE, "US$ and A$", "</script>", TRUE_CLASS, *exploration.dataset.class_names[4:])
     hostile = Exploration(exploration.settings, replace(exploration.dataset, class_names=names))
     page = explorer_page(hostile, NAMES, hostile.gallery[:8], "uniform", 2, OURS, 0)
     assert HOSTILE not in page and "</script>" not in content_of(page)["classes"]
     assert html.unescape(content_of(page)["classes"][0]) == HOSTILE
     assert f"for {html.escape(HOSTILE)}" in page
+    assert Explorer(hostile).explained.value == TRUE_CLASS, "of a class of that name, too"
     subject = next(one for one in hostile.gallery if one.label == 1)
     figure = attack_figure(hostile, NAMES, subject, "uniform", 0, [0])
     figure.canvas.draw()

@@ -301,6 +301,7 @@ def pretended(monkeypatch, tmp_path, own_signals):
 
     def note(arguments):
         given.update(arguments=arguments, profile=os.environ.get("SNAKEMAKE_PROFILE"))
+        given["cache"] = os.environ["XDG_CACHE_HOME"]
 
     monkeypatch.setattr("snakemake.cli.main", note)
 
@@ -312,12 +313,14 @@ def pretended(monkeypatch, tmp_path, own_signals):
     return start
 
 
-def test_D3_only_the_command_says_which_profile(pretended, monkeypatch):
+def test_D3_only_the_command_says_which_profile(pretended, monkeypatch, tmp_path):
     """One that submits hands on what the plan says."""
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "submits-everything")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/read-only")
     monkeypatch.setattr(run, "requests", lambda *_: {"01_expert_selection": {"runtime": 7}})
     given = pretended()
     assert given["profile"] is None and "--profile" not in given["arguments"]
+    assert given["cache"] == str(tmp_path / "runs/smoke/.cache")
     assert given["arguments"][given["arguments"].index("--workflow-profile") + 1] == "none"
     given = pretended("--profile", "slurm")
     assert given["config"]["requests"]["01_expert_selection"]["runtime"] == 7

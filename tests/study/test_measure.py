@@ -114,6 +114,21 @@ def test_what_comes_with_the_project_needs_no_weights_and_answers_its_own_questi
     assert measurement.called and record_path(elsewhere, NAME, "attacks").exists()
 
 
+@pytest.mark.parametrize(("ending", "how"), [(".json", "truncated"), (".json", "foreign"), (".parquet", "truncated")])
+def test_D8_neighbours_a_damaged_record_of_the_project_stays_and_is_measured_here(
+    settings, dataset, measurement, monkeypatch, tmp_path, capsys, ending, how
+):
+    monkeypatch.setattr(store, "PRETRAINED", tmp_path / "pretrained")
+    publish_measurements(settings, NAME)
+    shipped = store.pretrained_folder(settings, NAME) / f"attacks{ending}"
+    record_path(settings, NAME, "attacks").unlink()
+    spoil(shipped, how)
+    damaged = shipped.read_bytes()
+    measure_attacks(settings, NAME, dataset)
+    assert measurement.called and "come with the project are not used" in capsys.readouterr().out
+    assert shipped.read_bytes() == damaged and len(read_frame(settings, [NAME], "attacks"))
+
+
 @pytest.mark.parametrize("change", [{"steps": 2}, {"attacks": ["fgsm"]}, {"attacked_images": 8}])
 def test_attacks_of_another_question_are_made_anew(settings, dataset, measurement, change):
     measure_attacks(settings.model_copy(update=change), NAME, dataset)

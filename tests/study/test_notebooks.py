@@ -72,6 +72,10 @@ def test_G8_batches_for_a_trained_model_are_made_where_it_lies(notebook):
                 assert of_cpu or "chosen_device()" in ast.unparse(call), ast.unparse(call)
 
 
+def test_A7_neighbours_no_caption_prints_a_budget_as_an_exact_fraction(notebook):
+    assert not re.search(r"\{[^{}()]*\.(eps|step_size)\}", "".join(map(source, cells(notebook, "code"))))
+
+
 def answers(path):
     """The text of each folded answer, without its snippets."""
     prose = "".join(source(cell) for cell in cells(path, "markdown"))

@@ -4,6 +4,7 @@ import ast
 import io
 import os
 import pickle
+import re
 import tarfile
 from datetime import UTC, datetime
 from itertools import product
@@ -13,7 +14,9 @@ import pytest
 import torch
 import yaml
 from build_site import build_site
+from jupyter_server.serverapp import ServerApp
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from voila.app import Voila
 
 from immunity_lib.data import load_dataset
 from immunity_lib.files import read_tensors
@@ -66,7 +69,7 @@ READERS = {
     "model.safetensors": read_tensors,
     "record.json": read_json,
     "preset.yaml": lambda path: load_preset(str(path)),
-    "config.yaml": lambda path: run.submits(path.parent),
+    "config.yaml": lambda path: checks.submits(path.parent),
     "test-0.parquet": lambda path: load_dataset("cifar10", path.parents[1]),
     "00_start_here.ipynb": lambda path: build_site(load_preset("smoke", output_folder=str(path.parents[3]))),
 }
@@ -141,7 +144,7 @@ def test_nothing_in_the_library_can_execute_what_it_reads():
         "eval", "exec", "compile", "os.system", "os.popen", "torch.load", "np.load", "yaml.load",
         "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle",
     }  # fmt: skip
-    folders = ("immunity_lib", "study", "benchmarks", "docs", "pretrained")
+    folders = ("immunity_lib", "study", "benchmarks", "docs", "figures", "pretrained")
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -150,6 +153,13 @@ def test_nothing_in_the_library_can_execute_what_it_reads():
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in forbidden, f"{path}:{node.lineno}"
                 assert "shell" not in [word.arg for word in node.keywords], f"{path}:{node.lineno}"
+
+
+def test_the_makefile_s_servers_listen_on_this_machine_alone():
+    """By their own defaults, which no option changes."""
+    commands = [line for line in (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines() if "ipynb" in line]
+    assert len(commands) == 2 and not [one for one in commands if re.search("--[A-Za-z.]*(ip|token|password)", one)]
+    assert {server.class_traits()["ip"].default() for server in (Voila, ServerApp)} <= {"localhost", "127.0.0.1"}
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", "/etc", "..", ".hidden", f"{NAME}; touch x", "$(x)", "", "a\n"])

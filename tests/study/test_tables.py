@@ -181,6 +181,7 @@ def test_evidence_tells_images_and_the_interval_that_inverts_the_score_test(sett
 )
 def test_A7_a_budget_is_printed_as_a_short_decimal_of_255ths(eps, text):
     assert tables.budget_text(eps) == text
+    assert tables.attack_title(f"pgd at {eps}") == f"PGD at {text}" and tables.attack_title("clean") == "clean"
 
 
 def test_written_files_hold_the_numbers_and_name_their_records(settings):
