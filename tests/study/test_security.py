@@ -23,7 +23,7 @@ from immunity_lib.files import read_tensors
 from immunity_lib.train import train
 from study.catalogue import ModelName
 from study.explorer.exploration import own_subject
-from study.graph import run, status
+from study.graph import checks, status
 from study.settings import ROOT, load_preset
 from study.store import own_folder, read_json
 
