@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from immunity_lib.attacks import attack_images
 from immunity_lib.data import load_dataset
-from immunity_lib.train import build_model
+from immunity_lib.heatmaps import expert_heatmaps
+from immunity_lib.train import build_model, make_optimiser, training_loss
 from study.catalogue import ModelName, adaptive_models, attacked_models, recipe_of, trained_models
 from study.graph import plan
 from study.graph.cost import cost_of
@@ -70,6 +72,36 @@ def test_D10_memory_is_that_of_the_larger_phase(make_recipe):
     # 17.8 GB were seen for five GoogLeNets, where the plan said 3
     seen = replace(make_recipe("moe"), expert="googlenet", experts=5, width=1.0)
     assert cost_of(seen, 10)["memory"] > 5e9
+
+
+def peak_of(compute) -> int:
+    """The most bytes of tensors at a time that something takes, beside what there was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        compute()
+    found = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    return max(accumulate(one.nbytes() for one in sorted(found, key=lambda one: one.start_ns())))
+
+
+@pytest.mark.parametrize("expert", ["resnet18", "googlenet"])
+@pytest.mark.parametrize("method", ["moe", "immunity"])
+def test_G2_memory_is_what_training_and_measuring_take(make_recipe, expert, method):
+    recipe = replace(make_recipe(method), expert=expert, width=0.125)
+    model = build_model(recipe, load_dataset("parts10", None, 2, 1, 1)).train()
+    optimiser = make_optimiser(model, recipe)
+    images = torch.rand(250, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(250) % 10
+
+    def step():
+        training_loss(model, images, labels, recipe, 5.0).total.backward()
+        optimiser.step()
+
+    step()  # from now on there is momentum
+    optimiser.zero_grad()
+    weights = 4 * sum(one.numel() for one in model.experts.parameters())
+    for taken, batch in (
+        (2 * weights + peak_of(step), 250), (weights + peak_of(lambda: expert_heatmaps(model, images, labels)), 2),
+    ):  # fmt: skip
+        assert cost_of(replace(recipe, batch_size=batch), 10)["memory"] == pytest.approx(taken, rel=0.15)
 
 
 def test_every_model_is_billed_once_and_for_what_is_done_with_it(make_settings):
