@@ -9,32 +9,26 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 FROM ${BASE_IMAGE}
 
 # g++ and Python's headers: Triton and torch.compile build what they launch. tini hands SIGTERM on
-# to Python, which the kernel would not let end as process 1. make: the tests of the Makefile.
+# to Python, which the kernel would not let end as process 1. make installs the packages.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
         ca-certificates g++ make python3 python3-dev python3-venv tini \
-    && rm -rf /var/lib/apt/lists/* \
-    && python3 -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) and v.releaselevel == "final" \
-        or sys.exit("a released Python 3.11 to 3.13 is needed, but BASE_IMAGE has " + sys.version.split()[0])'
+    && rm -rf /var/lib/apt/lists/*
 
-ENV PATH=/opt/venv/bin:$PATH
+ENV PATH=/opt/immunity/.venv/bin:$PATH
 WORKDIR /opt/immunity
 
-# setuptools first: a few packages are published as source alone, and are built with it
-COPY requirements.lock ./
-RUN python3 -m venv /opt/venv \
-    && sed -n '/^setuptools==/,/[^\\]$/p' requirements.lock > /tmp/setuptools.lock \
-    && pip install --no-cache-dir --no-deps --require-hashes --requirement /tmp/setuptools.lock \
-    && pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock \
-        --no-build-isolation --use-pep517 --progress-bar off \
-    && rm /tmp/setuptools.lock
+# The packages of the lock, by the Makefile's own rule; cu126: PyTorch for GPUs of 2017, as V100
+ARG TORCH=""
+COPY Makefile requirements.lock ./
+RUN UV_NO_CACHE=1 make PYTHON=python3 TORCH="$TORCH" .venv/.packages
 
 # Editable: presets, notebooks and pretrained weights are found beside the library. CIFAR, where it
 # is downloaded, goes to the mounted folder
 COPY . .
 RUN ln -s /results/data data \
-    && pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
+    && UV_NO_CACHE=1 make .venv/.installed \
     && python -m compileall -q immunity_lib study \
     && find . ! -perm -a=r -exec chmod a+rX {} +
 

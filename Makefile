@@ -88,8 +88,12 @@ NEEDS_PYTHON = import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exi
 	"Python 3.11, 3.12 or 3.13 is needed, but $(PYTHON) is Python " + sys.version.split()[0] + \
 	". Name the right one with: make PYTHON=/path/to/python3.12")
 
+$(INSTALLED): .venv/.packages pyproject.toml
+	$(UV_INSTALL) --no-deps -e .
+	touch $@
+
 # setuptools first: a few packages are published as source alone, and are built with it
-$(INSTALLED): requirements.lock pyproject.toml
+.venv/.packages: requirements.lock
 	@$(PYTHON) -c '$(NEEDS_PYTHON)'
 	test -f $@ || $(PYTHON) -m venv --clear .venv
 	rm -f $@
@@ -99,5 +103,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(UV_INSTALL) --no-deps --require-hashes -r $(if $(TORCH),.venv/without_torch.lock,requirements.lock)
 	$(if $(TORCH),$(UV_INSTALL) --torch-backend=$(TORCH) \
 		$$(sed -nE 's/^(torch|torchvision)==([^ ]+).*/\1==\2/p' requirements.lock))
-	$(UV_INSTALL) --no-deps -e .
 	touch $@

@@ -48,7 +48,7 @@ if ! buildah inspect --type image "$base" > /dev/null 2>&1; then
     done
     index=$(python3 -m pip config get global.index-url 2> /dev/null || true)
     index=${PIP_INDEX_URL:-$index}
-    [ -z "$index" ] || buildah config --env "PIP_INDEX_URL=$index" "$container"
+    [ -z "$index" ] || buildah config --env "PIP_INDEX_URL=$index" --env "UV_DEFAULT_INDEX=$index" "$container"
     buildah commit --quiet --format docker "$container" "$base"
     buildah rm "$container" > /dev/null
 fi
