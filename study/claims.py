@@ -21,6 +21,7 @@ from study.tables import SCORES, read_rows, right_experts
 CLAIMS = Path(__file__).with_name("claims.yaml")
 VERDICTS = ("holds", "does not hold", "no effect", "undecided", "one training: no verdict", "not testable")
 FEWEST_TRAININGS = 3  # of each side, for a verdict
+FEWEST_IMAGES = 30  # likewise; of fewer, chance shows too little of itself to be reckoned with
 MARGIN = 1.0  # points, or %: what lies within is no effect
 HALVES = 20  # of the images, drawn to see whether a verdict stays
 # Of an effect under attack, in points, from training to training and from image to image: as the demo showed them
@@ -149,6 +150,8 @@ def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
     line = {"effect": effect, "low": low, "high": high, "against": worst, "trainings": trainings, "images": images}
     if trainings < FEWEST_TRAININGS:
         return line | {"verdict": f"{['one training', 'two trainings'][trainings - 1]}: no verdict"}
+    if images < FEWEST_IMAGES:
+        return line | {"verdict": "too few images: no verdict"}
     each, strictly = (
         {claim.verdict(*in_units(*estimate(one, share)[1:])) for one in effects.values()}
         for share in (0.05, 0.05 / len(effects))
@@ -175,7 +178,8 @@ def verdict_text(found: pd.DataFrame) -> pd.DataFrame:
 
 def count_by_luck(found: pd.DataFrame) -> str:
     """How many of the verdicts chance alone could give."""
-    judged = found[~found["check"] & found["trainings"].ge(FEWEST_TRAININGS)]
+    enough = found["trainings"].ge(FEWEST_TRAININGS) & found["images"].ge(FEWEST_IMAGES)
+    judged = found[~found["check"] & enough]
     holding = (judged["verdict"] == "holds").sum()
     chance = f"were every effect just at its bound, {0.025 * len(judged):.1f} of them would by chance"
     return f"{holding} of {len(judged)} claims that could be judged hold; {chance}"

@@ -173,6 +173,8 @@ def test_an_effect_within_a_point_of_zero_is_none_and_one_of_which_little_is_kno
     assert world_of(monkeypatch, [noise(5, 4000, 0.0)])["verdict"] == "no effect"
     assert world_of(monkeypatch, [noise(5, 100, 0.0, spread=0.1)])["verdict"] == "undecided"
     assert world_of(monkeypatch, [noise(2, 4000, 0.3)])["verdict"] == "two trainings: no verdict"
+    for few in (1, 29):
+        assert world_of(monkeypatch, [noise(3, few, 0.3)])["verdict"] == "too few images: no verdict"
 
 
 def test_a_verdict_that_hangs_on_few_images_does_not_stay(monkeypatch):
