@@ -133,11 +133,13 @@ def free_gpu(gpus: str) -> Iterator[str]:
     but tells no job which is its own (github.com/snakemake/snakemake/issues/281)."""
     folder = Path(tempfile.gettempdir(), f"immunity-gpus-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    while True:
+    for look in itertools.count():
         for gpu in gpus.split(","):
             with suppress(Timeout), FileLock(folder / f"{gpu}.lock", timeout=0):
                 yield gpu
                 return
+        if look == 0:
+            print(f"waits until another job leaves one of the GPUs {gpus}", file=sys.stderr, flush=True)
         time.sleep(LOOK_AGAIN)
 
 
