@@ -49,7 +49,8 @@ class Recipe:
     auxiliary_weight: float = 0.0  # of a network of cells' second classifier
     drop_path: float = 0.0  # of cells, at the end of training
     precision: Literal["float32", "bfloat16", "auto"] = "float32"  # bfloat16: mixed precision; auto: where it is faster
-    compiled: bool | Literal["auto"] = False  # torch.compile: a slow start, and faster steps; auto: on a GPU
+    # torch.compile, after the warm-up: a slow start, and faster steps; auto: on a GPU
+    compiled: bool | Literal["auto"] = False
 
     # losses, eqs (2) and (12)
     alpha: float = 1.0  # weight of every expert's own cross entropy, eq (2)

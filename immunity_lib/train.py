@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from immunity_lib.moe import ConstantGate, ConvolutionalGate, ExpertOutputs, Imm
 from immunity_lib.recipe import Recipe
 from immunity_lib.scores import mutual_information
 
+LOGGED = ("cross_entropy", "mutual_information_loss", "position_stability_loss", "loss")
 STOPPED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
 
 
@@ -64,10 +67,7 @@ def train(
     SIGTERM (as SystemExit(143)) and Ctrl-C end it at once, with the last epoch's checkpoint left to go on from.
     """
     model = build_model(recipe, dataset).to(device)
-    loss = training_loss
-    if is_compiled(recipe, next(model.parameters()).device):
-        torch._dynamo.config.trace_autograd_ops = True  # the heat maps' gradient, inside the loss
-        loss = torch.compile(training_loss, dynamic=False)
+    loss = compiled_loss() if is_compiled(recipe, next(model.parameters()).device) else training_loss
     optimiser = make_optimiser(model, recipe)
     name, log = name or folder.name, []
     source = {"recipe": recipe.as_json(), "data": dataset.splits["train"].checksum}
@@ -125,20 +125,31 @@ def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name) -> dict[s
         if recipe.gradient_clip:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimiser.step()
-        for part, value in {
-            "cross_entropy": parts.cross_entropy.item(),
-            "mutual_information_loss": parts.mutual_information.item(),
-            "position_stability_loss": parts.position_stability.item(),
-            "loss": parts.total.item(),
-        }.items():
+        told = (parts.cross_entropy, parts.mutual_information, parts.position_stability, parts.total)
+        # Together, since a GPU is waited for each time
+        for part, value in zip(LOGGED, torch.stack(told).tolist(), strict=True):
             if not math.isfinite(value):
                 where = f"in epoch {epoch + 1}, batch {number} of {steps}"
                 raise TrainingDiverged(f"{name}: {part} is {value} {where}; {remedy}")
             sums[part] += value
         shown.set_postfix(loss=f"{sums['loss'] / number:.3f}", refresh=False)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
         raise TrainingDiverged(f"{name}: a weight is not finite after epoch {epoch + 1}; {remedy}")
     return {part: total / number for part, total in sums.items()}
+
+
+def compiled_loss(**options: Any) -> Callable[..., ImmunityLoss]:
+    """`training_loss`, compiled; options: of `torch.compile`. A compiled loss is one for each value of its weights and
+    for each size of a batch, so that steps of the warm-up and smaller batches are not compiled."""
+    torch._dynamo.config.trace_autograd_ops = True  # the heat maps' gradient, inside the loss
+    compiled = torch.compile(training_loss, dynamic=False, **options)
+
+    def loss(model, images, labels, recipe, epochs_done, adversarial=None) -> ImmunityLoss:
+        if epochs_done < recipe.warmup_epochs or len(images) != recipe.batch_size:
+            return training_loss(model, images, labels, recipe, epochs_done, adversarial)
+        return compiled(model, images, labels, recipe, recipe.warmup_epochs, adversarial)
+
+    return loss
 
 
 def training_loss(
@@ -293,8 +304,8 @@ def _save(folder: Path, notes: dict, model: nn.Module, optimiser) -> None:
     for index, state in optimiser.state_dict()["state"].items():
         tensors[f"momentum.{index}"] = state["momentum_buffer"]
     tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if (device := next(model.parameters()).device).type == "cuda":  # the GPU that draws, which need not be the first
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     write_tensors(folder / CHECKPOINT, tensors, notes)
 
 
@@ -324,6 +335,6 @@ def _restore(folder: Path, source: dict, model: nn.Module, optimiser) -> list[di
         if (buffer := tensors.get(f"momentum.{index}")) is not None:
             # In the memory format of its weight, without which the next step is slow
             optimiser.state[weight]["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    if (device := parameters[0].device).type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
     return log
