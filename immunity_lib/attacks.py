@@ -357,8 +357,7 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
     few = slow | {"steps": max(effort.auto_attack_steps // 5, 1)}
     square = partial(auto_attack, target, gate="uniform", only=("square",), **few)
     add("square", "black box", "uniform", lambda *batch: square(*batch)[0])
-    draws = DRAWS_PER_STEP * effort.auto_attack_steps
-    noise = partial(random_noise, target, eps=effort.eps, draws=draws)
+    noise = partial(random_noise, target, eps=effort.eps, draws=DRAWS_PER_STEP * effort.auto_attack_steps)
     add("noise", "black box", "all gates", noise)
     for number, expert in enumerate(target.experts, start=1):
         alone = ImmunityMoE([expert], ConstantGate(1), "uniform").to(device)

@@ -46,6 +46,7 @@ class FactorizedReduce(nn.Module):
 
 
 def pointwise(in_channels: int, out_channels: int, affine: bool) -> nn.Module:
+    """A 1x1 convolution and batch norm: (B, in, u, v) to (B, out, u, v)."""
     layer = nn.Conv2d(in_channels, out_channels, 1, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(out_channels, affine=affine))
 

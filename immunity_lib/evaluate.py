@@ -135,8 +135,7 @@ def _attack(target: ImmunityMoE, images: Tensor, labels: Tensor, attack: Adaptiv
         flags.extend(said)
         return verdicts_over_gates(target, [(adversarial, labels[rows])])
 
-    parts = in_parts(judge, len(images))
-    return GateVerdicts.join(parts), {
+    return GateVerdicts.join(in_parts(judge, len(images))), {
         "family": attack.family,
         "sees": attack.sees,
         "flags": list(dict.fromkeys(flags)),

@@ -58,13 +58,15 @@ def build_model(recipe: Recipe, dataset: Dataset) -> ImmunityMoE:
 
 
 def train(
-    recipe: Recipe, dataset: Dataset, folder: Path, *, name: str = "", device: torch.device | None = None
-) -> tuple[ImmunityMoE, list[dict]]:
+    recipe: Recipe, dataset: Dataset, folder: Path, *, name: str = "", device: torch.device | None = None,
+    tell: Callable[[dict], None] = lambda entry: None,
+) -> tuple[ImmunityMoE, list[dict]]:  # fmt: skip
     """Train a recipe from its last checkpoint in `folder`, or from the start.
 
     Returns the model after the last epoch and its log, in `folder/log.jsonl` too: for each epoch what `_train_epoch`
-    and `diagnose` say. name: for the progress lines. Raises TrainingDiverged at the first loss that is not finite.
-    SIGTERM (as SystemExit(143)) and Ctrl-C end it at once, with the last epoch's checkpoint left to go on from.
+    and `diagnose` say. name: for the progress lines. tell: gets the entry of each epoch once its checkpoint is written.
+    Raises TrainingDiverged at the first loss that is not finite. SIGTERM (as SystemExit(143)) and Ctrl-C end it at
+    once, with the last epoch's checkpoint left to go on from.
     """
     model = build_model(recipe, dataset).to(device)
     loss = compiled_loss() if is_compiled(recipe, next(model.parameters()).device) else training_loss
@@ -79,22 +81,20 @@ def train(
         try:
             log = _restore(folder, source, model, optimiser)
             if 0 < len(log) < recipe.epochs:
-                kept = f"after epoch {len(log)} of {recipe.epochs}"
-                print(f"{folder.name} goes on {kept}", flush=True)
+                print(f"{folder.name} goes on after epoch {len(log)} of {recipe.epochs}", flush=True)
             while len(log) < recipe.epochs:
                 started = time.perf_counter()
                 entry = {"epoch": len(log) + 1}
                 entry |= _train_epoch(model, loss, optimiser, recipe, dataset, len(log), name)
                 entry |= diagnose(model, dataset.splits["validation"], recipe)
                 entry["seconds"] = round(time.perf_counter() - started, 2)
-                lines = "".join(json.dumps(one) + "\n" for one in [*log, entry])
-                write_atomically(folder / "log.jsonl", lines)
+                write_atomically(folder / "log.jsonl", "".join(json.dumps(one) + "\n" for one in [*log, entry]))
                 _save(folder, source | {"log": [*log, entry]}, model, optimiser)
                 log.append(entry)
                 print(progress_line(name, recipe.epochs, entry), flush=True)
+                tell(entry)
         except (SystemExit, KeyboardInterrupt):
-            kept = f"after epoch {len(log)} of {recipe.epochs}"
-            print(f"{name} stopped; the same command goes on {kept}", flush=True)
+            print(f"{name} stopped; the same command goes on after epoch {len(log)} of {recipe.epochs}", flush=True)
             raise
     return model, log
 

@@ -1,13 +1,15 @@
 """What comes with the project of a preset's results, made from those in runs/: `make pretrained`.
 
 Small weights let a notebook show its models before anything is trained. Half precision halves their size; each record
-says which weights they were rounded from and what that changed. Of a study too long to be repeated for a look, all
-training records and measurements come along: --measurements.
+says which weights they were rounded from and what that changed, and each card what is known of them (--cards writes
+these alone, from the records and tables that are there). Of a study too long to be repeated for a look, all training
+records and measurements come along: --measurements.
 """
 
 import shutil
 
 import torch
+from cards import write_cards
 
 from immunity_lib.data import Dataset
 from immunity_lib.data.batches import evaluation_batches
@@ -77,6 +79,7 @@ def publish_all(settings: Settings, measurements: bool) -> None:
     dataset = load_data(settings)
     for name in explored_models(settings):
         publish_weights(settings, name, dataset)
+    write_cards(settings)
     if measurements:
         measured = [name for kind in ASKED for name in measured_models(settings, kind)]
         for name in dict.fromkeys([*trained_models(settings), *measured]):
@@ -86,5 +89,6 @@ def publish_all(settings: Settings, measurements: bool) -> None:
 if __name__ == "__main__":
     parser = preset_parser("pretrained/publish.py", __doc__, output=False)
     parser.add_argument("--measurements", action="store_true", help="all training records and measurements, too")
+    parser.add_argument("--cards", action="store_true", help="the cards alone, of the weights that are there")
     options, settings = parse_options(parser)
-    publish_all(settings, options.measurements)
+    write_cards(settings) if options.cards else publish_all(settings, options.measurements)

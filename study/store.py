@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -38,7 +39,7 @@ from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
 from study.catalogue import ModelName, members, own_recipe, recipe_of
-from study.settings import NOT_OF_THE_RESULT, ROOT, Settings
+from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, validate
 
 PRETRAINED = ROOT / "pretrained"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
@@ -167,6 +168,21 @@ def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> Immu
             told = f"{lock} is held for {LOCKED / 3600:.0f} hours, seen from {platform.node()}; remove that file"
             raise TimeoutError(f"{told} if no job works on this model any more, on any machine") from error
     return model.to(chosen_device()).eval()
+
+
+def shipped_model(name: str) -> ImmunityMoE:
+    """A model that comes with the project, by its name or <preset>/<name>, in eval mode; its data need not be there.
+    Raises ValueError with the valid names for any other, and for one that two presets have."""
+    there = {"/".join(path.parts[-3:-1]): path.parent for path in sorted(PRETRAINED.glob(f"*/*/{WEIGHTS}"))}
+    found = [one for one in there if name in (one, one.partition("/")[2])]
+    if len(found) != 1:
+        told = f"{name!r} names {len(found) or 'no'} models that come with the project"
+        raise ValueError(f"{told}; choose one of {', '.join(there)}")
+    known, (tensors, _) = read_json(there[found[0]] / "record.json"), read_tensors(there[found[0]] / WEIGHTS)
+    # Of its data a model needs the number of classes, and mean and deviation, which are among the weights
+    classes, trained_on = len(tensors["experts.0.classifier.weight"]), SimpleNamespace(**known["data"])
+    data = Dataset(found[0], ("",) * classes, (0.0,) * 3, (1.0,) * 3, (), "", {"train": trained_on})
+    return _load(there[found[0]], validate(Recipe, known["recipe"]), data).eval()
 
 
 def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE | None:

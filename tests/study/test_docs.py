@@ -25,9 +25,14 @@ GRAPH, longest_chain = drawing["import_graph"](), drawing["longest_chain"]
 
 def test_A8_the_readme_is_short_and_names_all_authors():
     assert len(README.splitlines()) <= 150 and len(README.encode()) <= 10_000
-    for author in yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"][0]["authors"]:
-        assert f"{author['given-names']} {author['family-names']}" in README
-        assert f"{author['family-names']}, {author['given-names']}" in README  # for BibTeX
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    names = [(author["given-names"], author["family-names"]) for author in paper["authors"]]
+    (said,) = re.findall(r"by (Qiao Han.*?)\s\(\[arXiv (.*?)\]\((.*?)\)\)", README, re.DOTALL)
+    assert re.split(r", | and ", " ".join(said[0].split())) == [" ".join(one) for one in names]
+    assert paper["url"] == said[2] and paper["identifiers"] == [{"type": "other", "value": f"arXiv:{said[1]}"}]
+    bibtex = dict(re.findall(r"^  (\w+) += \{(.*?)\},?$", README, re.MULTILINE))
+    assert bibtex["author"] == " and ".join(f"{family}, {given}" for given, family in names)
+    assert (bibtex["title"], bibtex["year"]) == (paper["title"], str(paper["year"])) and bibtex["eprint"] == said[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

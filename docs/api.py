@@ -1,0 +1,34 @@
+"""The library's own pages, made from its docstrings: `python docs/api.py FOLDER`.
+
+They ask nothing of a network: what styles and searches them lies in them and beside them."""
+
+import pkgutil
+import sys
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from unittest.mock import patch
+
+import pdoc
+
+import immunity_lib
+
+MODULES = ["immunity_lib", *(one.name for one in pkgutil.walk_packages(immunity_lib.__path__, "immunity_lib."))]
+
+
+def build(folder: Path) -> Path:
+    """Write a page for each module of `immunity_lib` into a folder, and return the first one."""
+    pdoc.render.configure(docformat="markdown", math=False, mermaid=False)  # these two would load scripts
+    with ExitStack() as afterwards:
+        for name in immunity_lib.__all__:  # loaded when asked for, and pdoc does not ask
+            afterwards.enter_context(patch.object(immunity_lib, name, getattr(immunity_lib, name), create=True))
+        for package in (import_module(name) for name in MODULES):
+            if hasattr(package, "__path__"):  # else its page would list no modules but those in __all__
+                below = [name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == package.__name__]
+                afterwards.enter_context(patch.object(package, "__all__", [*package.__all__, *below]))
+        pdoc.pdoc("immunity_lib", output_directory=folder)
+    return folder / "immunity_lib.html"
+
+
+if __name__ == "__main__":
+    print(f"open {build(Path(sys.argv[1]))} in a browser")
