@@ -6,7 +6,9 @@ OUTPUT ?=
 JOBS ?=
 PROFILE ?=
 TORCH ?=
-PYTHON ?= $(or $(firstword $(foreach one,python3.12 python3.13 python3.11,$(shell command -v $(one)))),python3)
+# The first that runs: those of pyenv that are not chosen are there, and do not
+PYTHON ?= $(shell for one in python3.12 python3.13 python3.11; do $$one -c "" 2>/dev/null && echo $$one && exit; done; \
+	echo python3)
 
 # What a shell says of Python and of installing, as modules of clusters do, is not meant for .venv; mirrors are
 unexport PYTHONPATH PYTHONHOME PYTHONOPTIMIZE PYTHONWARNINGS PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT \

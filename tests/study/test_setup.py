@@ -227,6 +227,16 @@ def pretended_make(fresh_checkout):
     return run
 
 
+def test_a_python_that_does_not_run_is_passed_over(fresh_checkout, monkeypatch):
+    """As those of pyenv that are not chosen."""
+    for name, status in (("python3.12", 127), ("python3.13", 0), ("python3.11", 0)):
+        (fresh_checkout / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (fresh_checkout / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fresh_checkout}:{os.environ['PATH']}")
+    asked = make("--dry-run", ".venv/.installed", folder=fresh_checkout).stdout
+    assert "|| python3.13 -m venv" in asked
+
+
 def test_D3_neighbours_what_a_shell_says_of_python_and_of_installing_is_not_for_this_environment(pretended_make):
     """As the modules of a cluster say it; mirrors are obeyed."""
     names = "PYTHONOPTIMIZE PYTHONWARNINGS PIP_USER PIP_TARGET UV_TARGET UV_REQUIRE_HASHES UV_NO_BUILD".split()
