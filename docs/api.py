@@ -3,7 +3,7 @@
 They ask nothing of a network: what styles and searches them lies in them and beside them."""
 
 import pkgutil
-import sys
+from argparse import ArgumentParser
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -31,4 +31,6 @@ def build(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(f"open {build(Path(sys.argv[1]))} in a browser")
+    parser = ArgumentParser(prog="python docs/api.py", description="The library's pages, made from its docstrings.")
+    parser.add_argument("folder", type=Path, help="where they go")
+    print(f"open {build(parser.parse_args().folder)} in a browser")
