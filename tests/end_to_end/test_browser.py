@@ -304,24 +304,47 @@ def test_the_page_says_what_was_computed(tmp_path):
             assert f"{int((answered == subject.label).sum())} of 120 gates answer" in words
 
 
-def test_the_site_works_from_a_file_without_a_network(tmp_path):
-    """With what the demo made, and a notebook full of equations."""
+STEPPER = 'iframe[title="Heat maps under attack, step by step"]'
+
+
+def test_the_site_works_on_a_phone_from_a_file_without_a_network(tmp_path):
+    """With what the demo made. Keys walk the stepper from step to step and from image to image."""
     settings = load_preset("demo", output_folder=str(tmp_path))
     shutil.copytree(ROOT / "figures" / "demo", settings.figures)
-    (settings.runs / "notebooks").mkdir(parents=True)
-    shutil.copy(ROOT / "notebooks" / "00_start_here.ipynb", settings.runs / "notebooks")
-    problems = []
-    with browser_page(width=800) as page:
+    index, problems = build_site(settings), []
+    with browser_page(width=390) as page:
         page.context.set_offline(True)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("requestfailed", lambda request: problems.append(request.url))
-        page.goto(build_site(settings).as_uri())
-        page.click("text=00_start_here")
-        assert page.locator(".equation math").first.bounding_box()["height"] > 10, "an equation is drawn"
-        page.click("text=All notebooks and figures")
-        page.click("text=Step through")
-        changed_by(page, lambda: page.press("#step", "End"), WORDS, PICTURES, view=None)
+        page.goto(index.as_uri())
+        page.locator(STEPPER).scroll_into_view_if_needed()
+        frame = page.frame_locator(STEPPER)
+        changed_by(page, lambda: frame.locator("#next").press("ArrowRight"), WORDS, PICTURES, view=STEPPER)
+        assert frame.locator("#step-said").inner_text() == "1"
+        frame.locator("#step").press("End")
+        (before, _), (after, _) = changed_by(
+            page, lambda: frame.locator("#next").press("ArrowRight"), WORDS, view=STEPPER
+        )
+        assert before.splitlines()[0] != after.splitlines()[0] and frame.locator("#step-said").inner_text() == "0"
+        assert page.locator(STEPPER).bounding_box()["height"] > 1500, "as high as what it shows"
+        page.goto((index.parent / "demo/stepper.html").as_uri())
         before, after = changed_by(page, lambda: page.press("#state", "End"), WORDS, view=None)
         assert before[PICTURES] == after[PICTURES], "maps are of experts, whatever their weights"
-        changed_by(page, lambda: page.press("#subject", "ArrowDown"), WORDS, PICTURES, view=None)
+        page.press("#next", "PageDown")
+        page.locator("#step-said", has_text="20").wait_for()
+        page.goto(index.as_uri())
+        page.click("text=Start here: the paper in one page")
+        assert page.locator(".equation math").first.bounding_box()["height"] > 10, "an equation is drawn"
+        for path in index.parent.rglob("*.html"):
+            page.goto(path.as_uri())
+            page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.name
     assert not problems
+
+
+def test_without_scripts_the_stepper_says_so_and_shows_a_still_picture(tmp_path):
+    with browser_page(width=800, java_script_enabled=False) as page:
+        page.goto((ROOT / "figures/demo/stepper.html").as_uri())
+        page.locator("text=Stepping needs scripts").wait_for()
+        assert page.locator(".still").bounding_box()["height"] > 300
+        assert not page.locator("#step").is_visible()
