@@ -135,7 +135,7 @@ class Site:
             return f'<span title="in the project: {escape(target)}">{words}</span>'
 
         html = LINK.sub(linked, markdown(text))
-        return IMAGE.sub(lambda match: f'<img loading="lazy" src="{to(match[1]) or match[1]}"', html)
+        return IMAGE.sub(lambda match: f'<img src="{to(match[1]) or match[1]}"', html)
 
     def chapter(self, preset: str, stem: str) -> Iterator[dict[str, Any]]:
         """Its cells in order: text, or code and what it makes."""
