@@ -62,7 +62,7 @@ explorer: $(INSTALLED)  ## serve the explorer of notebook 05 as a page
 	OMP_NUM_THREADS=1 .venv/bin/voila notebooks/05_heatmaps.ipynb --progressive_rendering=True \
 		--MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60
 
-site: reproduce  ## make what is missing of PRESET, and all of it as plain HTML
+site: $(INSTALLED)  ## build site/, notebooks and figures as plain HTML, from what is there; PRESET first
 	.venv/bin/python docs/build_site.py $(WHAT) $(WHERE)
 
 pretrained: $(INSTALLED)  ## write the weights that come with the project from those in runs/

@@ -18,7 +18,8 @@ MODULES = ["immunity_lib", *(one.name for one in pkgutil.walk_packages(immunity_
 
 def build(folder: Path) -> Path:
     """Write a page for each module of `immunity_lib` into a folder, and return the first one."""
-    pdoc.render.configure(docformat="markdown", math=False, mermaid=False)  # these two would load scripts
+    # The two would load scripts; the source, which is beside the pages, would make them three times as large
+    pdoc.render.configure(docformat="markdown", math=False, mermaid=False, show_source=False)
     with ExitStack() as afterwards:
         for name in immunity_lib.__all__:  # loaded when asked for, and pdoc does not ask
             afterwards.enter_context(patch.object(immunity_lib, name, getattr(immunity_lib, name), create=True))

@@ -130,18 +130,47 @@ class Exploration:
     @_kept
     def verdicts(self, name: ModelName, attacked_gate: Gate) -> tuple[GateVerdicts, GateVerdicts]:
         """On the images of the gallery, before and after the attack at the preset's eps."""
-        model, device = self._folded(name), chosen_device()
-        images = torch.stack([subject.image for subject in self.gallery]).to(device)
-        labels = torch.tensor([subject.label for subject in self.gallery], device=device)
-        eps = torch.full((len(images),), float(self.settings.recipe.eps))
-        attacked = self._attack(model, images, labels, attacked_gate, eps)[:, -1]
+        images, labels = self._ends(name, attacked_gate)
         with torch.no_grad():
-            return tuple(verdicts(model.expert_outputs(some), labels) for some in (images, attacked))
+            return tuple(verdicts(self._folded(name).expert_outputs(some), labels) for some in images)
 
     def broken(self, name: ModelName, attacked_gate: Gate) -> list[bool]:
         """For each image of the gallery, whether the plain ensemble is right before the attack, and wrong after it."""
         before, after = self.verdicts(name, attacked_gate)
         return (before.uniform & ~after.uniform).tolist()
+
+    def story(self, name: ModelName, attacked_gate: Gate) -> dict[Subject, str]:
+        """Images of the gallery that show what there is to see of a model, each with the rule that chose it. None is
+        taken twice, and a rule that no image satisfies is left out."""
+        (before, after), (images, labels) = self.verdicts(name, attacked_gate), self._ends(name, attacked_gate)
+        clean, attacked = (explanation_maps(self.model(name), some, labels, OURS) for some in images)
+        with torch.no_grad():
+            said = self._folded(name).expert_outputs(images[0]).log_probs.exp()
+        right, known = 1 - after.failure, before.switched.all(1)
+        rules = {  # by how well an image satisfies it: above 0, if at all
+            "Switching saves it, at times: the attack breaks the plain ensemble, and of all such images this is the "
+            "one that most gates still get right.": right * (before.uniform & ~after.uniform),
+            "The maps move most: the attack shifts more of the experts' heat than on any other image.":
+                (attacked - clean).abs().sum((1, 2, 3)),
+            "All gates lose it: every gate is right before the attack, and none after it.": known & (right == 0),
+            "No gate loses it: the same attack changes no gate's answer.": known & (right == 1),
+            "The experts disagree most, before any attack: their probabilities lie furthest from their mean.":
+                (said - said.mean(1, keepdim=True)).abs().sum((1, 2)),
+        }  # fmt: skip
+        chosen = {}
+        for rule, fits in rules.items():
+            free = [0 if one in chosen else fit for one, fit in zip(self.gallery, fits.tolist(), strict=True)]
+            if max(free) > 0:
+                chosen[self.gallery[free.index(max(free))]] = rule
+        return chosen
+
+    @_kept
+    def _ends(self, name: ModelName, attacked_gate: Gate) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The gallery's images before and after the attack at the preset's eps, and their labels."""
+        images = torch.stack([subject.image for subject in self.gallery]).to(chosen_device())
+        labels = torch.tensor([subject.label for subject in self.gallery], device=images.device)
+        eps = torch.full((len(images),), float(self.settings.recipe.eps))
+        return (images, self._attack(self._folded(name), images, labels, attacked_gate, eps)[:, -1]), labels
 
     @_kept
     def _folded(self, name: ModelName) -> ImmunityMoE:

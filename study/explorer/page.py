@@ -5,7 +5,7 @@ explorer's widget as in the file that a reader takes home. The figures show the 
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from io import BytesIO
 from itertools import product
@@ -33,12 +33,15 @@ ATTACKED_GATES = {"uniform": "all gates alike (the plain ensemble)", "trained": 
 
 
 def explorer_page(
-    exploration: Exploration, names: Sequence[ModelName], subjects: Sequence[Subject],
+    exploration: Exploration, names: Sequence[ModelName], subjects: Sequence[Subject] | Mapping[Subject, str],
     attacked_gate: str, budget: int, method: str = OURS, explained: int | str = TRUE_CLASS,
 ) -> str:  # fmt: skip
-    """HTML that steps through the attack on each model, image by image, and through the gate; budget: which of the
-    exploration's budgets; the others as for `Exploration.maps`."""
-    dataset, shown = exploration.dataset, []
+    """HTML that steps through the attack on each model, image by image, and through the gate; subjects: with the
+    caption of each, if any has one; budget: which of the exploration's budgets; the others as for `Exploration.maps`.
+    """
+    dataset, shown, still = exploration.dataset, [], []
+    captions = subjects if isinstance(subjects, Mapping) else dict.fromkeys(subjects, "")
+    ramp = plt.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3]
     for subject in subjects:
         key = subject, attacked_gate
         maps = [exploration.maps(name, *key, budget, method, explained) for name in names]
@@ -47,14 +50,18 @@ def explorer_page(
             way = _way(exploration.answers(name, *key), of_model, subject.part_masks, budget, top)
             models.append({"title": name.title} | way)
         parts = [mask.flatten().nonzero()[:, 0].tolist() for mask in subject.part_masks]
-        shown.append({"title": escape(subject.title), "top": top, "parts": parts, "models": models})
+        told = {"title": escape(subject.title), "caption": escape(captions[subject])}
+        shown.append(told | {"top": top, "parts": parts, "models": models})
+        frames, heat = exploration.answers(names[0], *key).frames[budget], brightness(maps[0][-1], top)
+        pictures = [colours(frames[0]), colours(frames[-1]), *ramp[(heat * 255).round().astype(np.uint8)]]
+        still.append(np.concatenate(pictures, axis=1))
     parts = zip(dataset.part_names, PART_COLOURS, strict=False)
     data = {
         # Names of files and folders, which the page writes as HTML
         "classes": [escape(name) for name in dataset.class_names],
         "parts": [{"name": escape(name), "colour": colour} for name, colour in parts],
         "gates": permutations(exploration.settings.recipe.experts).tolist(),
-        "ramp": plt.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3].tolist(),
+        "ramp": ramp.tolist(),
         "subjects": shown,
     }
     environment = jinja2.Environment(loader=jinja2.PackageLoader("study", "explorer"), autoescape=True)
@@ -62,6 +69,7 @@ def explorer_page(
         attacked=ATTACKED_GATES[attacked_gate], eps=budget_text(exploration.budgets[budget]),
         dataset=DATA[dataset.name], steps=exploration.settings.steps, method=method,
         explained=dataset.class_names[explained] if isinstance(explained, int) else explained,
+        model=names[0].title, captions=captions, still=data_address(np.concatenate(still)),
         # Inside of a script element, nothing may close it
         data=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
     )  # fmt: skip

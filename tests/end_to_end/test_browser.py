@@ -201,6 +201,13 @@ def use_the_explorer(page):
     page.wait_for_selector("text=/saved .*session.html/")
 
 
+def photograph(what, path, width, of):
+    """A picture for the README, with how it was taken."""
+    what.screenshot(path=path)
+    taken = {"kind": "screenshot", "of": of, "width": width, "provenance": provenance()}
+    write_json(path.with_suffix(".json"), taken)
+
+
 def show_in_theme(page, theme, width):
     """As JupyterLab's own menu does it; the height has room for the whole explorer."""
     page.set_viewport_size({"width": 1300, "height": 2400})
@@ -245,10 +252,8 @@ def test_the_explorer_moves_in_jupyterlab(tmp_path, state, pytestconfig):
             colours.append(page.locator(FRAME).evaluate(COLOUR))
             assert frame.locator("body").evaluate(COLOUR) == colours[-1], "words are in the theme's colour"
             page.wait_for_timeout(5000)
-            path = pictures / f"explorer-{theme.lower()}.png"
-            page.locator(".widget-vbox", has=page.locator(".explorer-gallery")).first.screenshot(path=path)
-            taken = {"kind": "screenshot", "notebook": "05_heatmaps", "width": width, "provenance": provenance()}
-            write_json(path.with_suffix(".json"), taken)
+            explorer = page.locator(".widget-vbox", has=page.locator(".explorer-gallery")).first
+            photograph(explorer, pictures / f"explorer-{theme.lower()}.png", width, "05_heatmaps")
         assert len(set(colours)) == 2
         print(f"explorer used after {time.monotonic() - started:.1f} s")
 
@@ -304,24 +309,54 @@ def test_the_page_says_what_was_computed(tmp_path):
             assert f"{int((answered == subject.label).sum())} of 120 gates answer" in words
 
 
-def test_the_site_works_from_a_file_without_a_network(tmp_path):
-    """With what the demo made, and a notebook full of equations."""
+STEPPER = 'iframe[title="Heat maps under attack, step by step"]'
+
+
+def test_the_site_works_on_a_phone_from_a_file_without_a_network(tmp_path, pytestconfig):
+    """With what the demo made. Keys walk the stepper from step to step and from image to image."""
     settings = load_preset("demo", output_folder=str(tmp_path))
     shutil.copytree(ROOT / "figures" / "demo", settings.figures)
-    (settings.runs / "notebooks").mkdir(parents=True)
-    shutil.copy(ROOT / "notebooks" / "00_start_here.ipynb", settings.runs / "notebooks")
-    problems = []
-    with browser_page(width=800) as page:
+    index, problems = build_site(settings), []
+    pictures = pytestconfig.getoption("screenshots") or tmp_path
+    with browser_page(color_scheme="light") as page:
+        page.goto(index.as_uri() + "#explorer")
+        frame = page.frame_locator(STEPPER)
+        changed_by(page, lambda: frame.locator("#step").press("End"), WORDS, PICTURES, view=STEPPER)
+        page.locator("#explorer").evaluate("element => element.scrollIntoView()")
+        photograph(page, pictures / "site-light.png", 1300, "site/index.html")
+    with browser_page(width=390, color_scheme="dark") as page:
         page.context.set_offline(True)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("requestfailed", lambda request: problems.append(request.url))
-        page.goto(build_site(settings).as_uri())
-        page.click("text=00_start_here")
-        assert page.locator(".equation math").first.bounding_box()["height"] > 10, "an equation is drawn"
-        page.click("text=All notebooks and figures")
-        page.click("text=Step through")
-        changed_by(page, lambda: page.press("#step", "End"), WORDS, PICTURES, view=None)
+        page.goto(index.as_uri())
+        photograph(page, pictures / "site-dark.png", 390, "site/index.html")
+        page.locator(STEPPER).scroll_into_view_if_needed()
+        frame = page.frame_locator(STEPPER)
+        changed_by(page, lambda: frame.locator("#next").press("ArrowRight"), WORDS, PICTURES, view=STEPPER)
+        assert frame.locator("#step-said").inner_text() == "1"
+        frame.locator("#step").press("End")
+        frame.locator("#next").press("ArrowRight")
+        frame.locator("#step-said", has_text=re.compile("^0$")).wait_for()
+        assert frame.locator("#subject").input_value() == "1"
+        assert page.locator(STEPPER).bounding_box()["height"] > 1500, "as high as what it shows"
+        page.goto((index.parent / "demo/stepper.html").as_uri())
         before, after = changed_by(page, lambda: page.press("#state", "End"), WORDS, view=None)
         assert before[PICTURES] == after[PICTURES], "maps are of experts, whatever their weights"
-        changed_by(page, lambda: page.press("#subject", "ArrowDown"), WORDS, PICTURES, view=None)
+        page.press("#next", "PageDown")
+        page.locator("#step-said", has_text="20").wait_for()
+        page.goto(index.as_uri())
+        page.click("text=Start here: the paper in one page")
+        assert page.locator(".equation math").first.bounding_box()["height"] > 10, "an equation is drawn"
+        for path in index.parent.rglob("*.html"):
+            page.goto(path.as_uri())
+            page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.name
     assert not problems
+
+
+def test_without_scripts_the_stepper_says_so_and_shows_a_still_picture():
+    with browser_page(width=800, java_script_enabled=False) as page:
+        page.goto((ROOT / "figures/demo/stepper.html").as_uri())
+        assert "Stepping needs scripts" in page.locator("main").inner_text()
+        assert page.locator(".still").bounding_box()["height"] > 300
+        assert not page.locator("#step").is_visible()

@@ -19,7 +19,7 @@ from torch import nn
 
 from immunity_lib import expert_heatmaps
 from immunity_lib.data import ImageSet
-from immunity_lib.moe import switched_probabilities
+from immunity_lib.moe import GateVerdicts, switched_probabilities
 from study.catalogue import ModelName, explored_models
 from study.explorer import exploration as module
 from study.explorer import panel as widgets
@@ -104,6 +104,31 @@ def test_broken_images_are_right_before_and_wrong_after_the_attack_that_is_shown
     last = exploration.answers(IMMUNITY, subject, "uniform").mixtures[PRESET_BUDGET, -1]
     assert (after.switched[4] == (last.argmax(-1) == subject.label)).all()
     assert exploration.broken(IMMUNITY, "uniform") == (before.uniform & ~after.uniform).tolist()
+
+
+def test_the_story_takes_each_image_once_and_by_the_rule_that_its_caption_states(exploration, monkeypatch):
+    """Of verdicts that are made up: what is broken, saved and kept is known of each image."""
+    gallery = exploration.gallery
+    before = GateVerdicts(*(torch.ones(len(gallery), *more, dtype=torch.bool) for more in ((), (), (4,), (2,))))
+    after = GateVerdicts(*(one.clone() for one in (before.trained, before.uniform, before.switched, before.experts)))
+    after.switched[:, 0] = False
+    after.uniform[3:6] = False
+    after.switched[3] = after.switched[8] = False
+    after.switched[5, 2:] = False
+    after.switched[11:13] = True
+    monkeypatch.setattr(Exploration, "verdicts", lambda *_: (before, after))
+    story = exploration.story(IMMUNITY, "uniform")
+    by_rule = {rule.partition(":")[0]: gallery.index(subject) for subject, rule in story.items()}
+    assert len(story) == 5
+    assert by_rule["Switching saves it, at times"] == 4, "broken, and three gates of four are right"
+    moved = {by_rule["The maps move most"]}
+    assert by_rule["All gates lose it"] == min({3, 8} - moved) and by_rule["No gate loses it"] == min({11, 12} - moved)
+    after.switched[:] = after.uniform[:] = True
+    assert not any(rule.startswith(("Switching", "All")) for rule in exploration.story(IMMUNITY, "uniform").values())
+    page = explorer_page(exploration, NAMES, story, "uniform", 2)
+    assert [one["caption"] for one in content_of(page)["subjects"]] == list(map(html.escape, story.values()))
+    still = page.partition("<noscript><p>")[2].partition("</noscript>")[0]
+    assert pixels_of(re.search('src="(data:.*?)"', still)[1]).shape == (5 * 32, 4 * 32, 3)
 
 
 def test_the_gallery_stays_small_whatever_the_number_of_classes(exploration):

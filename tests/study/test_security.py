@@ -71,13 +71,13 @@ READERS = {
     "preset.yaml": lambda path: load_preset(str(path)),
     "config.yaml": lambda path: checks.submits(path.parent),
     "test-0.parquet": lambda path: load_dataset("cifar10", path.parents[1]),
-    "00_start_here.ipynb": lambda path: build_site(load_preset("smoke", output_folder=str(path.parents[3]))),
+    "table1.json": lambda path: build_site(load_preset("smoke", output_folder=str(path.parents[2]))),
 }
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_of_any_kind_is_refused_by_name_and_runs_nothing(name, hostile, tmp_path):
-    folder = tmp_path / ("runs/smoke/notebooks" if name.endswith("ipynb") else "cifar10")
+    folder = tmp_path / ("figures/smoke" if name == "table1.json" else "cifar10")
     folder.mkdir(parents=True)
     for path in (folder / name, folder / name.replace("test", "train")):
         path.write_bytes(hostile)
