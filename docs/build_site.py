@@ -179,8 +179,9 @@ class Site:
         readme = (ROOT / "README.md").read_text("utf-8")
         found = readme.partition("\n## What was found\n")[2].partition("\n## ")[0]
         drawn = {name for where in self.where.values() for names in where.values() for name in names}
+        about = "\n\n".join(readme.split("\n\n")[1:3])
         self.write(
-            "index.html", "site_front.html", about=self.text("README.md", "index.html", "\n\n".join(readme.split("\n\n")[1:3])),
+            "index.html", "site_front.html", about=self.text("README.md", "index.html", about),
             found=self.text("README.md", "index.html", found), tables=list(map(self.table, TABLES)),
             others=[one for made in self.made.values() for name, one in made.items() if name not in drawn],
         )  # fmt: skip
