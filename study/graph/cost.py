@@ -67,12 +67,16 @@ def _cost_of_measuring(plain: Recipe, classes: int) -> dict[str, int]:
     return cost | {"kept by a gradient": sum(one.nbytes() for one in kept)}
 
 
+def without_images(classes: int) -> Dataset:
+    """What a model must know of its data to be built."""
+    return Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "none", {})
+
+
 @cache
 def _without_contents(recipe: Recipe, classes: int) -> tuple[ImmunityMoE, torch.Tensor, torch.Tensor]:
     """A model, two images, the fewest that batch norms take, and their labels."""
     with torch.device("meta"), _Counter():  # it measures itself, too
-        data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "shapes alone", {})
-        return build_model(recipe, data), torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
+        return build_model(recipe, without_images(classes)), torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
 
 
 class _Counter(TorchDispatchMode):

@@ -19,14 +19,14 @@ import pandas as pd
 import torch
 
 from immunity_lib.attacks import AIMS, DRAWS_PER_STEP, QUERIES_PER_STEP
-from immunity_lib.data import Dataset, find_source
+from immunity_lib.data import find_source
 from immunity_lib.data.images import CLASS_NAMES
 from immunity_lib.evaluate import BUDGETS
 from immunity_lib.train import build_model, is_compiled, training_loss
 from study import catalogue
 from study.claims import FEWEST_TRAININGS, smallest_visible
 from study.graph import parse_options, preset_parser
-from study.graph.cost import cost_of
+from study.graph.cost import cost_of, without_images
 from study.settings import Settings
 from study.store import chosen_device
 
@@ -91,15 +91,14 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
 def measured_tflops(settings: Settings) -> pd.Series:
     """The sustained speed of training steps on this machine, in TFLOP/s, by the name of each model that the preset
     trains. Measured of one expert of each network, on noise, for some CALIBRATED seconds after a first step."""
-    speeds, device = {}, chosen_device()
-    trained = {name: catalogue.recipe_of(settings, name) for name in catalogue.trained_models(settings)}
-    for name, recipe in trained.items():
+    speeds, by_model, device = {}, {}, chosen_device()
+    for name in catalogue.trained_models(settings):
+        recipe = catalogue.recipe_of(settings, name)
         kind = name.expert, recipe.width, recipe.beta + recipe.gamma > 0  # with heat maps or without
         if kind not in speeds:
             recipe = replace(recipe, experts=1, gate_network="constant", adversary=None, pairing="none")
             classes, *_ = _counts(settings, name.dataset)
-            data = Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "noise", {})
-            model = build_model(recipe, data).to(device).train()
+            model = build_model(recipe, without_images(classes)).to(device).train()
             loss = torch.compile(training_loss) if is_compiled(recipe, device) else training_loss
             images = torch.rand(recipe.batch_size, 3, 32, 32, device=device)
             labels = torch.randint(classes, (recipe.batch_size,), device=device)
@@ -114,9 +113,8 @@ def measured_tflops(settings: Settings) -> pd.Series:
             speeds[kind] = 2 * macs / (time.perf_counter() - started) / 1e12
             told = "with heat maps" if kind[-1] else "without"
             print(f"{name.expert} {told}: {speeds[kind]:.3g} TFLOP/s on {device}", file=sys.stderr, flush=True)
-    return pd.Series({
-        str(name): speeds[name.expert, recipe.width, recipe.beta + recipe.gamma > 0] for name, recipe in trained.items()
-    })  # fmt: skip
+        by_model[str(name)] = speeds[kind]
+    return pd.Series(by_model)
 
 
 def requests(settings: Settings, tflops: float, on_gpu: bool) -> dict[str, dict[str, int]]:
