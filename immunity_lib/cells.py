@@ -51,12 +51,23 @@ def pointwise(in_channels: int, out_channels: int, affine: bool) -> nn.Module:
     return nn.Sequential(layer, nn.BatchNorm2d(out_channels, affine=affine))
 
 
+class DilatedDepthwise(nn.Conv2d):
+    """A dilated depthwise convolution, on a processor in float32 whatever the precision: oneDNN's bfloat16 gradient of
+    its weights is wrong there, made of memory that was never set (PyTorch 2.14 on AVX-512)."""
+
+    def forward(self, rectified: Tensor) -> Tensor:
+        if rectified.device.type != "cpu":
+            return super().forward(rectified)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(rectified.to(self.weight.dtype))
+
+
 def _separable(channels: int, stride: int, affine: bool, *, size: int, dilation: int = 1, times: int = 1) -> nn.Module:
     """A depthwise and a pointwise convolution and batch norm, once or twice."""
     padding, layers = dilation * (size - 1) // 2, []
+    depthwise = nn.Conv2d if dilation == 1 else DilatedDepthwise
     for step in (stride, 1)[:times]:
-        depthwise = channels, channels, size, step, padding, dilation, channels
-        layers += [nn.ReLU(), nn.Conv2d(*depthwise, bias=False)]
+        layers += [nn.ReLU(), depthwise(channels, channels, size, step, padding, dilation, channels, bias=False)]
         layers += pointwise(channels, channels, affine)
     return nn.Sequential(*layers[1:])  # the first ReLU is the cell's
 

@@ -39,6 +39,23 @@ def test_parameters_of_every_cell(name, expected):
     assert [parameters(stages.get_submodule(f"cell{k}")) for k in range(20)] == expected
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", cells.OPERATIONS)
+def test_gradients_in_bfloat16_are_those_in_float32_but_for_rounding(name, stride):
+    torch.manual_seed(0)
+    operation = cells.OPERATIONS[name](16, stride, True).to(memory_format=torch.channels_last)
+    state = torch.rand(8, 16, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    aim = torch.randn(8, 16, 32 // stride, 32 // stride)
+
+    def gradients(precision: torch.dtype) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            answer = operation(state)
+        return torch.autograd.grad((answer * aim).sum(), [state, *operation.parameters()])
+
+    for rounded, exact in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert (rounded - exact).norm() < 0.2 * exact.norm()
+
+
 def test_drop_path_spares_plain_skips_and_makes_up_for_what_it_drops():
     torch.manual_seed(0)
     state = torch.rand(2000, 4, 2, 2), torch.rand(2000, 4, 2, 2)
