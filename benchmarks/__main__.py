@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from importlib import import_module
 
-NAMES = ("input_pipeline", "heatmaps", "exact", "regularised_step", "cells", "plan", "memory")
+NAMES = ("input_pipeline", "heatmaps", "exact", "attacks", "regularised_step", "cells", "plan", "memory")
 
 parser = ArgumentParser(prog="python -m benchmarks", description="Time the library beside its peers.")
 parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; none: all")

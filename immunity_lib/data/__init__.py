@@ -54,7 +54,7 @@ def load_dataset(
     counts = {split: count_of(split, asked[split], 1, most) for split, most in available.items()}
     trained = counts.pop("train")
     rows = source.read("train", trained + held_out)
-    splits = {"train": rows.first(trained), "validation": rows.rows(trained, len(rows))}
+    splits = {"train": rows.first(trained), "validation": rows.select(slice(trained, None))}
     splits |= {split: source.read(split, count) for split, count in counts.items()}
     mean, std = images.STATISTICS.get(name) or _channel_statistics(splits["train"].images)
     part_names = parts10.PART_NAMES if name == "parts10" else ()

@@ -41,12 +41,6 @@ class ImageSet:
         digest.update(self.labels.contiguous().numpy())
         return digest.hexdigest()
 
-    def rows(self, start: int, stop: int) -> "ImageSet":
-        """The rows from start up to stop, not copied; ValueError where there are none."""
-        if not 0 <= start <= stop <= len(self):
-            raise ValueError(f"rows {start} to {stop} asked for, of an image set of {len(self)}")
-        return self.select(slice(start, stop))
-
     def select(self, rows: Tensor | slice) -> "ImageSet":
         """The rows of these numbers, in their order; those of a slice are not copied."""
         tensors = (self.images, self.labels, self.part_masks, self.background)
@@ -60,7 +54,7 @@ class ImageSet:
 
     def first(self, k: int) -> "ImageSet":
         """The first k rows, or all of fewer."""
-        return self.rows(0, min(k, len(self)))
+        return self.select(slice(k))
 
 
 @dataclass(frozen=True)

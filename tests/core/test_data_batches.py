@@ -84,13 +84,11 @@ def test_evaluation_is_in_order_and_unchanged(image_set):
     assert images[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_impossible_batch_sizes_and_rows_are_named(image_set):
+def test_impossible_batch_sizes_are_named(image_set):
     with pytest.raises(ValueError, match="batch_size is 1;"):
         training_batches(image_set, 1, torch.Generator())
     with pytest.raises(ValueError, match="batch_size is 0;"):
         next(evaluation_batches(image_set, 0))
-    with pytest.raises(ValueError, match="rows 0 to 102 asked for, of an image set of 101"):
-        image_set.rows(0, 102)
 
 
 def test_C2_of_fewer_images_than_a_notebook_shows_all_are_taken(image_set):

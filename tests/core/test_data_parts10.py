@@ -26,7 +26,7 @@ def test_the_images_and_masks_of_a_seed_never_change(train):
     others = [("train", 1), ("test", 0), ("test-shifted", 0)]
     assert len({parts10.generate(split, 300, seed).checksum for split, seed in others} | {IMAGES_OF_SEED_0}) == 4
     dataset = load_dataset("parts10", train_images=300, validation_images=50, test_images=20)
-    assert dataset.splits["validation"].checksum == train.rows(300, 350).checksum
+    assert dataset.splits["validation"].checksum == train.select(slice(300, 350)).checksum
 
 
 def test_no_two_parts_confuse_the_same_classes():
