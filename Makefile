@@ -31,7 +31,7 @@ help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
 	@echo 'Variables, as in "make reproduce PRESET=smoke OUTPUT=folder":'
 	@echo '  PRESET     $(patsubst presets/%.yaml,%,$(wildcard presets/*.yaml)), or a path (default: demo)'
-	@echo '  DATA       folder of CIFAR or of your own images; smoke and demo need none'
+	@echo '  DATA       folder of CIFAR or of your own images; smoke, demo and parts10 need none'
 	@echo '  OUTPUT     where runs/ and figures/ go (default: here)'
 	@echo '  JOBS       notebooks beside each other (default: all cores)'
 	@echo '  CALIBRATE  1: make plan measures the speed of this machine, some ten seconds of each network'
