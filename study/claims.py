@@ -5,12 +5,12 @@ same images, or between two sides of one. The unit of evidence is a training: wh
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 from scipy import stats
 
 from study import catalogue
@@ -26,15 +26,16 @@ MARGIN = 1.0  # points, or %: what lies within is no effect
 HALVES = 20  # of the images, drawn to see whether a verdict stays
 # Of an effect under attack, in points, from training to training and from image to image: as the demo showed them
 DEVIATIONS = 6.0, 40.0
-KINDS = {  # of measures: the frame that they are read from, and which of its rows, by a column and what it matches
-    "clean": ("attacks", "family", "clean"),
-    "attacks": ("attacks", "family", "paper"),
-    "magnitudes": ("attacks", "family", "magnitude"),
-    "worst-case": ("adaptive", "family", "(?!clean).*"),
-    "unattacked": ("adaptive", "family", "clean"),
-    "noise": ("adaptive", "attack", "noise"),
-    "weak spots": ("adaptive", "attack", "pgd-expert-.*"),
-    **dict.fromkeys(["network", *SCORES, "background_heat"], ("scores", "family", "clean")),
+KINDS = {  # of measures: the frame, which of its rows, by a column and what that matches, and the column that is read
+    "clean": ("attacks", "family", "clean", "switched"),
+    "attacks": ("attacks", "family", "paper", "switched"),
+    "magnitudes": ("attacks", "family", "magnitude", "switched"),
+    "worst-case": ("adaptive", "family", "(?!clean).*", "switched"),
+    "unattacked": ("adaptive", "family", "clean", "switched"),
+    "noise": ("adaptive", "attack", "noise", "switched"),
+    "weak spots": ("adaptive", "attack", "pgd-expert-.*", "other_experts"),
+    "network": ("scores", "family", "clean", "switched"),
+    **{score: ("scores", "family", "clean", score) for score in (*SCORES, "background_heat")},
 }
 OWN_SIDES = {  # what a model can be held against of its own
     "its plain ensemble": {"column": "uniform"},
@@ -45,7 +46,6 @@ OWN_SIDES = {  # what a model can be held against of its own
     "the same images clean": {"kind": "unattacked"},
     "standard training": {"regime": "standard"},
 }
-Method = Annotated[str, Field(pattern=f"^({'|'.join(METHODS)})$")]
 
 
 class NotTestable(Exception):
@@ -55,9 +55,9 @@ class NotTestable(Exception):
 class Measure(BaseModel, extra="forbid", frozen=True):
     """A model minus what it is held against; claims.yaml lists the kinds."""
 
-    kind: Annotated[str, Field(pattern=f"^({'|'.join(KINDS)})$")]
-    model: Method
-    against: Literal["baselines", "other networks", *OWN_SIDES] | list[Method]
+    kind: Literal[*KINDS]
+    model: Literal[*METHODS]
+    against: Literal["baselines", "other networks", *OWN_SIDES] | list[Literal[*METHODS]]
     data: str = ""  # another data set than the preset's first
     regime: Literal["standard", "adversarial"] = "standard"
     network: str = ""  # of Table 1; empty: the preset's
@@ -189,11 +189,9 @@ def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray
     """By the title of what a model is held against: differences (S, B) of S pairs of trainings on B images, in shares
     of 1; of scores, whose mean over images is the logarithm of the ratio of means.
     Raises NotTestable where the preset has no such models."""
-    column = measure.kind if measure.kind in (*SCORES, "background_heat") else "switched"
+    *_, column = KINDS[measure.kind]
     if (measure.kind, measure.model) == ("network", "ensemble"):
         column = "experts"  # each of the networks alone
-    if measure.kind == "weak spots":
-        column = "other_experts"
     own = {"kind": measure.kind, "column": column, "method": measure.model, "regime": measure.regime}
     own |= {"dataset": measure.data or settings.recipe.dataset, "expert": measure.network or settings.recipe.expert}
     mine, effects = by_image(settings, **own), {}
@@ -233,7 +231,7 @@ def by_image(settings: Settings, kind: str, column: str, **model: str) -> np.nda
     data = model["dataset"]
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
-    frame, chosen_by, wanted_rows = KINDS[kind]
+    frame, chosen_by, wanted_rows, _ = KINDS[kind]
     names = [name for name in catalogue.measured_models(settings, frame) if model.items() <= name.model_dump().items()]
     if not names:
         raise NotTestable(f"the preset has no {catalogue.method_title(model['method'], model['expert'])} for it")
@@ -242,7 +240,6 @@ def by_image(settings: Settings, kind: str, column: str, **model: str) -> np.nda
     if frame == "attacks":
         rows = rows[rows["sees"].isin(["", settings.attack_gates[0]])]
     if "expert" in column and len(rows):
-        rows = rows.reset_index(drop=True)
         rows = rows.assign(**right_experts(rows, settings.recipe.experts))
     if rows.empty or column not in rows or rows[column].isna().all():
         raise NotTestable(f"the preset measures no {kind} of {DATA[data]}")

@@ -48,18 +48,18 @@ def read_rows(settings: Settings, names: Names, kind: str) -> pd.DataFrame:
     frame = read_frame(settings, names, kind).rename(columns={"model": "name"})
     frame["model"] = list(map(catalogue.method_title, frame["method"], frame["expert"]))
     frame["data"], frame["training"] = frame["data"].map(DATA), frame["regime"]
-    return frame[frame["split"] == "test"].reset_index(drop=True)
+    return frame[frame["split"] == "test"]
 
 
 def right_experts(frame: pd.DataFrame, experts: int) -> dict[str, np.ndarray]:
     """Shares of a model's experts that are right alone: of all, of the one under attack, and of the others. frame: rows
-    as `read_rows` gives them, numbered from 0; experts: of a mixture."""
+    as `read_rows` gives them; experts: of a mixture."""
     longest = frame["experts"].str.len().max()
     packed = b"".join(one.ljust(longest, b"\0") for one in frame["experts"])
     right = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(len(frame), -1), axis=1)
     count = np.where(frame["method"].isin(catalogue.SINGLE), 1, experts)
     attacked = frame["attack"].str.extract(r"pgd-expert-(\d+)")[0].astype(float)
-    one = np.where(attacked.notna(), right[frame.index, attacked.fillna(1).astype(int) - 1], np.nan)
+    one = np.where(attacked.notna(), right[range(len(frame)), attacked.fillna(1).astype(int) - 1], np.nan)
     others = (right.sum(1) - one) / np.maximum(count - 1, 1)
     return {"experts": right.sum(1) / count, "attacked_expert": one, "other_experts": others}
 
