@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -134,16 +133,13 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
 def model_folder(settings: Settings, name: ModelName) -> Path:
     """Where all about a model lies: what was trained here, else what came with the project, if with these settings."""
     own, shipped = own_folder(settings, name), pretrained_folder(settings, name)
-    if (own / "record.json").exists() or not settings.pretrained:
-        return own
-    try:
-        known = read_json(shipped / "record.json")["recipe"]
-    except FileNotFoundError:
-        return own
-    except (DamagedFile, OSError, KeyError) as error:
-        _say_once(f"the weights of {name} that come with the project are not used: {error!r}")
-        return own
-    return shipped if recipe_of(settings, name).is_that_of(known) else own
+    if settings.pretrained and (shipped / "record.json").exists() and not (own / "record.json").exists():
+        try:
+            if recipe_of(settings, name).is_that_of(read_json(shipped / "record.json")["recipe"]):
+                return shipped
+        except (DamagedFile, OSError, KeyError) as error:
+            _say_once(f"the weights of {name} that come with the project are not used: {error!r}")
+    return own
 
 
 def training_record(settings: Settings, name: ModelName) -> dict[str, Any]:
@@ -226,7 +222,6 @@ def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> Im
     wanted, published = recipe_of(settings, name), own_recipe(settings, name)
     folder, device, images = own_folder(settings, name), chosen_device(), dataset.splits["train"]
     print(f"training {name} on {device}, data from {dataset.source}", flush=True)
-    started = time.perf_counter()
     model, log = train(wanted, dataset, folder, name=str(name), device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for expert in model.experts:
@@ -245,7 +240,6 @@ def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         "mixed_precision": is_mixed(wanted, device),
         "compiled": is_compiled(wanted, device),
         "seconds": round(sum(entry["seconds"] for entry in log), 1),
-        "seconds_in_this_process": round(time.perf_counter() - started, 1),
         "provenance": provenance(),
     }
     write_json(folder / "record.json", content)
