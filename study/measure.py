@@ -17,6 +17,7 @@ and made anew otherwise."""
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +244,11 @@ def _measure_once(
     model = store.trained_model(settings, name, dataset)
     question = _question(kind, settings, name, dataset, further)
     if path.exists():
-        try:
+        with suppress(DamagedFile):  # which is set aside
             store.read_frame(settings, [name], kind)
             if question.items() <= store.read_json(path).items():
                 return
-            raise DamagedFile("it is about other weights, data or settings")
-        except DamagedFile as error:
-            store.set_record_aside(path, str(error))
+            store.set_record_aside(path, "it is about other weights, data or settings")
     started = time.perf_counter()
     frame, summary = measure(model)
     write_atomically(path.with_suffix(".parquet"), frame.to_parquet(index=False))
