@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = preset_parser("-m study.graph.run", "Make what is missing of a preset's tables and figures.")
     parser.add_argument("--jobs", type=int, help="notebooks beside each other (default: all cores)")
     parser.add_argument("--profile", default="", help="a folder of profiles/, as slurm, or a path")
-    told = f"sustained speed of a cluster's GPU in TFLOP/s, for time limits ({ASSUMED_TFLOPS:g})"
+    told = "sustained speed of a cluster's GPU in TFLOP/s, for time limits (%(default)g)"
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)
     options, settings = parse_options(parser, arguments)
     lock = settings.runs / ".lock"
@@ -39,14 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = {"preset": options.preset} | settings.model_dump(include={"data_folder", "output_folder"})
         if gpus is None:
             config["requests"] = requests(settings, options.tflops, gives_gpus(profile))
+            limits = ["--jobs", str(options.jobs)] if options.jobs else []
         else:
             config["gpus"] = ",".join(gpus)
+            limits = ["--cores", str(options.jobs or "all"), "--resources", f"gpu={len(gpus)}"]
         print(f"preset {settings.preset} on {chosen_device()}; {sources}", flush=True)
         settings.runs.mkdir(parents=True, exist_ok=True)
         # Held until this process ends, however it ends; Snakemake's own lock, left out, would outlive a kill
         with FileLock(lock, timeout=0):
             touch_future_files(settings)
-            status = _run_snakemake(settings, config, profile, options.jobs)
+            status = _run_snakemake(settings, config, profile, limits)
     except Timeout:
         told = f"preset {settings.preset} is being reproduced by another process, which holds {lock}, seen from"
         wait = "wait for it, or stop it; if it runs no more, on any machine, remove that file"
@@ -87,7 +89,7 @@ def list_results(settings: Settings) -> str:
     return "\n".join([*lines, f"Executed notebooks: {os.path.relpath(settings.runs / 'notebooks')}"])
 
 
-def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: int | None) -> int:
+def _run_snakemake(settings: Settings, config: dict, profile: Path | None, limits: list[str]) -> int:
     os.environ.pop("SNAKEMAKE_PROFILE", None)  # --profile alone says where the jobs run
     os.environ["XDG_CACHE_HOME"] = str(settings.runs / ".cache")  # which it needs: the user's may be read-only
     from snakemake.cli import main as snakemake
@@ -99,18 +101,8 @@ def _run_snakemake(settings: Settings, config: dict, profile: Path | str, jobs: 
         "--snakefile", str(ROOT / "Snakefile"), "--directory", str(settings.runs), "--configfile", str(described),
         "--workflow-profile", "none", "--nolock", "--quiet", "rules", "--rerun-triggers", "mtime", "params",
         "--rerun-incomplete", "--keep-incomplete",  # the executed part of a notebook that failed, to read
-        *(("--profile", str(profile)) if profile else ()),
+        *limits, *(("--profile", str(profile)) if profile else ()),
     ]  # fmt: skip
-    if "requests" not in config:
-        gpus = len(config["gpus"].split(",")) if config["gpus"] else 0
-        arguments += [
-            "--cores",
-            str(jobs or "all"),
-            "--resources",
-            f"gpu={gpus}",
-        ]
-    elif jobs:
-        arguments += ["--jobs", str(jobs)]
     signals, status = hand_on_signals(), 0
     try:
         snakemake(arguments)
