@@ -84,14 +84,13 @@ def missing_kernels() -> list[str]:
     """A sentence for each GPU in use that PyTorch was not built for."""
     from torch import __version__, cuda
 
-    built, found = [re.fullmatch("(sm|compute)_([0-9]+)([0-9])a?f?", arch) for arch in cuda.get_arch_list()], []
+    built, found = re.findall("(sm|compute)_([0-9]+)([0-9])", " ".join(cuda.get_arch_list())), []
     for gpu in range(cuda.device_count()):
         major, minor = cuda.get_device_capability(gpu)
         if not any(
             # Kernels run on later GPUs of the same major number, what is compiled at run time on all later ones
-            (int(one[2]) == major and int(one[3]) <= minor) or (one[1] == "compute" and int(one[2]) < major)
-            for one in built
-            if one
+            (int(one) == major and int(least) <= minor) or (kind == "compute" and int(one) < major)
+            for kind, one, least in built
         ):
             told = f"GPU {gpu} ({cuda.get_device_name(gpu)}) has compute capability {major}.{minor}, for which"
             remedy = "install one that has, or leave the GPU out with CUDA_VISIBLE_DEVICES"

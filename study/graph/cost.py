@@ -96,11 +96,7 @@ class _Counter(TorchDispatchMode):
                 self.known[key] = function(*arguments, **options), counter.get_total_flops() // 4
         found, macs = self.known[key]
         self.macs += macs
-        return tree_map_only(torch.Tensor, _like, found)
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return tree_map_only(torch.Tensor, torch.empty_like, found)
 
 
 def _shapes(value):

@@ -177,10 +177,8 @@ def format_power(settings: Settings) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper", output=False)
-    told = f"sustained speed of the machine, TFLOP/s (default: {ASSUMED_TFLOPS:g})"
-    parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)
-    told = f"measure it instead, for some {CALIBRATED:.0f} seconds of each network"
-    parser.add_argument("--calibrate", action="store_true", help=told)
+    parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="sustained speed (default: %(default)g)")
+    parser.add_argument("--calibrate", action="store_true", help="measure it instead, some seconds for each network")
     options, settings = parse_options(parser, arguments)
     print(format_plan(settings, measured_tflops(settings) if options.calibrate else options.tflops))
     return 0
