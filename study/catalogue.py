@@ -205,5 +205,4 @@ def _models(
     """Every combination, with every seed or the first few; by default of the preset's own expert and data."""
     experts = [settings.recipe.expert] if experts is None else experts
     parts = product(datasets or [settings.recipe.dataset], regimes, experts, methods, settings.seeds[:seeds])
-    keys = ("dataset", "regime", "expert", "method", "seed")
-    return [ModelName(**dict(zip(keys, values, strict=True))) for values in parts]
+    return [ModelName(dataset=d, regime=r, expert=e, method=m, seed=s) for d, r, e, m, s in parts]
