@@ -36,9 +36,8 @@ def explorer_page(
     exploration: Exploration, names: Sequence[ModelName], subjects: Sequence[Subject] | Mapping[Subject, str],
     attacked_gate: str, budget: int, method: str = OURS, explained: int | str = TRUE_CLASS,
 ) -> str:  # fmt: skip
-    """HTML that steps through the attack on each model, image by image, and through the gate; subjects: with the
-    caption of each, if any has one; budget: which of the exploration's budgets; the others as for `Exploration.maps`.
-    """
+    """HTML that steps through the attack on each model, image by image, and through the gate. subjects: with captions,
+    if they have any; budget: which of the exploration's budgets; the others as for `Exploration.maps`."""
     dataset, shown, still = exploration.dataset, [], []
     captions = subjects if isinstance(subjects, Mapping) else dict.fromkeys(subjects, "")
     ramp = plt.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3]

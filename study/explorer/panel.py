@@ -1,7 +1,5 @@
-"""The explorer's widgets: what the kernel must compute is chosen here, and the page below moves by itself.
-
-Everything shown is computed by an `Exploration`, once: a new image, model, method, class or budget when it is chosen.
-The page's own sliders (step, gate, expert) then answer at once."""
+"""The explorer's widgets: what the kernel must compute is chosen here, and the page below, whose sliders (step, gate,
+expert) need no kernel, moves by itself."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
