@@ -188,8 +188,7 @@ def own_subject(content: bytes, name: str) -> Subject:
     try:
         image = torch.from_numpy(pixels(BytesIO(content)).copy()) / 255
     except Exception as error:  # for a broken file, Pillow raises errors of all kinds
-        wanted = "give an intact PNG, JPEG or WebP file"
-        raise ValueError(f"{name} cannot be read as an image; {wanted} ({error})") from error
+        raise ValueError(f"{name} cannot be read as an image; give an intact PNG, JPEG or WebP ({error})") from error
     picture = Image.open(BytesIO(content))  # of one of the formats that were just read
     was = f"{picture.width}x{picture.height} pixels, {picture.mode}"
     fitted = " made to fit: its middle at 32x32 pixels, RGB, opaque, of a film the first frame"
