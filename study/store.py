@@ -191,7 +191,8 @@ def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         except DamagedFile as error:
             for path in files:
                 set_aside(path, f"{error}; the model is trained anew")
-    if (folder := model_folder(settings, name)) != own:
+    folder = model_folder(settings, name)
+    if folder != own and (folder / WEIGHTS).exists():  # else its record came alone
         try:
             model = _load(folder, recipe, dataset)
             _say_once(f"{name}: weights that come with the project")
