@@ -95,7 +95,7 @@ class Site:
 
     def sources(self) -> dict[str, str]:
         """Checksums of what the pages are made from, by path in the project."""
-        docs = ("*.md", "imports.svg", "site*", "build_site.py", "render.py")
+        docs = ("*.md", "imports.svg", "site*", "pdoc/*", "api.py", "build_site.py", "render.py")
         own = ["README.md", "notebooks/*.ipynb", *(f"docs/{name}" for name in docs)]
         shown = [f"figures/{name}/*.{ending}" for name in self.made for ending in ("json", "md", *COPIED)]
         paths = {path: root for root, some in ((ROOT, own), (self.figures.parent, shown)) for one in some

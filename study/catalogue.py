@@ -181,6 +181,15 @@ def measured_models(settings: Settings, kind: str) -> list[ModelName]:
     return attacked_models(settings) if kind == "attacks" else adaptive_models(settings)
 
 
+def asked_models(settings: Settings, names: Sequence[ModelName]) -> list[ModelName]:
+    """These, or the one of them that `model` names; raises ValueError for one that is not among them."""
+    chosen = [name for name in names if str(name) == settings.model] if settings.model else list(names)
+    if not chosen:
+        listed = "\n".join(map(str, names))
+        raise ValueError(f"{settings.model} is none of preset {settings.preset}'s models here; those are:\n{listed}")
+    return chosen
+
+
 def explored_models(settings: Settings) -> list[ModelName]:
     """The mixtures that the explorer offers: every variant of the ablation under every regime."""
     return _models(settings, *MIXTURES, regimes=settings.regimes, seeds=1)

@@ -302,7 +302,10 @@ def write_artefact(
 ) -> list[Path]:
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
     The latter holds the caption, the settings, the checksum of each file, and of every record its copy in records/
-    beside it and its provenance. The same records give the same bytes. The paths are printed and returned."""
+    beside it and its provenance. The same records give the same bytes. The paths are printed and returned.
+    What is of one model that was asked for alone is shown and not written, since tables and figures are of all."""
+    if settings.model:
+        return []
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):
         known = read_json(record)

@@ -347,7 +347,7 @@ def test_the_site_works_on_a_phone_from_a_file_without_a_network(tmp_path, pytes
         page.goto(index.as_uri())
         page.click("text=Start here: the paper in one page")
         assert page.locator(".equation math").first.bounding_box()["height"] > 10, "an equation is drawn"
-        for path in set(index.parent.rglob("*.html")) - set(index.parent.glob("api/**/*")):  # those are pdoc's own
+        for path in set(index.parent.rglob("*.html")) - {index.parent / "api/index.html"}:  # which leads to another
             page.goto(path.as_uri())
             page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.name

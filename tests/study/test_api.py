@@ -44,6 +44,13 @@ def test_no_page_asks_anything_of_a_network(pages):
         assert not re.search(asking, page), name
 
 
+def test_links_have_a_name_and_keys_reach_all_that_a_mouse_does(pages):
+    """Its colours and widths are looked at in a browser."""
+    for name, page in pages[1].items():
+        assert not re.search(r'tabindex="-1"|<a [^>]*href="#[^">]*"></a>', page), name
+        assert "<main" not in page or "custom.css" in page and "prefers-color-scheme:dark" in page, name
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_function_and_class_says_what_it_is(name):
     module = import_module(name)

@@ -101,6 +101,14 @@ def test_table_2_crosses_data_sets_regimes_and_what_is_compared(make_settings):
         assert recipe_of(settings, name).dataset == name.dataset
 
 
+def test_a_notebook_is_of_all_models_or_of_the_one_that_is_asked_for(make_settings):
+    names = catalogue.adaptive_models(settings := make_settings())
+    assert catalogue.asked_models(settings, names) == names
+    assert catalogue.asked_models(make_settings(model=str(names[1])), names) == [names[1]]
+    with pytest.raises(ValueError, match=f"none of preset tiny's models here; those are:\n{names[0]}\n"):
+        catalogue.asked_models(make_settings(model="cifar10-moe"), names)
+
+
 def test_who_meets_adaptive_attacks_and_through_whom(make_settings):
     settings = make_settings()
     assert len(catalogue.adaptive_models(settings)) == 4

@@ -4,8 +4,10 @@ import ast
 import json
 import math
 import re
+import sys
 
 import pytest
+from IPython.core.error import UsageError
 
 from study.settings import ROOT, TRAINING, Settings
 
@@ -48,6 +50,13 @@ def test_committed_without_outputs_and_with_parameters_that_are_explained_litera
         (target,) = statement.targets
         assert target.id in Settings.model_fields.keys() | TRAINING
         assert "#" in text.splitlines()[statement.lineno - 1]
+
+
+@pytest.mark.parametrize("path", [NOTEBOOKS[0], NOTEBOOKS[5]], ids=lambda path: path.stem)
+def test_opened_without_the_repository_it_says_what_to_run(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "study.settings", None)
+    with pytest.raises(UsageError, match=r"clone .*%cd .*%pip install -e \.\[study\]"):
+        exec(source(cells(path, "code")[1]), {})
 
 
 def test_closes_with_exercises_and_their_answers_folded_away(notebook):

@@ -161,6 +161,14 @@ def test_D9_nothing_is_installed_or_built_with_what_has_no_hash(fresh_checkout):
     assert not install_commands(dockerfile) and dockerfile.count(" .venv/.") == 2
 
 
+def test_mybinder_installs_by_the_makefile_s_rule_for_processors_and_names_the_kernel_of_the_notebooks():
+    script = ROOT / ".binder/postBuild"
+    text, runtime = script.read_text(), (ROOT / ".binder/runtime.txt").read_text().strip()
+    assert os.access(script, os.X_OK) and not install_commands(text)
+    assert "make TORCH=cpu PYTHON=python3 .venv/.installed" in text and "--name" not in text
+    assert Requirement(f"python{PYPROJECT['project']['requires-python']}").specifier.contains(runtime.split("-")[1])
+
+
 def test_pytorch_can_be_another_build_than_that_of_the_lock(fresh_checkout):
     """All else is installed from the lock, but for what only its PyTorch needs."""
     dry = make("--dry-run", f"PYTHON={sys.executable}", "TORCH=cpu", ".venv/.installed", folder=fresh_checkout).stdout

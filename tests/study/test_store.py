@@ -239,6 +239,9 @@ def test_an_artefact_says_what_it_rests_on(make_settings, tmp_path):
     assert sidecar["records"] == [{"file": "records/a.attacks.json", "provenance": {"commit": "abc"}}]
     assert (settings.figures / "records/a.attacks.json").read_bytes() == record.read_bytes()
     assert not {"data_folder", "output_folder"} & sidecar["settings"].keys()
+    one = make_settings(output_folder=str(tmp_path), model=str(NAME))
+    assert write_artefact(one, "table8", {"csv": "a,b\n"}, "Of one.", [record]) == []
+    assert not (settings.figures / "table8.csv").exists(), "tables are of all models"
 
 
 # Weights that come with the project
