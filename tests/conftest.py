@@ -192,19 +192,13 @@ def make_distant_images(make_linear_model):
 
 
 @st.composite
-def _heat_maps(draw):
+def heat_maps(draw):
     """Maps (B, N, 5, 5) in float64 that sum to 1, with exact zeros among them."""
     shape = (draw(st.integers(1, 3)), draw(st.integers(2, 4)), 5, 5)
     pixels = st.sampled_from([0.0, 1e-6, 1.0]) | st.floats(0, 10, allow_subnormal=False)
     heat = draw(arrays(np.float64, shape, elements=pixels))
     heat = np.where(heat.sum((2, 3), keepdims=True) > 1e-9, heat, 1.0)
     return torch.from_numpy(heat / heat.sum((2, 3), keepdims=True))
-
-
-@pytest.fixture(scope="session")
-def heat_maps():
-    """The strategy that draws heat maps."""
-    return _heat_maps()
 
 
 @pytest.fixture

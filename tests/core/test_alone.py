@@ -9,6 +9,7 @@ ABSENT = [  # of what `pip install .` does not bring
 ]  # fmt: skip
 READER = f"import sys; sys.modules |= dict.fromkeys({ABSENT})  # importing one is an error"
 READER += """
+import immunity_lib.cells  # before all else of the library, which its modules do not rely on
 import torch
 from immunity_lib import ImmunityMoE, build_expert, expert_heatmaps
 from immunity_lib.attacks import attack_images, exact_pgd
@@ -35,6 +36,6 @@ assert expert_heatmaps(model, attacked, labels).shape == (8, 2, 32, 32)
 """
 
 
-def test_a_reader_trains_attacks_and_looks_in_a_loop_of_his_own():
+def test_D13_a_reader_trains_attacks_and_looks_in_a_loop_of_his_own():
     done = subprocess.run([sys.executable, "-c", READER], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,20 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from immunity_lib import ImmunityMoE, build_expert, expert_heatmaps
-from immunity_lib.attacks import (
-    AIMS,
-    ATTACKS,
-    attack_images,
-    attack_path,
-    auto_attack,
-    check_budget,
-    cross_entropy_by_gate,
-    exact_pgd,
-    fold,
-    margin,
-    strongest_points,
-)
+from immunity_lib import ImmunityMoE, attacks, build_expert, expert_heatmaps
+from immunity_lib.attacks import AIMS, ATTACKS, attack_images, cross_entropy_by_gate, exact_pgd, fold, strongest_points
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
 from immunity_lib.moe import GATES, ConstantGate, verdicts
 
@@ -41,7 +29,7 @@ def attack(model, images, labels, name, gate="trained", **changes):
 
 def path_of(model, images, labels, eps=EPS, steps=4):
     eps = torch.as_tensor(eps, dtype=images.dtype).expand(len(images))
-    return attack_path(model, images, labels, "uniform", eps=eps, step_size=STEP, steps=steps)
+    return attacks.attack_path(model, images, labels, "uniform", eps=eps, step_size=STEP, steps=steps)
 
 
 def assert_same_points(found, expected):
@@ -76,7 +64,7 @@ def test_budget_is_kept(make_linear_model, images, labels, name, gate, eps, step
     distance = (adversarial - images).abs().max().item()
     assert distance <= eps + 1e-6
     with pytest.raises(ValueError, match="an adversarial image is .* away from its image; eps is"):
-        check_budget(images, adversarial, distance - 2e-6)
+        attacks.check_budget(images, adversarial, distance - 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +99,7 @@ def test_a_step_is_along_the_gradient_of_what_is_raised(make_linear_model, image
     losses, own = -mixtures[:, torch.arange(8), labels], gates.index(order)
     torch.testing.assert_close(cross_entropy_by_gate(outputs, labels), losses.T)
     others = mixtures[own].masked_fill(functional.one_hot(labels, 10).bool(), -100).amax(1)
-    torch.testing.assert_close(margin(mixtures[own], labels), others + losses[own])
+    torch.testing.assert_close(attacks.margin(mixtures[own], labels), others + losses[own])
     raised = {
         "fgsm": lambda: losses[own], "cw": lambda: others + losses[own], "expected": lambda: losses.mean(0),
     }.get(name, lambda: by_hand(name, mixtures, labels))()  # fmt: skip
@@ -174,7 +162,7 @@ CALLS = {
     "attack_path": path_of,
     "exact_pgd": lambda *batch: exact_pgd(*batch, **BUDGET),
     "strongest_points": lambda *batch: strongest_points(*batch, eps=EPS, steps=2),
-    "auto_attack": lambda *batch: auto_attack(*batch, "uniform", eps=EPS),
+    "auto_attack": lambda *batch: attacks.auto_attack(*batch, "uniform", eps=EPS),
     "expert_heatmaps": expert_heatmaps,
 }
 

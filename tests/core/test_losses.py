@@ -1,4 +1,4 @@
-"""The losses of eqs (2), (9), (11) and (12), against plain loops and their identities."""
+"""Losses and scores, eqs (2) and (4)-(12) and section 5.2.1, against plain loops and their identities."""
 
 import importlib
 import inspect
@@ -9,6 +9,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from conftest import heat_maps
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -38,17 +39,30 @@ def mutual_information_by_loops(maps):
     return total / len(maps)
 
 
+def centres_by_loops(maps):
+    """Eq (10), in pixels."""
+    centres = np.zeros((*maps.shape[:2], 2))
+    for q, i, a, b in np.ndindex(maps.shape):
+        centres[q, i] += maps[q, i, a, b] * np.array([a, b])
+    return centres
+
+
 def position_stability_by_loops(maps, scale=1.0):
     """Eq (11), its sum over the batch."""
-    images, experts, height, width = maps.shape
-    centres = np.zeros((images, experts, 2))
-    for q, i, a, b in np.ndindex(maps.shape):
-        centres[q, i] += scale * maps[q, i, a, b] * np.array([a, b])
+    (images, experts), centres = maps.shape[:2], scale * centres_by_loops(maps)
     total = 0.0
     for i, j in np.ndindex(experts, experts):
         distances = np.array([((centres[q, i] - centres[q, j]) ** 2).sum() for q in range(images)])
         total += ((distances - distances.mean()) ** 2).sum()
     return total
+
+
+def independence_by_loops(maps):
+    images, experts = maps.shape[:2]
+    total = 0.0
+    for q, i, j in np.ndindex(images, experts, experts):
+        total += ((maps[q, i] - maps[q, j]) ** 2).sum()
+    return total / (experts * (experts - 1)) / images
 
 
 LABELS = torch.tensor([0, 4, 2, 2])
@@ -68,21 +82,26 @@ def maps():
     return maps / maps.sum((2, 3), keepdim=True)
 
 
-@given(data=st.data())
-def test_heat_map_losses_are_what_plain_loops_give(heat_maps, data):
-    maps = data.draw(heat_maps)
-    for loss, expected in (
-        (losses.mutual_information_loss(maps), mutual_information_by_loops(maps.numpy())),
-        (losses.position_stability_loss(maps), position_stability_by_loops(maps.numpy(), 1 / 4)),
-        (losses.position_stability_loss(maps, "pixels"), position_stability_by_loops(maps.numpy())),
+@given(maps=heat_maps())
+def test_losses_and_scores_of_maps_are_what_plain_loops_give(maps):
+    """The CScore is the mean over the images of what eq (11) is the sum of."""
+    known = maps.numpy()
+    for found, expected in (
+        (losses.mutual_information_loss(maps), mutual_information_by_loops(known)),
+        (losses.position_stability_loss(maps), position_stability_by_loops(known, 1 / 4)),
+        (losses.position_stability_loss(maps, "pixels"), position_stability_by_loops(known)),
+        (scores.causality_score(maps), position_stability_by_loops(known) / len(maps)),
+        (scores.independence_score(maps), independence_by_loops(known)),
     ):
-        assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-11)
+        assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-11)
+    centres = torch.from_numpy(centres_by_loops(known))
+    torch.testing.assert_close(scores.centre_of_mass(maps, "pixels"), centres)
+    torch.testing.assert_close(scores.centre_of_mass(maps), centres / 4)
 
 
-@given(data=st.data())
-def test_mutual_information_loss_is_n_log_n_less_n_times_the_information(heat_maps, data):
+@given(maps=heat_maps())
+def test_mutual_information_loss_is_n_log_n_less_n_times_the_information(maps):
     """N log N where all maps are equal, 0 where they are disjoint."""
-    maps = data.draw(heat_maps)
     experts, most = maps.shape[1], maps.shape[1] * math.log(maps.shape[1])
     loss, information = losses.mutual_information_loss(maps), scores.mutual_information(maps)
     assert loss.item() == pytest.approx(most - experts * information.item(), abs=1e-10)
@@ -93,11 +112,10 @@ def test_mutual_information_loss_is_n_log_n_less_n_times_the_information(heat_ma
     assert losses.mutual_information_loss(apart).item() == pytest.approx(0, abs=1e-12)
 
 
-@given(data=st.data())
-def test_position_stability_does_not_see_where_an_image_s_maps_lie(heat_maps, data):
+@given(maps=heat_maps(), data=st.data())
+def test_position_stability_does_not_see_where_an_image_s_maps_lie(maps, data):
     """Shift all maps of an image by one offset, another for every image. Images that differ in
     nothing else have distances that are the same on all of them, and cost nothing."""
-    maps = data.draw(heat_maps)
     offset = st.tuples(st.integers(0, 4), st.integers(0, 4))
     for images in (maps, maps[:1].expand_as(maps)):
         room = functional.pad(images, (0, 4, 0, 4))
@@ -151,3 +169,41 @@ def test_heat_map_terms_need_maps(outputs):
     for beta, gamma in ((0.5, 0.0), (0.0, 2.0)):
         with pytest.raises(ValueError, match=f"beta = {beta} and gamma = {gamma} need"):
             losses.immunity_loss(outputs, LABELS, None, alpha=1, beta=beta, gamma=gamma)
+
+
+@given(maps=heat_maps(), data=st.data())
+def test_relabelling_the_experts_changes_neither_scores_nor_losses(maps, data):
+    order = data.draw(st.permutations(range(maps.shape[1])))
+    permuted = maps[:, order]
+    for score in (
+        scores.independence_by_image, scores.causality_by_image, scores.information_by_image,
+        losses.mutual_information_loss, losses.position_stability_loss,
+    ):  # fmt: skip
+        torch.testing.assert_close(score(permuted), score(maps), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(scores.centre_of_mass(permuted), scores.centre_of_mass(maps)[:, order])
+
+
+@given(maps=heat_maps())
+def test_scores_are_the_means_of_what_is_said_of_each_image(maps):
+    """Of one image alone, too, save the causality score, which compares images."""
+    for score, by_image in (
+        (scores.causality_score, scores.causality_by_image),
+        (scores.independence_score, scores.independence_by_image),
+        (scores.mutual_information, scores.information_by_image),
+    ):
+        torch.testing.assert_close(by_image(maps).mean(), score(maps))
+        if by_image is not scores.causality_by_image:
+            alone = torch.cat([by_image(one[None]) for one in maps])
+            torch.testing.assert_close(alone, by_image(maps), rtol=1e-9, atol=1e-11)
+
+
+def test_disjoint_pixels_have_independence_2_and_a_single_expert_scores_nothing():
+    apart = torch.eye(3).reshape(1, 3, 1, 3)
+    assert scores.independence_score(apart).item() == 2
+    for score in (scores.independence_score, scores.causality_score, scores.mutual_information):
+        assert score(torch.full((2, 1, 4, 4), 1 / 16)).item() == 0
+
+
+def test_unknown_coordinates_name_the_valid_ones():
+    with pytest.raises(ValueError, match="pixels, unit; got 'metres'"):
+        scores.centre_of_mass(torch.ones(1, 1, 2, 2) / 4, "metres")

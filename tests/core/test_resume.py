@@ -13,7 +13,6 @@ import torch
 from spoiling import spoil
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from immunity_lib import files
 from immunity_lib import train as training
 from immunity_lib.files import read_tensors, write_tensors
 from immunity_lib.train import STOPPED, train
@@ -92,15 +91,6 @@ def test_adversarial_training_goes_on_where_it_stopped_too(make_recipe, dataset,
     stop_training(recipe, dataset, tmp_path / "stopped", STEPS + 2)
     train(recipe, dataset, tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "uninterrupted")
-
-
-def test_what_a_full_disk_leaves_is_not_in_the_way(recipe, dataset, tmp_path, uninterrupted):
-    folder, full = tmp_path / "run", OSError("No space left on device")
-    with patch.object(files.os, "replace", side_effect=full), pytest.raises(OSError):
-        train(recipe, dataset, folder)
-    assert not list(folder.iterdir())
-    train(recipe, dataset, folder)
-    assert_same_run(folder, uninterrupted)
 
 
 def test_G10_momentum_goes_on_in_the_memory_format_of_its_weight(recipe, dataset, tmp_path):

@@ -134,11 +134,8 @@ def test_what_was_damaged_is_set_aside_and_made_again(smoke, settings):
     pd.testing.assert_frame_equal(pd.read_parquet(scores), scored)
 
 
-@pytest.mark.parametrize(("parameter", "value", "told"), [("epohcs", "3", "epochs"), ("preset", "nosuch", "demo")])
-def test_a_wrong_parameter_of_papermill_fails_before_computing(parameter, value, told, tmp_path):
-    """papermill itself only warns of an unknown one."""
+def test_an_unknown_parameter_of_papermill_fails_before_computing(tmp_path):
+    """papermill itself only warns of it."""
     command = [sys.executable, "-m", "papermill", "notebooks/02_training.ipynb", str(tmp_path / "out.ipynb")]
-    done = subprocess.run([*command, "-p", parameter, value, "-k", "python3"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and {parameter, value} & set(re.findall(r"\w+", done.stderr)) and told in done.stderr, (
-        done.stderr
-    )
+    done = subprocess.run([*command, "-p", "epohcs", "3", "-k", "python3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "unknown parameter 'epohcs'; valid names: " in done.stderr, done.stderr

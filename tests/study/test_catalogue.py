@@ -27,14 +27,6 @@ def test_A3_a_name_says_everything(name):
 
 
 @pytest.mark.parametrize(
-    "text", ["parts10", "mnist-moe-resnet18-standard-seed0", "parts10-moe-resnet18-standard-seed-1"]
-)
-def test_what_is_no_name_is_told_what_a_name_is(text):
-    with pytest.raises(ValueError, match="no model's name; one is <data>-<method>.*moe-mi"):
-        ModelName.parse(text)
-
-
-@pytest.mark.parametrize(
     ("method", "weights", "of_maps"),
     [("standalone", (1, 0, 0, 0), (0.1, 1)), ("moe", (2, 0.5, 0, 0), (0.1, 1)), ("moe-mi", (2, 0.5, 3, 0), (0.2, 2)),
      ("moe-ps", (2, 0.5, 0, 4), (0.2, 2)), ("immunity", (2, 0.5, 3, 4), (0.2, 2)),

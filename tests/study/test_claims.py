@@ -7,40 +7,41 @@ from frames import ADAPTIVE, World
 from scipy import stats
 
 from study import catalogue, claims
-from study.claims import (
-    VERDICTS,
-    Claim,
-    count_by_luck,
-    estimate,
-    paired_effects,
-    parts,
-    read_claims,
-    smallest_visible,
-    verdict_text,
-    verdicts,
-)
+from study.claims import VERDICTS, Claim, count_by_luck, estimate, paired_effects, read_claims, verdicts
 
 EDGES = {"immunity": 0.3, "moe-mi": 0.1, "moe": 0.0, "moe-ps": 0.0, "standalone": -0.3}
 UNTESTABLE = {"cifar100", "poisoning", "prevailing-losses", "best-network-alone", "best-network-in-immunity"}
 
 
-@pytest.fixture(scope="module", params=[[0], [0, 1, 2]], ids=["one training", "three trainings"])
-def world(request, make_settings, tmp_path_factory):
+@pytest.fixture(scope="module")
+def make_world(make_settings, tmp_path_factory):
     """Under attack, Immunity is 30 points above the mixture and 60 above the baselines; on clean images, nowhere."""
-    settings = make_settings(
-        output_folder=str(tmp_path_factory.mktemp("world")), seeds=request.param, test_images=300,
-        attacked_images=150, adaptive_images=150, baselines=["pdarts", "advrush"], magnitudes=["2/255"],
-        controls=["standalone", "standalone-wide", "ensemble"],
-        adaptive=["baselines", "standalone-wide", "ensemble", "moe", "immunity"],
-    )  # fmt: skip
-    return World(settings, lambda name, attack: 0.8 if attack == "clean" else 0.5 + EDGES.get(name.method, 0))
+
+    def make(seeds):
+        settings = make_settings(
+            output_folder=str(tmp_path_factory.mktemp("world")), seeds=seeds, test_images=300,
+            attacked_images=150, adaptive_images=150, baselines=["pdarts", "advrush"], magnitudes=["2/255"],
+            controls=["standalone", "standalone-wide", "ensemble"],
+            adaptive=["baselines", "standalone-wide", "ensemble", "moe", "immunity"],
+        )  # fmt: skip
+        return World(settings, lambda name, attack: 0.8 if attack == "clean" else 0.5 + EDGES.get(name.method, 0))
+
+    return make
 
 
-@pytest.fixture
-def judged(world):
-    if len(world.settings.seeds) == 1:
-        pytest.skip("one training has no verdict")
-    return world
+@pytest.fixture(scope="module")
+def one_training(make_world):
+    return make_world([0])
+
+
+@pytest.fixture(scope="module")
+def three_trainings(make_world):
+    return make_world([0, 1, 2])
+
+
+@pytest.fixture(params=["one_training", "three_trainings"])
+def world(request):
+    return request.getfixturevalue(request.param)
 
 
 def claim(wanted):
@@ -51,8 +52,8 @@ def ablated(settings, method):
     return [name for name in catalogue.table3_models(settings) if name.method == method]
 
 
-def test_verdicts_of_a_world_that_is_known(judged):
-    found = verdicts(judged.settings, read_claims()).set_index("claim")
+def test_verdicts_of_a_world_that_is_known(three_trainings):
+    found = verdicts(three_trainings.settings, read_claims()).set_index("claim")
     assert set(found["verdict"]) <= set(VERDICTS)
     holding = ["standard-attacked", "adversarial-attacked", "mutual-information-attacked", "magnitudes", "weak-spots",
                "experts-on-parts", "both-losses-adversarial", "adaptive-baselines"]  # fmt: skip
@@ -70,10 +71,8 @@ def test_verdicts_of_a_world_that_is_known(judged):
     assert count_by_luck(found).startswith(f"{held} of {(tested['check'] == False).sum()} claims")  # noqa: E712
 
 
-def test_A1_one_training_is_no_verdict_however_large_the_effect(world):
-    if len(world.settings.seeds) > 1:
-        pytest.skip("these are three")
-    found = verdicts(world.settings, read_claims()).set_index("claim")
+def test_A1_one_training_is_no_verdict_however_large_the_effect(one_training):
+    found = verdicts(one_training.settings, read_claims()).set_index("claim")
     assert set(found["verdict"]) == {"one training: no verdict", VERDICTS[-1]}
     assert found.loc["standard-attacked", "low"] > 5 and found["stays"].isna().all()
     assert count_by_luck(found).startswith("0 of 0 claims")
@@ -122,13 +121,9 @@ def test_A6_C2_neighbours_a_single_image_tells_next_to_nothing(trainings, effect
 
 
 def test_switching_is_held_against_other_gates_of_the_same_model_and_images(world):
-    attacked = [(attack, sees) for attack, _, sees in ADAPTIVE]
-    name = next(
-        one
-        for one in catalogue.adaptive_models(world.settings)
-        if (one.method, one.regime) == ("immunity", "adversarial")
-    )
-    verdicts_of = [world.verdicts[name, "adaptive", *one] for one in attacked]
+    models = catalogue.adaptive_models(world.settings)
+    name = next(one for one in models if (one.method, one.regime) == ("immunity", "adversarial"))
+    verdicts_of = [world.verdicts[name, "adaptive", attack, sees] for attack, _, sees in ADAPTIVE]
     for which, title in (("switching-adversarial", "its plain ensemble"), ("switching-trained", "its trained gate")):
         (effects,) = (found := paired_effects(world.settings, claim(which).measure)).values()
         assert list(found) == [title]
@@ -188,14 +183,14 @@ def test_a_verdict_that_hangs_on_few_images_does_not_stay(monkeypatch):
 
 def test_parts_are_all_trainings_but_one_and_halves_of_the_images():
     effects = np.arange(12.0).reshape(3, 4)
-    without, halves = list(parts(effects))[:3], list(parts(effects))[3:]
+    without, halves = (found := list(claims.parts(effects)))[:3], found[3:]
     for gone, part in enumerate(without):
         np.testing.assert_array_equal(part, effects[[one for one in range(3) if one != gone]])
     assert len(halves) == claims.HALVES and {half.shape for half in halves} == {(3, 2)}
 
 
-def test_a_missing_model_is_no_verdict(world):
-    without = world.settings.model_copy(update={"baselines": []})
+def test_a_missing_model_is_no_verdict(one_training):
+    without = one_training.settings.model_copy(update={"baselines": []})
     with pytest.raises(claims.NotTestable, match="no baselines"):
         paired_effects(without, claim("standard-attacked").measure)
 
@@ -238,6 +233,12 @@ def test_where_trainings_are_all_the_chance_there_is_the_interval_is_their_t_int
     assert found == pytest.approx(list(stats.ttest_1samp(of_training, 0).confidence_interval(0.95)), rel=0.01)
 
 
+def covered(truth, draw):
+    """How often intervals of drawn effects have the truth in them."""
+    intervals = (estimate(draw())[1:] for _ in range(400))
+    return np.mean([low <= truth <= high for low, high in intervals])
+
+
 @pytest.mark.parametrize("trainings", [3, 5, 10])
 @pytest.mark.parametrize(
     "deviations",
@@ -246,47 +247,36 @@ def test_where_trainings_are_all_the_chance_there_is_the_interval_is_their_t_int
 )
 def test_the_interval_covers_the_truth_as_often_as_it_says(trainings, deviations):
     """Effects deviate from training to training, from image to image, and in each pair of them."""
-    generator, covered = np.random.default_rng(0), 0
-    for _ in range(400):
-        of_training, of_image, rest = (
-            generator.normal(0, deviation, shape)
-            for deviation, shape in zip(deviations, [(trainings, 1), (1, 200), (trainings, 200)], strict=True)
-        )
-        _, low, high = estimate(of_training + of_image + rest)
-        covered += low <= 0 <= high
-    assert covered / 400 > 0.92
+    generator, shapes = np.random.default_rng(0), [(trainings, 1), (1, 200), (trainings, 200)]
+    assert covered(0, lambda: sum(map(generator.normal, (0, 0, 0), deviations, shapes))) > 0.92
 
 
 @pytest.mark.parametrize("trainings", [1, 3, 5])
 @pytest.mark.parametrize("shares", [(0.01, 0.0), (0.05, 0.01), (0.002, 0.0)])
 def test_A6_rare_differences_are_not_taken_for_certainty(trainings, shares):
     """Only one of the models is right on so few images, the same in all trainings."""
-    generator, covered = np.random.default_rng(0), 0
-    for _ in range(400):
-        drawn = generator.random((1, 200))
-        effects = (drawn < shares[0]) * 1.0 - (drawn > 1 - shares[1])
-        _, low, high = estimate(np.repeat(effects, trainings, axis=0))
-        covered += low <= shares[0] - shares[1] <= high
-    assert covered / 400 > 0.94
+    generator, values = np.random.default_rng(0), (1.0, -1.0, 0.0)
+
+    def draw():
+        return np.repeat(generator.choice(values, (1, 200), p=[*shares, 1 - sum(shares)]), trainings, axis=0)
+
+    assert covered(shares[0] - shares[1], draw) > 0.94
     _, low, high = estimate(np.zeros((trainings, 100)))
     assert low == -high and 0.02 < high < 0.05
 
 
 def test_the_smallest_visible_effect_is_seen_four_times_in_five():
-    generator, seen = np.random.default_rng(0), 0
-    effect, images = smallest_visible(5, 500) / 100, 500
-    for _ in range(400):
-        of_training = generator.normal(effect, claims.DEVIATIONS[0] / 100, (5, 1))
-        of_image = generator.normal(0, claims.DEVIATIONS[1] / 100, (1, images))
-        seen += estimate(of_training + of_image)[1] > 0
-    assert 0.7 < seen / 400 < 0.95
-    assert smallest_visible(3, 500) > smallest_visible(5, 500) > smallest_visible(5, 5000)
+    generator, effect = np.random.default_rng(0), claims.smallest_visible(5, 500) / 100
+    of_training, of_image = (deviation / 100 for deviation in claims.DEVIATIONS)
+    draws = (generator.normal(effect, of_training, (5, 1)) + generator.normal(0, of_image, 500) for _ in range(400))
+    assert 0.7 < np.mean([estimate(effects)[1] > 0 for effects in draws]) < 0.95
+    assert claims.smallest_visible(3, 500) > claims.smallest_visible(5, 500) > claims.smallest_visible(5, 5000)
 
 
-def test_text_has_a_line_for_every_claim_and_a_reason_where_none_was_tested(world):
+def test_text_has_a_line_for_every_claim_and_a_reason_where_none_was_tested(one_training):
     every = read_claims()
-    text = verdict_text(verdicts(world.settings, every))
+    text = claims.verdict_text(verdicts(one_training.settings, every))
     assert list(text["title"]) == [one.title for one in every]
     assert text["verdict"].iloc[-1].startswith(f"{VERDICTS[-1]}: the paper shows no")
-    one = verdicts(world.settings, every[:1])  # all reasons empty, which pandas takes for numbers
-    assert verdict_text(one)["verdict"].item() == one["verdict"].item()
+    one = verdicts(one_training.settings, every[:1])  # all reasons empty, which pandas takes for numbers
+    assert claims.verdict_text(one)["verdict"].item() == one["verdict"].item()

@@ -29,11 +29,6 @@ def write(tmp_path):
     return written
 
 
-def test_the_same_results_agree(write, capsys):
-    assert main([write("first", TABLE, CLAIMS), write("second", TABLE, CLAIMS)]) == 0
-    assert "0 of 2 cells" in (said := capsys.readouterr().out) and "0 of 2 verdicts" in said
-
-
 @pytest.mark.parametrize(("moved", "differing"), [(5.0, 0), (40.0, 1)])
 def test_a_cell_differs_where_it_moves_further_than_another_training_would(write, capsys, moved, differing):
     """From training to training six points, from images 1.6: in the difference of two, 8.8."""

@@ -1,7 +1,7 @@
 """Whatever is fed in, no traceback of ours reaches the user, and what is refused is refused by name.
 
-Each test tries some hundred inputs, always the same ones, in about a minute for all; `FUZZ_MINUTES=30 pytest
-tests/study/test_fuzz.py` goes on for so long, with others every time."""
+Each test tries some hundred inputs, always the same ones, in half a minute for all; `FUZZ=30 pytest
+tests/study/test_fuzz.py` tries thirty times as many, others every time."""
 
 import io
 import json
@@ -9,7 +9,6 @@ import os
 import shlex
 import struct
 import tempfile
-import time
 import warnings
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -39,7 +38,7 @@ from study.graph.run import list_results
 from study.graph.status import format_status
 from study.settings import TRAINING, Settings, load_preset, read_settings
 
-MINUTES, TESTS = float(os.environ.get("FUZZ_MINUTES", "0")), 10
+TIMES = int(os.environ.get("FUZZ", "0"))
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 PRESET = read_settings(TINY)
 
@@ -49,19 +48,13 @@ def fuzz(examples, **drawn):
 
     def test_of(check):
         @settings(
-            max_examples=examples, derandomize=not MINUTES, deadline=None, database=None, report_multiple_bugs=False,
+            max_examples=examples * (TIMES or 1), derandomize=not TIMES, report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(**drawn)
-        def run(**inputs):
+        def test(**inputs):
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
                 check(Path(folder), **inputs)
-
-        def test():
-            ends = time.monotonic() + 60 * MINUTES / TESTS
-            run()
-            while time.monotonic() < ends:
-                run()
 
         return test
 
@@ -145,7 +138,7 @@ def use(accepted):
     assert read_settings(flat | {field: recipe[field] for field in TRAINING}) == accepted
 
 
-@fuzz(500, fields=FIELDS | st.dictionaries(st.sampled_from(["recipe", "a"]), JSON), preset=st.just("smoke") | SCALARS)
+@fuzz(300, fields=FIELDS | st.dictionaries(st.sampled_from(["recipe", "a"]), JSON), preset=st.just("smoke") | SCALARS)
 def test_presets_by_name(folder, fields, preset):
     with refused_by_name("unknown preset", *fields, "data set"):
         use(load_preset(preset, **fields))
@@ -153,14 +146,14 @@ def test_presets_by_name(folder, fields, preset):
         use(read_settings(TINY | fields | {"preset": preset}))
 
 
-@fuzz(300, content=PRESETS)
+@fuzz(200, content=PRESETS)
 def test_presets_from_files(folder, content):
     (folder / "own.yaml").write_bytes(content)
     with refused_by_name("own.yaml", *KINDS, "unknown parameter", "1 = ", "a name = "):
         use(load_preset(str(folder / "own.yaml")))
 
 
-@fuzz(500, text=TEXT | st.builds(f"{str(NAME)[:-1]}{{}}".format, TEXT | st.integers()) | st.from_regex(catalogue._NAME))
+@fuzz(300, text=TEXT | st.builds(f"{str(NAME)[:-1]}{{}}".format, TEXT | st.integers()) | st.from_regex(catalogue._NAME))
 def test_names_of_models(folder, text):
     with refused_by_name(repr(text)):
         assert str(ModelName.parse(text)) == text
@@ -196,7 +189,7 @@ ENTRIES = st.tuples(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4), st
 WHOLE = [([split, name, b"a.png"], "picture") for split, name in product((b"train", b"test"), (b"a", b"b"))]
 
 
-@fuzz(250, tree=st.sampled_from([WHOLE, []]), further=st.lists(ENTRIES, max_size=14))
+@fuzz(150, tree=st.sampled_from([WHOLE, []]), further=st.lists(ENTRIES, max_size=14))
 def test_folders_of_images(folder, tree, further):
     top = os.fsencode(folder / "top")
     os.mkdir(top)
@@ -237,7 +230,7 @@ def tables(draw):
     return draw(st.just(file.getvalue()) | spoiled(file.getvalue()))
 
 
-@fuzz(300, train=tables(), test=tables())
+@fuzz(200, train=tables(), test=tables())
 def test_parquet_files(folder, train, test):
     write_atomically(folder / "cifar10" / "train-0.parquet", train)
     write_atomically(folder / "cifar10" / "test-0.parquet", test)
@@ -256,7 +249,7 @@ def trained():
         return data, known | {"recipe": recipe.as_json()}, path.read_bytes()
 
 
-@fuzz(150, record=st.deferred(lambda: altered(trained()[1])), own=st.booleans())
+@fuzz(100, record=st.deferred(lambda: altered(trained()[1])), own=st.booleans())
 def test_records_of_trainings(folder, record, own):
     data, _, weights = trained()
     here = PRESET.model_copy(update={"output_folder": str(folder)})
@@ -272,7 +265,7 @@ def test_records_of_trainings(folder, record, own):
 FRAME = pd.DataFrame({"split": "test", "image": [0, 1], "gates": [b"a", b"b"], "uniform": [True, False]}).to_parquet()
 
 
-@fuzz(250, record=altered({"kind": "attacks", "summary": {}}), frame=spoiled(FRAME) | FILES)
+@fuzz(150, record=altered({"kind": "attacks", "summary": {}}), frame=spoiled(FRAME) | FILES)
 def test_records_of_measurements(folder, record, frame):
     here = PRESET.model_copy(update={"output_folder": str(folder), "pretrained": False})
     path = store.record_path(here, NAME, "attacks")
@@ -290,7 +283,7 @@ OTHERS = st.dictionaries(st.sampled_from([*TENSORS, "momentum.0", "momentum.1"])
 HEADERS = altered({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"immunity": "{}"}})
 
 
-@fuzz(300, notes=altered(SOURCE | {"log": [{"epoch": 1}]}), header=HEADERS, others=OTHERS)
+@fuzz(200, notes=altered(SOURCE | {"log": [{"epoch": 1}]}), header=HEADERS, others=OTHERS)
 def test_checkpoints(folder, notes, header, others):
     path = folder / train.CHECKPOINT
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
@@ -307,7 +300,7 @@ STATE |= {"seen": "2024-01-01T00:00:00+00:00"}
 STATES = st.sampled_from(["running", "failed", "x"]).flatmap(lambda state: altered(STATE | {"state": state}))
 
 
-@fuzz(100, job=STATES, log=st.lists(altered({"seconds": 1.0}), max_size=3), sidecar=altered({"caption": "About."}))
+@fuzz(60, job=STATES, log=st.lists(altered({"seconds": 1.0}), max_size=3), sidecar=altered({"caption": "About."}))
 def test_what_is_told_of_jobs_and_results(folder, job, log, sidecar):
     here = PRESET.model_copy(update={"output_folder": str(folder)})
     files = {here.runs / "jobs" / f"{name}.json": job for name in (f"02_training-{NAME}", "07_claims")}

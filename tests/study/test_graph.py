@@ -16,7 +16,6 @@ import pytest
 import yaml
 from filelock import FileLock
 from graph import job_command, reproduce_command, wait_for
-from snakemake.scheduling.job_scheduler import JobScheduler
 
 from study.catalogue import adaptive_models, attacked_models, trained_models
 from study.graph import checks, job, plan, run, status
@@ -24,7 +23,6 @@ from study.settings import ROOT, load_preset
 from study.store import own_folder, read_json, write_atomically, write_json
 
 MODEL = "parts10-moe-resnet18-standard-seed0"
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
 def smoke_preset(folder, **changes):
@@ -116,11 +114,14 @@ def still_running(processes):
 
 
 @pytest.mark.slow
-@SIGNALS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("command_of", "models"), [(TRAINING_JOB, 1), (TWO_JOBS, 2)])
 def test_what_is_asked_to_stop_ends_with_all_below_it_and_keeps_the_last_epoch(training, number, command_of, models):
+    """A graph also where it is asked again while it waits for its jobs."""
     started, below, settings = training(command_of, models)
-    started.send_signal(number)
+    for _ in range(models):
+        started.send_signal(number)
+        time.sleep(0.2)
     _, printed = started.communicate(timeout=60)
     assert started.returncode == 128 + number
     assert ("2 stopped" in printed and "the same command goes on" in printed) == (models == 2)
@@ -150,9 +151,7 @@ def test_a_job_ends_with_the_graph_that_started_it(training):
 )
 def test_D2_G3_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if inherited is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    monkeypatch.setattr(os, "environ", {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited})
     assert checks.visible_gpus() == expected
 
 
@@ -189,9 +188,8 @@ def test_jobs_beside_each_other_take_different_gpus(tmp_path):
     """As many at once as there are GPUs; one more waits until another has ended, however."""
 
     command, environment = [sys.executable, "-c", HOLD, "2,MIG-GPU-d5b7/1/0,5"], os.environ | {"TMPDIR": str(tmp_path)}
-    hold = partial(
-        subprocess.Popen, command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    heard = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    hold = partial(subprocess.Popen, command, env=environment, **heard)
     holders = [hold() for _ in range(3)]
     try:
         taken = [one.stdout.readline().strip() for one in holders]
@@ -286,17 +284,7 @@ def test_G4_a_gpu_without_kernels_is_named(monkeypatch, capability, runs):
 
 
 @pytest.fixture
-def own_signals(monkeypatch):
-    """What a run sets of signals is as it was, behind the test."""
-    monkeypatch.setattr(JobScheduler, "exit_gracefully", JobScheduler.exit_gracefully)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def pretended(monkeypatch, tmp_path, own_signals):
+def pretended(monkeypatch, tmp_path):
     """A run of the smoke preset whose Snakemake only notes what it was given."""
     given = {}
 
@@ -305,6 +293,7 @@ def pretended(monkeypatch, tmp_path, own_signals):
         given["cache"] = os.environ["XDG_CACHE_HOME"]
 
     monkeypatch.setattr("snakemake.cli.main", note)
+    monkeypatch.setattr(run, "hand_on_signals", list)  # these are the tests' own
 
     def start(*options):
         assert run.main(["--preset", "smoke", "--output", str(tmp_path), *options]) == 0
@@ -325,9 +314,8 @@ def test_D3_only_the_command_says_which_profile(pretended, monkeypatch, tmp_path
     assert given["arguments"][given["arguments"].index("--workflow-profile") + 1] == "none"
     given = pretended("--profile", "slurm")
     assert given["config"]["requests"]["01_expert_selection"]["runtime"] == 7
-    assert (
-        given["arguments"][-2:] == ["--profile", str(ROOT / "profiles/slurm")] and "--cores" not in given["arguments"]
-    )
+    assert given["arguments"][-2:] == ["--profile", str(ROOT / "profiles/slurm")]
+    assert "--cores" not in given["arguments"]
     assert "--cores" in pretended("--profile", str(ROOT / "profiles/gpu-node"))["arguments"]
 
 
@@ -352,20 +340,6 @@ def test_D5_files_of_the_future_are_dated_now_or_named(pretended, tmp_path, monk
     pretended()
     assert record.stat().st_mtime <= time.time()
     assert_told(f"{record} was dated in the future", capsys)
-
-
-@SIGNALS
-def test_a_signal_ends_the_jobs_and_interrupts_snakemake(number, own_signals):
-    """Once: a second one does not disturb it while it waits for its jobs."""
-    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    signals = run.hand_on_signals()
-    signal.signal(signal.SIGTERM, JobScheduler.exit_gracefully)  # as Snakemake does
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), number)
-        time.sleep(10)
-    assert job.wait(10) == -signal.SIGTERM
-    os.kill(os.getpid(), number)
-    assert signals == [number, number]
 
 
 @pytest.mark.slow

@@ -168,8 +168,8 @@ def test_names_of_presets_and_models_are_no_paths_and_no_commands(name, tmp_path
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="give it letters, digits"):
         load_preset(str(tmp_path / "mine.yaml"))
-    for model in (name, f"{NAME}{name or ' '}"):
-        with pytest.raises(ValueError, match="is no model's name"):
+    for model in (name, f"{NAME}{name or ' '}", "parts10", "mnist-moe-resnet18-standard-seed0", f"{NAME[:-1]}-1"):
+        with pytest.raises(ValueError, match="no model's name; one is <data>-<method>.*moe-mi"):
             ModelName.parse(model)
 
 

@@ -34,16 +34,23 @@ def locked(**environment: str) -> dict[str, str]:
 
 
 LOCKED = locked()
-
 OVERRIDDEN = {Requirement(line).name for line in PYPROJECT["tool"]["uv"]["override-dependencies"]}
 LIGHT = PYPROJECT["project"]["dependencies"]
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 
 
-def make(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def make(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run make as from a shell, free of the make that may have started these tests."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")} | variables
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def script(path: Path, text: str) -> Path:
+    """Write what can be run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
 
 
 def is_locked(requirement: Requirement, versions: dict[str, str] = LOCKED) -> bool:
@@ -54,13 +61,9 @@ def is_locked(requirement: Requirement, versions: dict[str, str] = LOCKED) -> bo
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 @pytest.mark.parametrize(
     ("system", "os_name", "machine"),
-    [
-        ("linux", "posix", "x86_64"),
-        ("linux", "posix", "aarch64"),
-        ("darwin", "posix", "arm64"),
-        ("win32", "nt", "AMD64"),
-    ],
-)
+    [("linux", "posix", "x86_64"), ("linux", "posix", "aarch64"), ("darwin", "posix", "arm64"),
+     ("win32", "nt", "AMD64")],
+)  # fmt: skip
 def test_direct_dependencies_are_locked_at_satisfying_versions_on_every_system(python, system, os_name, machine):
     versions = locked(
         python_version=python, python_full_version=f"{python}.9", sys_platform=system, os_name=os_name,
@@ -189,9 +192,7 @@ def test_pytorch_can_be_another_build_than_that_of_the_lock(fresh_checkout):
 def test_what_checks_no_hashes_is_said():
     pages = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "environment.yml", *(ROOT / "docs").glob("*.md")]
     commands = {one.strip() for page in pages for one in install_commands(page.read_text())}
-    unchecked = {
-        one for one in commands if "--require-hashes" not in one and not one.endswith("--no-build-isolation -e .")
-    }
+    unchecked = {one for one in commands if not re.search("--require-hashes|--no-build-isolation -e [.]$", one)}
     assert unchecked == {"conda env create -f environment.yml", "pip install ."}
     said = (ROOT / "SECURITY.md").read_text().partition("Not promised")[2]
     assert "conda's own packages" in said
@@ -205,10 +206,8 @@ def test_help_is_the_default_and_lists_every_target(fresh_checkout):
 
 
 def test_wrong_python_is_named(fresh_checkout):
-    python = fresh_checkout / "python3.10"
     pretend = "import sys; sys.version, sys.version_info = '3.10.13 (main)', (3, 10); exec(sys.argv[2])"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$@"\n')
-    python.chmod(0o755)
+    python = script(fresh_checkout / "python3.10", f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$@"\n')
     outcome = make(".venv/.installed", f"PYTHON={python}", folder=fresh_checkout)
     assert f"Python 3.11, 3.12 or 3.13 is needed, but {python} is Python 3.10.13" in outcome.stderr
     assert outcome.returncode != 0 and not (fresh_checkout / ".venv").exists()
@@ -217,31 +216,19 @@ def test_wrong_python_is_named(fresh_checkout):
 @pytest.fixture
 def pretended_make(fresh_checkout):
     """Runs make where the environment is installed and its Python only tells its arguments and variables."""
-    python = fresh_checkout / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
-    )
-    python.chmod(0o755)
+    tell = "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    script(fresh_checkout / ".venv/bin/python", f"#!{sys.executable}\n{tell}")
     for stamp in (".packages", ".installed"):
         (fresh_checkout / ".venv" / stamp).touch()
-
-    def run(*arguments, **environment):
-        environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")} | environment
-        command = ["make", "--silent", *arguments]
-        done = subprocess.run(command, cwd=fresh_checkout, env=environment, capture_output=True, text=True)
-        return json.loads(done.stdout)
-
-    return run
+    return lambda *told, **variables: json.loads(make("--silent", *told, folder=fresh_checkout, **variables).stdout)
 
 
-def test_a_python_that_does_not_run_is_passed_over(fresh_checkout, monkeypatch):
+def test_a_python_that_does_not_run_is_passed_over(fresh_checkout):
     """As those of pyenv that are not chosen."""
     for name, status in (("python3.12", 127), ("python3.13", 0), ("python3.11", 0)):
-        (fresh_checkout / name).write_text(f"#!/bin/sh\nexit {status}\n")
-        (fresh_checkout / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{fresh_checkout}:{os.environ['PATH']}")
-    asked = make("--dry-run", ".venv/.installed", folder=fresh_checkout).stdout
+        script(fresh_checkout / name, f"#!/bin/sh\nexit {status}\n")
+    path = f"{fresh_checkout}:{os.environ['PATH']}"
+    asked = make("--dry-run", ".venv/.installed", folder=fresh_checkout, PATH=path).stdout
     assert "|| python3.13 -m venv" in asked
 
 
@@ -252,15 +239,13 @@ def test_D3_neighbours_what_a_shell_says_of_python_and_of_installing_is_not_for_
     _, kept = pretended_make("plan", **told)
     assert not {"PYTHONPATH", *names} & kept.keys()
     assert kept["PIP_INDEX_URL"] == "/elsewhere" and kept["PYTHONUTF8"] == "1"
-    assert {"PYTHONHOME", "PIP_PREFIX", "UV_PREFIX"} <= set(
-        (ROOT / "Makefile").read_text().split()
-    )  # which break Python
+    breaking = {"PYTHONHOME", "PIP_PREFIX", "UV_PREFIX"}  # Python itself, so that they are not tried
+    assert breaking <= set((ROOT / "Makefile").read_text().split())
 
 
 def test_D15_the_makefile_passes_its_variables_on_whatever_is_in_their_names(pretended_make, fresh_checkout):
-    given = {
-        name: f'my {name}\'s "x" `touch ran` ; touch ran & (ü)' for name in ("DATA", "OUTPUT", "PROFILE", "PRESET")
-    }
+    names = ("DATA", "OUTPUT", "PROFILE", "PRESET")
+    given = {name: f'my {name}\'s "x" `touch ran` ; touch ran & (ü)' for name in names}
     command, _ = pretended_make("reproduce", "JOBS=3", "-j8", *(f"{name}={value}" for name, value in given.items()))
     options = dict(zip(command[2::2], command[3::2], strict=True))
     assert options == {f"--{name.lower()}": value for name, value in given.items()} | {"--jobs": "3"}
