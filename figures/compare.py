@@ -1,8 +1,9 @@
 """Do two runs of a preset agree? `python figures/compare.py FIRST SECOND`, of folders like figures/demo.
 
-Prints every cell of a table that differs by more than other images and other trainings explain, and every claim whose
-verdict is another; ends with status 1 where one run says that a claim holds and the other that it does not. Equal code,
-seed and machine give equal bytes; another processor rounds otherwise, which is another training."""
+Prints every cell that both tables have and that differs by more than other images and other trainings explain, and
+every claim whose verdict is another; ends with status 1 where one run says that a claim holds and the other that it
+does not. Equal code, seed and machine give equal bytes; another processor rounds otherwise, which is another training.
+"""
 
 import sys
 from argparse import ArgumentParser
@@ -18,11 +19,11 @@ from study.tables import FIELDS
 OPPOSITE = {"holds", "does not hold"}
 
 
-def differing_cells(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Cells in % of two tidy tables (see `tables.summarise`) that differ by more than two standard errors: those of
-    so many images and trainings, a training's deviation being the cell's own or, of a single one, DEVIATIONS'."""
+def shared_cells(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Cells in % that two tidy tables (see `tables.summarise`) have; "differs": by more than two standard errors, those
+    of so many images and trainings, a training's deviation being the cell's own or, of a single one, DEVIATIONS'."""
     labels = [field for field in first if field in second and field not in FIELDS[2:]]
-    both = first.merge(second, on=labels, suffixes=("", " again"), how="outer", indicator=True)
+    both = first.merge(second, on=labels, suffixes=("", " again")).query("unit == '%'")
     errors = []
     for end in ("", " again"):
         share = (both["value" + end] / 100).clip(0, 1)
@@ -30,10 +31,8 @@ def differing_cells(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
         of_trainings = both["standard_deviation" + end].fillna(DEVIATIONS[0]) ** 2 / both["count" + end]
         errors.append(of_images + of_trainings)
     both["allowed"] = 2 * np.sqrt(sum(errors))
-    apart = (both["value"] - both["value again"]).abs() > both["allowed"]
-    return both.loc[
-        (both["unit"] == "%") & apart | (both["_merge"] != "both"), [*labels, "value", "value again", "allowed"]
-    ]
+    both["differs"] = (both["value"] - both["value again"]).abs() > both["allowed"]
+    return both[[*labels, "value", "value again", "allowed", "differs"]]
 
 
 def differing_verdicts(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
@@ -59,13 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(tables) < 2:
             print(f"{path.stem}: in one of the folders alone")
             continue
-        of_claims = path.stem == "claims"
-        found = differing_verdicts(*tables) if of_claims else differing_cells(*tables)
-        what = "verdicts that differ" if of_claims else "cells that differ by more than chance explains"
-        print(f"{path.stem}: {len(found)} of {len(tables[0])} {what}")
+        if path.stem == "claims":
+            found, count, what = differing_verdicts(*tables), len(tables[0]), "verdicts that differ"
+            contradictions += int(found["contradiction"].sum())
+        else:
+            shared = shared_cells(*tables)
+            found, count = shared[shared.pop("differs")], len(shared)
+            what = "cells in both that differ by more than chance explains"
+        print(f"{path.stem}: {len(found)} of {count} {what}")
         if len(found):
             print(found.to_string(index=False, float_format="{:.1f}".format))
-        contradictions += int(of_claims and found["contradiction"].sum())
     print(f"{contradictions} contradictions")
     return int(contradictions > 0)
 

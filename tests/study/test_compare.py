@@ -34,7 +34,7 @@ def test_a_cell_differs_where_it_moves_further_than_another_training_would(write
     """From training to training six points, from images 1.6: in the difference of two, 8.8."""
     other = TABLE.assign(value=[40.0 + moved, 42.0])
     assert main([write("first", TABLE, CLAIMS), write("second", other, CLAIMS)]) == 0
-    assert f"table2: {differing} of 2 cells" in capsys.readouterr().out
+    assert f"table2: {differing} of 2 cells in both" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
