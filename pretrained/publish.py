@@ -2,8 +2,8 @@
 
 Small weights let a notebook show its models before anything is trained. Half precision halves their size; each record
 says which weights they were rounded from and what that changed, and each card what is known of them (--cards writes
-these alone, from the records and tables that are there). Of a study too long to be repeated for a look, all training
-records and measurements come along: --measurements.
+these alone, from the records and tables that are there). Of a study too long to be repeated for a look, notebooks draw
+tables and verdicts from all training records and measurements: --measurements writes these alone.
 """
 
 import shutil
@@ -74,21 +74,25 @@ def _answers(model: ImmunityMoE, dataset: Dataset) -> torch.Tensor:
     return torch.cat([model.expert_outputs(batch).logits.argmax(-1) for batch, _ in batches])
 
 
-def publish_all(settings: Settings, measurements: bool) -> None:
-    """Publish every mixture of the preset's ablation, under each regime, and what was measured of all models."""
+def publish_all(settings: Settings) -> None:
+    """Publish every mixture of the preset's ablation, under each regime."""
     dataset = load_data(settings)
     for name in explored_models(settings):
         publish_weights(settings, name, dataset)
     write_cards(settings)
-    if measurements:
-        measured = [name for kind in ASKED for name in measured_models(settings, kind)]
-        for name in dict.fromkeys([*trained_models(settings), *measured]):
-            publish_measurements(settings, name)
+
+
+def publish_all_measurements(settings: Settings) -> None:
+    """Publish what was measured of all models, and how they were trained."""
+    measured = [name for kind in ASKED for name in measured_models(settings, kind)]
+    for name in dict.fromkeys([*trained_models(settings), *measured]):
+        publish_measurements(settings, name)
 
 
 if __name__ == "__main__":
     parser = preset_parser("pretrained/publish.py", __doc__, output=False)
-    parser.add_argument("--measurements", action="store_true", help="all training records and measurements, too")
+    parser.add_argument("--measurements", action="store_true", help="training records and measurements alone")
     parser.add_argument("--cards", action="store_true", help="the cards alone, of the weights that are there")
     options, settings = parse_options(parser)
-    write_cards(settings) if options.cards else publish_all(settings, options.measurements)
+    publish = publish_all_measurements if options.measurements else write_cards if options.cards else publish_all
+    publish(settings)

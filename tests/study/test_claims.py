@@ -1,6 +1,7 @@
 """Verdicts on the paper's claims: from frames whose answer is known beforehand."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from frames import ADAPTIVE, World
@@ -8,6 +9,7 @@ from scipy import stats
 
 from study import catalogue, claims
 from study.claims import VERDICTS, Claim, count_by_luck, estimate, paired_effects, read_claims, verdicts
+from study.settings import ROOT, load_preset
 
 EDGES = {"immunity": 0.3, "moe-mi": 0.1, "moe": 0.0, "moe-ps": 0.0, "standalone": -0.3}
 UNTESTABLE = {"cifar100", "poisoning", "prevailing-losses", "best-network-alone", "best-network-in-immunity"}
@@ -280,3 +282,11 @@ def test_text_has_a_line_for_every_claim_and_a_reason_where_none_was_tested(one_
     assert text["verdict"].iloc[-1].startswith(f"{VERDICTS[-1]}: the paper shows no")
     one = verdicts(one_training.settings, every[:1])  # all reasons empty, which pandas takes for numbers
     assert claims.verdict_text(one)["verdict"].item() == one["verdict"].item()
+
+
+def test_the_verdicts_that_are_committed_are_those_of_the_frames_that_are(tmp_path):
+    found = verdicts(load_preset("parts10", output_folder=str(tmp_path)), read_claims())
+    committed = pd.read_csv(ROOT / "figures/parts10/claims.csv")
+    columns = ["claim", "effect", "low", "high", "trainings", "images", "stays", "verdict"]
+    pd.testing.assert_frame_equal(found[columns], committed[columns], check_dtype=False)
+    assert (committed["trainings"].dropna() == 3).all() and {"holds", "does not hold"} <= set(committed["verdict"])
