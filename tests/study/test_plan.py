@@ -15,7 +15,7 @@ from immunity_lib.train import build_model, make_optimiser, training_loss
 from study.catalogue import ModelName, adaptive_models, attacked_models, recipe_of, trained_models
 from study.graph import plan
 from study.graph.cost import cost_of
-from study.settings import load_preset
+from study.settings import ROOT, load_preset
 
 
 @pytest.mark.parametrize("expert", ["resnet18", "googlenet", "pdarts", "robnet-free"])
@@ -162,3 +162,5 @@ def test_the_plan_of_the_paper_preset(capsys):
     assert plan.main([]) == 0
     text = capsys.readouterr().out
     assert f"{len(trained_models(load_preset('paper')))} trainings" in text
+    (said,) = re.findall(r"^> (.* trainings; .*)$", (ROOT / "docs/gpu-nodes.md").read_text(), re.MULTILINE)
+    assert said in text
