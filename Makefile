@@ -57,9 +57,11 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab, the explorer's first
 	.venv/bin/jupyter lab notebooks/05_heatmaps.ipynb
 
 # Each reader has a kernel of his own, with one thread: several of them share the cores. It ends when
-# its page has been closed, or left alone, for ten minutes
+# its page has been closed, or left alone, for ten minutes. No pings: Voila reads no answer to one while
+# the cells run, and where they take more than 90 seconds would never show the rest
 explorer: $(INSTALLED)  ## serve the explorer of notebook 05 as a page
 	OMP_NUM_THREADS=1 .venv/bin/voila notebooks/05_heatmaps.ipynb --progressive_rendering=True \
+		--Voila.tornado_settings="{'ws_ping_interval':0}" \
 		--MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_interval=60
 
 site: $(INSTALLED)  ## build site/, notebooks and figures as plain HTML, from what is there; PRESET first
