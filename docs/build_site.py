@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 COPIED = ("png", "csv", "html")  # of the files of a table or figure
 TABLES = ("table1", "table2", "table3")
 LINK = re.compile(r'<a href="(?![a-z]+:|#)([^"#]*)(#[^"]*)?">(.*?)</a>', re.DOTALL)
-IMAGE = re.compile(r'<img src="(?![a-z]+:)([^"]*)"')
+IMAGE = re.compile(r'<img src="(?![a-z]+:)([^"]*)" alt="([^"]*)"[^>]*>')
 EXPECTED = re.compile(r"^What to expect.*?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
 Artefact = dict[str, Any]
 
@@ -135,8 +135,11 @@ class Site:
                 return f'<a href="{found}{part or ""}">{words}</a>'
             return f'<span title="in the project: {escape(target)}">{words}</span>'
 
-        html = LINK.sub(linked, markdown(text))
-        return IMAGE.sub(lambda match: f'<img src="{to(match[1]) or match[1]}"', html)
+        def drawn(match: re.Match) -> str:  # what it shows, in words, where it is not there
+            there = to(match[1])
+            return match[0].replace(match[1], there, 1) if there else f"<i>{match[2]}</i>"
+
+        return IMAGE.sub(drawn, LINK.sub(linked, markdown(text)))
 
     def chapter(self, preset: str, stem: str) -> Iterator[dict[str, Any]]:
         """Its cells in order: text, or code and what it makes."""
