@@ -1,5 +1,6 @@
 """Two runs of a preset agree where chance explains what differs, and contradict each other where it does not."""
 
+import re
 import shutil
 
 import pandas as pd
@@ -55,3 +56,9 @@ def test_a_folder_without_results_is_named(tmp_path, capsys):
 
 def test_the_demo_agrees_with_itself(tmp_path):
     assert main([str(ROOT / "figures/demo"), str(shutil.copytree(ROOT / "figures/demo", tmp_path / "again"))]) == 0
+
+
+def test_one_training_and_three_agree_as_the_findings_say(capsys):
+    assert main([str(ROOT / "figures/demo"), str(ROOT / "figures/parts10")]) == 0
+    differing, shared = zip(*re.findall(r"(\d+) of (\d+) cells in both", capsys.readouterr().out), strict=True)
+    assert set(differing) == {"0"} and f"of {sum(map(int, shared))} cells" in (ROOT / "docs/findings.md").read_text()

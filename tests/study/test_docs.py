@@ -95,6 +95,13 @@ def test_the_readmes_numbers_are_those_of_the_tables_that_it_names():
         assert links and set(re.findall(NUMBERS, sentence)) <= set(re.findall(NUMBERS, named))
 
 
+def test_the_numbers_of_three_trainings_are_those_of_their_tables():
+    found = (ROOT / "docs/findings.md").read_text().partition("## Three trainings")[2].partition("\n## ")[0]
+    named = "".join((ROOT / f"figures/parts10/{name}.md").read_text() for name in ("claims", "gate_worth"))
+    numbers = set(re.findall(r"\d+\.\d+", found))
+    assert len(numbers) > 20 and numbers <= set(re.findall(r"\d+\.\d+", named))
+
+
 def test_what_the_docs_name_exists_and_the_other_way_round():
     page, fields = (ROOT / "docs/presets.md").read_text(), {*TRAINING, *Settings.model_fields}
     for name in {*preset_names(), *fields} - {"recipe"}:
