@@ -34,6 +34,7 @@ help:  ## list these targets
 	@echo '  DATA       folder of CIFAR or of your own images; smoke, demo and parts10 need none'
 	@echo '  OUTPUT     where runs/ and figures/ go (default: here)'
 	@echo '  JOBS       notebooks beside each other (default: all cores)'
+	@echo '  PRETRAINED 1: make reproduce goes on from what comes with the project, in pretrained/'
 	@echo '  CALIBRATE  1: make plan measures the speed of this machine, some ten seconds of each network'
 	@echo '  PROFILE    where they run: gpu-node, slurm, or a path (default: on this machine)'
 	@echo 'TORCH=cpu installs PyTorch without CUDA, 0.2 GB in place of 3; TORCH=cu126 for GPUs of 2017, as V100:'
@@ -45,7 +46,7 @@ smoke:  ## the same graph at its smallest, to see that everything runs
 smoke: override PRESET = smoke
 reproduce smoke: $(INSTALLED)
 	.venv/bin/python -m study.graph.run $(WHAT) $(WHERE) $(if $(JOBS),--jobs "$$JOBS") \
-		$(if $(PROFILE),--profile "$$PROFILE")
+		$(if $(PROFILE),--profile "$$PROFILE") $(if $(PRETRAINED),--pretrained)
 
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
 	.venv/bin/python -m study.graph.plan $(WHAT) $(if $(CALIBRATE),--calibrate)

@@ -4,14 +4,15 @@
 import shlex
 import sys
 
-from study import catalogue, measure
+from study import catalogue
 from study.settings import ROOT, load_preset
-from study.store import WEIGHTS, own_folder, record_path
+from study.store import WEIGHTS, find_record, model_folder, own_folder, question_of
 
 settings = load_preset(
     config["preset"],
     data_folder=config.get("data_folder") or "",
     output_folder=config.get("output_folder") or "",
+    pretrained=config.get("pretrained", False),
 )
 RUNS, FIGURES = settings.runs, settings.figures
 NOTEBOOKS = ROOT / "notebooks"
@@ -42,6 +43,7 @@ def run_notebook(name, model="", on_gpu=False):
         "gpus": config.get("gpus", "") if on_gpu else "",
     }
     options = [f"--{option}={value}" for option, value in given.items() if value]
+    options += ["--pretrained"] * settings.pretrained
     command = shlex.join([sys.executable, "-m", "study.graph.job", name, *options])
     # exec: the job ends with the graph that started it. Braces would be wildcards
     return "exec " + command.replace("{", "{{").replace("}", "}}") + model
@@ -61,18 +63,24 @@ def request(resource, name):
 
 
 def trained(names):
-    """Weights and records of the trained models behind these names."""
-    return [
-        own_folder(settings, name) / file
+    """Weights and records of the trained models behind these names; of what comes with the project, what there is."""
+    files = [
+        model_folder(settings, name) / file
         for name in catalogue.single(settings, names)
         for file in (WEIGHTS, "record.json")
     ]
+    return [path for path in files if path.is_relative_to(RUNS) or path.exists()]
 
 
 def measured(names, kind):
     """Records of a kind of measurement, and the frames beside them."""
-    paths = [record_path(settings, name, kind) for name in names]
+    paths = [find_record(settings, name, kind) for name in names]
     return paths + [path.with_suffix(".parquet") for path in paths]
+
+
+def measured_here(names, kind):
+    """Those of them that do not come with the project."""
+    return [path for path in measured(names, kind) if path.is_relative_to(RUNS)]
 
 
 def drawn(*names, table=False):
@@ -84,6 +92,7 @@ def drawn(*names, table=False):
 # Of the models of both tables, the notebook of Table 1 makes the scores
 SCORED = catalogue.measured_models(settings, "scores")
 OF_TABLE1 = catalogue.table1_models(settings)
+OF_TABLE3 = catalogue.table3_models(settings)
 SCORED_ALONE = [name for name in SCORED if name not in OF_TABLE1]
 ATTACKED = catalogue.attacked_models(settings)
 ADAPTIVE = catalogue.adaptive_models(settings)
@@ -122,7 +131,7 @@ rule measure_attacks:
         frame=update(RUNS / "records/{model}.attacks.parquet"),
         notebook=RUNS / "notebooks/03_attacks-{model}.ipynb",
     params:
-        asked=measure.question_of(settings, "attacks"),
+        asked=question_of(settings, "attacks"),
     log:
         RUNS / "notebooks/03_attacks-{model}.log",
     resources:
@@ -146,7 +155,7 @@ rule measure_adaptive:
         frame=update(RUNS / "records/{model}.adaptive.parquet"),
         notebook=RUNS / "notebooks/06_adaptive_attacks-{model}.ipynb",
     params:
-        asked=measure.question_of(settings, "adaptive"),
+        asked=question_of(settings, "adaptive"),
     log:
         RUNS / "notebooks/06_adaptive_attacks-{model}.log",
     resources:
@@ -177,10 +186,10 @@ rule expert_selection:
         code=CODE,
     output:
         drawn("table1", table=True),
-        [update(path) for path in measured(OF_TABLE1, "scores")],
+        [update(path) for path in measured_here(OF_TABLE1, "scores")],
         notebook=RUNS / "notebooks/01_expert_selection.ipynb",
     params:
-        asked=measure.question_of(settings, "scores"),
+        asked=question_of(settings, "scores"),
     log:
         RUNS / "notebooks/01_expert_selection.log",
     resources:
@@ -208,18 +217,18 @@ rule attacks:
 
 rule ablation:
     input:
-        measured(catalogue.table3_models(settings), "attacks"),
-        measured([name for name in catalogue.table3_models(settings) if name in OF_TABLE1], "scores"),
+        measured(OF_TABLE3, "attacks"),
+        measured([name for name in OF_TABLE3 if name in OF_TABLE1], "scores"),
         trained([catalogue.literal_model(settings)]),
         notebook=NOTEBOOKS / "04_ablation.ipynb",
         code=CODE,
     output:
         drawn("table3", table=True),
-        [update(path) for path in measured(SCORED_ALONE, "scores")],
+        [update(path) for path in measured_here(SCORED_ALONE, "scores")],
         drawn("ablation_curves", "literal_maps"),
         notebook=RUNS / "notebooks/04_ablation.ipynb",
     params:
-        asked=measure.question_of(settings, "scores"),
+        asked=question_of(settings, "scores"),
     log:
         RUNS / "notebooks/04_ablation.log",
     resources:
@@ -232,7 +241,7 @@ rule ablation:
 
 rule heatmaps:
     input:
-        trained(catalogue.table3_models(settings)),
+        trained(OF_TABLE3),
         notebook=NOTEBOOKS / "05_heatmaps.ipynb",
         code=CODE,
     output:
@@ -284,6 +293,10 @@ rule claims:
         run_notebook("07_claims")
 
 
+# Heat maps are drawn of weights, which do not come with all that was measured
+DRAWABLE = len(trained(OF_TABLE3)) == 2 * len(OF_TABLE3)
+
+
 rule all:
     default_target: True
     input:
@@ -295,6 +308,6 @@ rule all:
         rules.expert_selection.output,
         rules.attacks.output,
         rules.ablation.output,
-        rules.heatmaps.output,
+        rules.heatmaps.output if DRAWABLE else [],
         rules.adaptive_attacks.output,
         rules.claims.output,

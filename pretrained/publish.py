@@ -17,9 +17,9 @@ from immunity_lib.files import read_tensors, write_tensors
 from immunity_lib.moe import ImmunityMoE
 from study.catalogue import ModelName, explored_models, measured_models, trained_models
 from study.graph import parse_options, preset_parser
-from study.measure import ASKED
 from study.settings import Settings
 from study.store import (
+    ASKED,
     WEIGHTS,
     checksum,
     load_data,

@@ -37,19 +37,6 @@ from study import catalogue, store
 from study.catalogue import ModelName
 from study.settings import Settings
 
-ASKED = {  # the settings that each kind of frame depends on, beside the images
-    "attacks": ("attacks", "attack_gates", "steps", "attacked_images", "magnitudes"),
-    "adaptive": ("steps", "gate_samples", "auto_attack_steps", "auto_attack_images", "adaptive_count"),
-    "scores": (),
-}
-
-
-def question_of(settings: Settings, kind: str) -> dict[str, Any]:
-    """What a preset asks of a kind of frame, for a JSON file."""
-    asked = settings.model_dump(mode="json", include={*ASKED[kind], "test_images"})
-    eps, step_size = str(settings.recipe.eps), str(settings.recipe.step_size)
-    return asked if kind == "scores" else asked | {"eps": eps, "step_size": step_size}
-
 
 def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> None:
     """A model on all test images, and on `attacked_images` under every attack of the preset on its gates."""
@@ -210,12 +197,10 @@ def _frame(found: GateVerdicts, rows: Tensor, labels: Tensor, attack="clean", fa
 
 def _question(kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict) -> dict[str, Any]:
     """What a record answers: of which trainings and test images, and what is asked of them."""
-    trained = [store.training_record(settings, one) for one in catalogue.single(settings, [name])]
     return {
-        # Of a training, whatever became of its weights when they were rounded to come with the project
-        "weights": [one.get("rounding", {}).get("from", one["weights"]) for one in trained],
+        "weights": store.weights_of(settings, name),
         "data": {split: images.checksum for split, images in test_splits(dataset)},
-        "asked": question_of(settings, kind) | further,
+        "asked": store.question_of(settings, kind) | further,
     }
 
 
@@ -224,10 +209,9 @@ def _comes_with_the_project(kind: str, settings: Settings, name: ModelName, data
     found = store.find_record(settings, name, kind)
     if found == store.record_path(settings, name, kind):
         return False
-    question = _question(kind, settings, name, dataset, {})
     try:
         known, _ = store.read_json(found), pd.read_parquet(found.with_suffix(".parquet"))
-        return question.pop("asked").items() <= known["asked"].items() and question.items() <= known.items()
+        return known["data"] == _question(kind, settings, name, dataset, {})["data"]
     except Exception as error:  # of a damaged file, which stays as it is
         print(f"the {kind} of {name} that come with the project are not used: {error!r}")
         return False
@@ -244,11 +228,11 @@ def _measure_once(
     model = store.trained_model(settings, name, dataset)
     question = _question(kind, settings, name, dataset, further)
     if path.exists():
-        with suppress(DamagedFile):  # which is set aside
+        with suppress(DamagedFile, FileNotFoundError):  # damaged, and set aside, or of other settings
             store.read_frame(settings, [name], kind)
             if question.items() <= store.read_json(path).items():
                 return
-            store.set_record_aside(path, "it is about other weights, data or settings")
+        store.set_record_aside(path, "it is about other weights, data or settings")
     started = time.perf_counter()
     frame, summary = measure(model)
     write_atomically(path.with_suffix(".parquet"), frame.to_parquet(index=False))

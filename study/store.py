@@ -37,13 +37,18 @@ from immunity_lib.files import (
 from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
-from study.catalogue import ModelName, members, own_recipe, recipe_of
+from study.catalogue import ModelName, members, own_recipe, recipe_of, single
 from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, validate
 
 PRETRAINED = ROOT / "pretrained"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 WEIGHTS = "model.safetensors"
 LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
+ASKED = {  # the settings that each kind of frame depends on, beside the images
+    "attacks": ("attacks", "attack_gates", "steps", "attacked_images", "magnitudes"),
+    "adaptive": ("steps", "gate_samples", "auto_attack_steps", "auto_attack_images", "adaptive_count"),
+    "scores": (),
+}
 COLUMNS = set("split image label attack family sees gates experts switched uniform trained".split())  # of every frame
 DEVICES = Path("/dev")
 _say_once = cache(print)  # each line, in a process
@@ -253,16 +258,46 @@ def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
     return settings.runs / "records" / f"{name}.{kind}.json"
 
 
+def question_of(settings: Settings, kind: str) -> dict[str, Any]:
+    """What a preset asks of a kind of frame, for a JSON file."""
+    asked = settings.model_dump(mode="json", include={*ASKED[kind], "test_images"})
+    eps, step_size = str(settings.recipe.eps), str(settings.recipe.step_size)
+    return asked if kind == "scores" else asked | {"eps": eps, "step_size": step_size}
+
+
+def weights_of(settings: Settings, name: ModelName) -> list[str]:
+    """Checksums of the weights behind a model, as its training left them, whatever became of them when they were
+    rounded to come with the project. FileNotFoundError where there is no training with these settings."""
+    known = {one: training_record(settings, one) for one in single(settings, [name])}
+    for one, record in known.items():
+        if not recipe_of(settings, one).is_that_of(record.get("recipe")):
+            raise FileNotFoundError(f"{one} was trained with other settings")
+    return [one.get("rounding", {}).get("from", one.get("weights")) for one in known.values()]
+
+
 def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
-    """Where a record is; what was measured here goes before what came with the project."""
+    """Where a record is; what was measured here goes before what came with the project, if of these settings."""
     own, shipped = record_path(settings, name, kind), pretrained_folder(settings, name) / f"{kind}.json"
-    return shipped if settings.pretrained and shipped.exists() and not own.exists() else own
+    if settings.pretrained and shipped.exists() and not own.exists():
+        try:
+            return shipped if _is_answered(settings, name, kind, read_json(shipped)) else own
+        except (DamagedFile, KeyError, TypeError, AttributeError) as error:
+            _say_once(f"the {kind} of {name} that come with the project are not used: {error!r}")
+    return own
+
+
+def _is_answered(settings: Settings, name: ModelName, kind: str, known: dict[str, Any]) -> bool:
+    """Whether a record is about these settings, and about the training that is there."""
+    asked, weights = known["asked"], known["weights"]
+    with suppress(FileNotFoundError, DamagedFile):  # of the training
+        return question_of(settings, kind).items() <= asked.items() and weights == weights_of(settings, name)
+    return False
 
 
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
     """The frames of a kind of these models, one under the other (see `measure`), and what each model is: "data",
     "method", "expert", "regime" and "seed". Raises FileNotFoundError, with the command that makes it, where a model has
-    none yet. One that is damaged is set aside, so that the graph makes it anew, and is a DamagedFile."""
+    none of these settings yet. One that is damaged is set aside, to be made anew by the graph, and is a DamagedFile."""
     frames = []
     for name in names:
         path = find_record(settings, name, kind).with_suffix(".parquet")
@@ -280,13 +315,13 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
 def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, Any]:
     """What a record says beside its frame; raises FileNotFoundError as `read_frame`."""
     path = find_record(settings, name, kind)
-    if not path.exists():
-        command = f"make reproduce PRESET={settings.preset}"
-        raise FileNotFoundError(f"{name} has no record of its {kind} yet ({path}); run: {command}")
     try:
-        return read_json(path)["summary"]
-    except (DamagedFile, KeyError) as error:
-        raise set_record_aside(path, f"{path} cannot be read ({error})") from error
+        if path.exists() and _is_answered(settings, name, kind, known := read_json(path)):
+            return known["summary"]
+    except (DamagedFile, KeyError, TypeError, AttributeError) as error:
+        raise set_record_aside(path, f"{path} cannot be read ({error!r})") from error
+    told = f"{name} has no record of its {kind} with these settings yet ({path})"
+    raise FileNotFoundError(f"{told}; run: make reproduce PRESET={settings.preset}")
 
 
 def set_record_aside(path: Path, reason: str) -> DamagedFile:

@@ -85,9 +85,6 @@ def attack_cells(settings: Settings, names: Names) -> pd.DataFrame:
     """Accuracy expected over switches, clean and under every attack and magnitude on the first of the gates."""
     gate, cells = settings.attack_gates[0], gate_cells(settings, names)
     cells = cells[cells["sees"].isin(["", gate]) & (cells["header"] == DEFENCES["switched"])]
-    if len(cells) != len(names) * (1 + len(settings.attacks) + len(settings.magnitudes)):
-        wanted = f"{', '.join(settings.attacks)} on {gate}; run: make reproduce PRESET={settings.preset}"
-        raise ValueError(f"records of {', '.join(cells['model'].unique())} are of other attacks or gates than {wanted}")
     return cells.assign(header=cells["attack"].map(attack_title) + " (%)")
 
 

@@ -33,7 +33,9 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None = None
         for name in ("jobs", "tflops"):
             if (number := getattr(options, name, None)) is not None and not number > 0:
                 raise ValueError(f"--{name} is {number}; it must be above 0")
-        settings = load_preset(options.preset, data_folder=options.data, output_folder=options.output)
+        changes = {"data_folder": options.data, "output_folder": getattr(options, "output", "")}
+        changes |= {name: value for name, value in vars(options).items() if name == "pretrained"}
+        settings = load_preset(options.preset, **changes)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return options, settings

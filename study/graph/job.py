@@ -48,11 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("notebook", choices=NOTEBOOKS)
     parser.add_argument("--model", type=ModelName.parse, help="one of the preset; default: all")
     parser.add_argument("--gpus", default="", help="GPUs to choose one from, as in 0,1,2,3")
+    parser.add_argument("--pretrained", action="store_true", help="what is in pretrained/ counts as done")
     options, settings = parse_options(parser, arguments)
     job = f"{options.notebook}-{options.model}" if options.model else options.notebook
     executed, log = (settings.runs / "notebooks" / f"{job}.{ending}" for ending in ("ipynb", "log"))
     parameters = {"preset": options.preset, "data_folder": options.data, "output_folder": options.output}
-    parameters |= {"model": str(options.model or ""), "interactive": False, "pretrained": False}
+    parameters |= {"model": str(options.model or ""), "interactive": False, "pretrained": options.pretrained}
 
     def report(state: str, error: str = "") -> None:
         """Say how the job stands, where other machines can read it too; times are in UTC."""

@@ -32,11 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="", help="a folder of profiles/, as slurm, or a path")
     told = "sustained speed of a cluster's GPU in TFLOP/s, for time limits (%(default)g)"
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)
+    told = "go on from what comes with the project: what is trained and measured in pretrained/ counts as done"
+    parser.add_argument("--pretrained", action="store_true", help=told)
     options, settings = parse_options(parser, arguments)
     lock = settings.runs / ".lock"
     try:
         profile, sources, gpus = look_ahead(settings, options.profile, options.jobs)
-        config = {"preset": options.preset} | settings.model_dump(include={"data_folder", "output_folder"})
+        given = {"data_folder", "output_folder", "pretrained"}
+        config = {"preset": options.preset} | settings.model_dump(include=given)
         if gpus is None:
             config["requests"] = requests(settings, options.tflops, gives_gpus(profile))
             limits = ["--jobs", str(options.jobs)] if options.jobs else []

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from study import catalogue
-from study.store import own_folder, record_path, write_atomically, write_json
+from study.store import own_folder, question_of, record_path, write_atomically, write_json
 
 PROVENANCE = {"commit": "abc", "finished": "2024-01-01T00:00:00+00:00"}
 ADAPTIVE = [
@@ -29,7 +29,7 @@ class World:
         self.settings, self.share, self.generator = settings, share, np.random.default_rng(0)
         self.verdicts, self.scores, self.summaries = {}, {}, {}
         attacked, experts = settings.attacked_images, settings.recipe.experts
-        for name in catalogue.single(settings, catalogue.attacked_models(settings)):
+        for name in catalogue.trained_models(settings):
             self.write_training(name)
         for name in catalogue.attacked_models(settings):
             gates = settings.attack_gates[: 1 if name.method in catalogue.SINGLE else None]
@@ -83,14 +83,17 @@ class World:
     def write_training(self, name):
         folder = own_folder(self.settings, name)
         folder.mkdir(parents=True, exist_ok=True)  # one that is a member of an ensemble, too
-        sizes = {"parameters": 2_000_000, "multiply_accumulates": 3_000_000}
-        write_json(folder / "record.json", {"kind": "training", "model": str(name), "provenance": PROVENANCE, **sizes})
+        known = {"kind": "training", "model": str(name), "provenance": PROVENANCE, "weights": str(name)}
+        known |= {"recipe": catalogue.recipe_of(self.settings, name).as_json()}
+        write_json(folder / "record.json", known | {"parameters": 2_000_000, "multiply_accumulates": 3_000_000})
 
     def write(self, name, kind, rows, summary):
         path = record_path(self.settings, name, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path.with_suffix(".parquet"), pd.concat(rows, ignore_index=True).to_parquet(index=False))
-        write_json(path, {"kind": kind, "model": str(name), "summary": summary, "provenance": PROVENANCE})
+        known = {"kind": kind, "model": str(name), "summary": summary, "provenance": PROVENANCE}
+        weights = [str(one) for one in catalogue.single(self.settings, [name])]
+        write_json(path, known | {"asked": question_of(self.settings, kind), "weights": weights})
         self.summaries[name, kind] = summary
 
     def accuracy(self, name, attack="clean", sees="", kind="attacks", defence="switched"):

@@ -359,6 +359,25 @@ def test_D11_what_draws_depends_on_all_code_that_may_draw(snakemake, tmp_path):
         assert str(ROOT) not in rules[rule].partition("output:")[0]
 
 
+@pytest.mark.slow
+def test_what_comes_with_the_project_counts_as_done_where_asked(snakemake, tmp_path):
+    """A study is drawn, and goes on with a seed more, from the records of the one that is there."""
+    own = yaml.safe_load((ROOT / "presets/parts10.yaml").read_text())
+    seeds, further = own["seeds"], tmp_path / "parts10.yaml"
+    further.write_text(yaml.safe_dump(own | {"seeds": [*seeds, max(seeds) + 1]}))
+
+    def count(preset, **asked):
+        config = {"preset": str(preset), "output_folder": str(tmp_path)} | asked
+        printed = snakemake(config, "all", "--dry-run").stdout
+        return printed.count("rule train:"), printed.count("rule measure_attacks:")
+
+    trainings, measurements = count("parts10")
+    assert trainings > measurements > 10 and count("parts10", pretrained=True) == (0, 0)
+    # The literal equations are trained of the first seed alone
+    one_more = (trainings - 1) // len(seeds), measurements // len(seeds)
+    assert count(further, pretrained=True) == one_more
+
+
 # --- the status
 
 NOW = datetime(2026, 1, 2, 12, tzinfo=UTC)

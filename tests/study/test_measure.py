@@ -111,6 +111,9 @@ def test_what_comes_with_the_project_needs_no_weights_and_answers_its_own_questi
     measure_attacks(elsewhere, NAME, dataset)
     assert not measurement.called and not elsewhere.runs.exists()
     pd.testing.assert_frame_equal(read_frame(elsewhere, [NAME], "attacks"), read_frame(settings, [NAME], "attacks"))
+    for change in ({"steps": 2}, {"recipe": replace(settings.recipe, learning_rate=0.01)}):
+        with pytest.raises(FileNotFoundError, match="no record of its attacks with these settings yet"):
+            read_frame(elsewhere.model_copy(update=change), [NAME], "attacks")
     model = trained_model(settings, NAME, dataset)
     monkeypatch.setattr(store, "trained_model", lambda *_: model)
     measure_attacks(elsewhere.model_copy(update={"steps": 2}), NAME, dataset)
@@ -134,9 +137,19 @@ def test_D8_neighbours_a_damaged_record_of_the_project_stays_and_is_measured_her
 
 @pytest.mark.parametrize("change", [{"steps": 2}, {"attacks": ["fgsm"]}, {"attacked_images": 8}])
 def test_attacks_of_another_question_are_made_anew(settings, dataset, measurement, change):
-    measure_attacks(settings.model_copy(update=change), NAME, dataset)
-    frame = read_frame(settings, [NAME], "attacks").query("attack == 'fgsm' and sees == 'trained'")
+    other = settings.model_copy(update=change)
+    measure_attacks(other, NAME, dataset)
+    frame = read_frame(other, [NAME], "attacks").query("attack == 'fgsm' and sees == 'trained'")
     assert measurement.called and len(frame) == change.get("attacked_images", 16)
+
+
+@pytest.mark.parametrize("change", [{"steps": 2}, {"learning_rate": 0.01}, {"width": 0.25}])
+def test_what_was_measured_with_other_settings_is_not_shown_for_these(settings, change):
+    recipe = {name: value for name, value in change.items() if name != "steps"}
+    other = settings.model_copy(update={"recipe": replace(settings.recipe, **recipe)} if recipe else change)
+    assert len(read_frame(settings, [NAME], "attacks"))
+    with pytest.raises(FileNotFoundError, match=f"{NAME} has no record of its attacks with these settings yet"):
+        read_frame(other, [NAME], "attacks")
 
 
 def bits(frame, gates):

@@ -199,7 +199,9 @@ def test_written_files_hold_the_numbers_and_name_their_records(settings):
 
 
 def test_a_record_of_other_attacks_is_not_taken_for_these(settings):
-    with pytest.raises(ValueError, match="fgsm, pgd on trained; run: make reproduce"):
+    with pytest.raises(
+        FileNotFoundError, match="no record of its attacks with these settings yet.*; run: make reproduce"
+    ):
         tables.table2(settings.model_copy(update={"attack_gates": ["trained"]}))
 
 
