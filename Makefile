@@ -46,10 +46,10 @@ smoke:  ## the same graph at its smallest, to see that everything runs
 smoke: override PRESET = smoke
 reproduce smoke: $(INSTALLED)
 	.venv/bin/python -m study.graph.run $(WHAT) $(WHERE) $(if $(JOBS),--jobs "$$JOBS") \
-		$(if $(PROFILE),--profile "$$PROFILE") $(if $(PRETRAINED),--pretrained)
+		$(if $(PROFILE),--profile "$$PROFILE") $(if $(filter-out 0,$(PRETRAINED)),--pretrained)
 
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
-	.venv/bin/python -m study.graph.plan $(WHAT) $(if $(CALIBRATE),--calibrate)
+	.venv/bin/python -m study.graph.plan $(WHAT) $(if $(filter-out 0,$(CALIBRATE)),--calibrate)
 
 status: $(INSTALLED)  ## how far PRESET is, and when it will be done; from any machine
 	.venv/bin/python -m study.graph.status $(WHAT) $(WHERE)

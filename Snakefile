@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from study import catalogue
-from study.settings import ROOT, load_preset
+from study.settings import NOT_OF_THE_RESULT, ROOT, load_preset
 from study.store import WEIGHTS, find_record, model_folder, own_folder, question_of
 
 settings = load_preset(
@@ -29,6 +29,9 @@ CODE = sorted(
     for path in (ROOT / package).rglob("*.*")
     if not {"graph", "__pycache__"} & set(path.relative_to(ROOT).parts)
 )
+# And on all that the preset says, as which models there are
+DRAWN = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
+DATA = config.get("data", {})  # checksums, by the name of the data set
 REQUESTS = config.get("requests", {})  # of a cluster; without one, jobs take what there is
 GPU = int(bool(REQUESTS or config.get("gpus")))
 
@@ -113,6 +116,7 @@ rule train:
         recipe=lambda wildcards: catalogue.recipe_of(
             settings, catalogue.ModelName.parse(wildcards.model)
         ).as_json(),
+        data=lambda wildcards: DATA.get(catalogue.ModelName.parse(wildcards.model).dataset),
     log:
         RUNS / "notebooks/02_training-{model}.log",
     resources:
@@ -132,6 +136,7 @@ rule measure_attacks:
         notebook=RUNS / "notebooks/03_attacks-{model}.ipynb",
     params:
         asked=question_of(settings, "attacks"),
+        data=lambda wildcards: DATA.get(catalogue.ModelName.parse(wildcards.model).dataset),
     log:
         RUNS / "notebooks/03_attacks-{model}.log",
     resources:
@@ -156,6 +161,7 @@ rule measure_adaptive:
         notebook=RUNS / "notebooks/06_adaptive_attacks-{model}.ipynb",
     params:
         asked=question_of(settings, "adaptive"),
+        data=lambda wildcards: DATA.get(catalogue.ModelName.parse(wildcards.model).dataset),
     log:
         RUNS / "notebooks/06_adaptive_attacks-{model}.log",
     resources:
@@ -173,6 +179,8 @@ rule start_here:
     output:
         drawn("figure1"),
         notebook=RUNS / "notebooks/00_start_here.ipynb",
+    params:
+        drawn=DRAWN,
     log:
         RUNS / "notebooks/00_start_here.log",
     shell:
@@ -189,7 +197,8 @@ rule expert_selection:
         [update(path) for path in measured_here(OF_TABLE1, "scores")],
         notebook=RUNS / "notebooks/01_expert_selection.ipynb",
     params:
-        asked=question_of(settings, "scores"),
+        drawn=DRAWN,
+        data=DATA,
     log:
         RUNS / "notebooks/01_expert_selection.log",
     resources:
@@ -209,6 +218,8 @@ rule attacks:
         drawn("table2", "gates", table=True),
         drawn("attacks"),
         notebook=RUNS / "notebooks/03_attacks.ipynb",
+    params:
+        drawn=DRAWN,
     log:
         RUNS / "notebooks/03_attacks.log",
     shell:
@@ -228,7 +239,8 @@ rule ablation:
         drawn("ablation_curves", "literal_maps"),
         notebook=RUNS / "notebooks/04_ablation.ipynb",
     params:
-        asked=question_of(settings, "scores"),
+        drawn=DRAWN,
+        data=DATA,
     log:
         RUNS / "notebooks/04_ablation.log",
     resources:
@@ -251,6 +263,8 @@ rule heatmaps:
         # Only Parts-10 knows its true parts
         drawn("part_coverage") if settings.recipe.dataset == "parts10" else [],
         notebook=RUNS / "notebooks/05_heatmaps.ipynb",
+    params:
+        drawn=DRAWN,
     log:
         RUNS / "notebooks/05_heatmaps.log",
     resources:
@@ -270,6 +284,8 @@ rule adaptive_attacks:
         drawn("gate_worth", "attack_suite", table=True),
         drawn("adaptive_attacks", "attack_strength"),
         notebook=RUNS / "notebooks/06_adaptive_attacks.ipynb",
+    params:
+        drawn=DRAWN,
     log:
         RUNS / "notebooks/06_adaptive_attacks.log",
     shell:
@@ -287,6 +303,8 @@ rule claims:
         drawn("claims", table=True),
         drawn("verdicts"),
         notebook=RUNS / "notebooks/07_claims.ipynb",
+    params:
+        drawn=DRAWN,
     log:
         RUNS / "notebooks/07_claims.log",
     shell:

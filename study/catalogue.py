@@ -191,8 +191,8 @@ def asked_models(settings: Settings, names: Sequence[ModelName]) -> list[ModelNa
 
 
 def explored_models(settings: Settings) -> list[ModelName]:
-    """The mixtures that the explorer offers: every variant of the ablation under every regime."""
-    return _models(settings, *MIXTURES, regimes=settings.regimes, seeds=1)
+    """The mixtures that the explorer offers: every variant of the ablation, and of every regime."""
+    return _models(settings, *MIXTURES, regimes=list(dict.fromkeys(["standard", *settings.regimes])), seeds=1)
 
 
 def surrogates(settings: Settings, attacked: ModelName) -> list[ModelName]:

@@ -151,7 +151,11 @@ def load_preset(preset: str, **changes: Any) -> Settings:
             content[field] = str(path.resolve().parent / os.path.expanduser(folder))
         if changes.get(field) in (None, ""):  # it says nothing
             changes.pop(field, None)
-    return read_settings({"preset": path.stem} | content | changes)
+    settings = read_settings({"preset": path.stem} | content | changes)
+    if settings.preset in preset_names() and path.resolve().parent != PRESETS and not settings.output_folder:
+        told = f"{path} says preset: {settings.preset}, as one of the project's does, whose results it would overwrite"
+        raise ValueError(f"{told}; give it a name of its own, or an output_folder")
+    return settings
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

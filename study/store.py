@@ -46,7 +46,7 @@ WEIGHTS = "model.safetensors"
 LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
 ASKED = {  # the settings that each kind of frame depends on, beside the images
     "attacks": ("attacks", "attack_gates", "steps", "attacked_images", "magnitudes"),
-    "adaptive": ("steps", "gate_samples", "auto_attack_steps", "auto_attack_images", "adaptive_count"),
+    "adaptive": ("steps", "gate_samples", "auto_attack_steps", "auto_attack_images"),
     "scores": (),
 }
 COLUMNS = set("split image label attack family sees gates experts switched uniform trained".split())  # of every frame
@@ -136,20 +136,34 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
 
 
 def model_folder(settings: Settings, name: ModelName) -> Path:
-    """Where all about a model lies: what was trained here, else what came with the project, if with these settings."""
+    """Where all about a model lies: what was trained here, else what came with the project, each if with these
+    settings; if there is neither, where it will be."""
     own, shipped = own_folder(settings, name), pretrained_folder(settings, name)
-    if settings.pretrained and (shipped / "record.json").exists() and not (own / "record.json").exists():
-        try:
-            if recipe_of(settings, name).is_that_of(read_json(shipped / "record.json")["recipe"]):
-                return shipped
-        except (DamagedFile, OSError, KeyError) as error:
-            _say_once(f"the weights of {name} that come with the project are not used: {error!r}")
+    for folder in (own, shipped)[: 1 + settings.pretrained]:
+        if (folder / "record.json").exists():
+            try:
+                if recipe_of(settings, name).is_that_of(read_json(folder / "record.json").get("recipe")):
+                    return folder
+            except (DamagedFile, OSError) as error:  # its own is set aside by who needs it
+                if folder == shipped:
+                    _say_once(f"the weights of {name} that come with the project are not used: {error!r}")
     return own
 
 
 def training_record(settings: Settings, name: ModelName) -> dict[str, Any]:
-    """The record that the training of a model left beside its weights."""
-    return read_json(model_folder(settings, name) / "record.json")
+    """The record that the training of a model left beside its weights; FileNotFoundError where there is none with these
+    settings yet."""
+    path = model_folder(settings, name) / "record.json"
+    if path.exists() and recipe_of(settings, name).is_that_of((known := read_json(path)).get("recipe")):
+        return known
+    raise FileNotFoundError(f"{name} is not trained with these settings yet ({path}); {_remedy(settings)}")
+
+
+def _remedy(settings: Settings) -> str:
+    """The command that makes what is missing."""
+    given = {"DATA": settings.data_folder, "OUTPUT": settings.output_folder}
+    command = ["make reproduce", f"PRESET={settings.preset}", *(f"{key}={one}" for key, one in given.items() if one)]
+    return f"run: {' '.join(command)} (settings that differ from that preset's need a preset of their own)"
 
 
 def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
@@ -261,27 +275,30 @@ def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
 def question_of(settings: Settings, kind: str) -> dict[str, Any]:
     """What a preset asks of a kind of frame, for a JSON file."""
     asked = settings.model_dump(mode="json", include={*ASKED[kind], "test_images"})
+    if kind == "adaptive":
+        asked["adaptive_count"] = settings.adaptive_count
     eps, step_size = str(settings.recipe.eps), str(settings.recipe.step_size)
     return asked if kind == "scores" else asked | {"eps": eps, "step_size": step_size}
 
 
 def weights_of(settings: Settings, name: ModelName) -> list[str]:
     """Checksums of the weights behind a model, as its training left them, whatever became of them when they were
-    rounded to come with the project. FileNotFoundError where there is no training with these settings."""
-    known = {one: training_record(settings, one) for one in single(settings, [name])}
-    for one, record in known.items():
-        if not recipe_of(settings, one).is_that_of(record.get("recipe")):
-            raise FileNotFoundError(f"{one} was trained with other settings")
-    return [one.get("rounding", {}).get("from", one.get("weights")) for one in known.values()]
+    rounded to come with the project. Raises FileNotFoundError as `training_record`."""
+    known = [training_record(settings, one) for one in single(settings, [name])]
+    return [one.get("rounding", {}).get("from", one.get("weights")) for one in known]
 
 
 def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
-    """Where a record is; what was measured here goes before what came with the project, if of these settings."""
+    """Where a record is: what was measured here, else what came with the project, each if with these settings; if there
+    is neither, where it will be."""
     own, shipped = record_path(settings, name, kind), pretrained_folder(settings, name) / f"{kind}.json"
-    if settings.pretrained and shipped.exists() and not own.exists():
+    for path in (own, shipped)[: 1 + settings.pretrained]:
         try:
-            return shipped if _is_answered(settings, name, kind, read_json(shipped)) else own
+            if path.exists() and _is_answered(settings, name, kind, read_json(path)):
+                return path
         except (DamagedFile, KeyError, TypeError, AttributeError) as error:
+            if path == own:  # which who reads it sets aside
+                return own
             _say_once(f"the {kind} of {name} that come with the project are not used: {error!r}")
     return own
 
@@ -321,7 +338,7 @@ def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, An
     except (DamagedFile, KeyError, TypeError, AttributeError) as error:
         raise set_record_aside(path, f"{path} cannot be read ({error!r})") from error
     told = f"{name} has no record of its {kind} with these settings yet ({path})"
-    raise FileNotFoundError(f"{told}; run: make reproduce PRESET={settings.preset}")
+    raise FileNotFoundError(f"{told}; {_remedy(settings)}")
 
 
 def set_record_aside(path: Path, reason: str) -> DamagedFile:

@@ -10,6 +10,7 @@ from shutil import disk_usage
 
 import psutil
 
+from immunity_lib.data import Dataset
 from study import catalogue
 from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
@@ -20,8 +21,10 @@ BYTES_ON_DISK = 12  # for each parameter: weights, and in training a checkpoint 
 BYTES_OF_LIBRARIES = 10**9  # of a process that has loaded them
 
 
-def look_ahead(settings: Settings, profile: str, jobs: int | None) -> tuple[Path | None, str, list[str] | None]:
-    """The folder of the profile, where the data are from, and the GPUs of this machine (None where a scheduler has the
+def look_ahead(
+    settings: Settings, profile: str, jobs: int | None
+) -> tuple[Path | None, dict[str, Dataset], list[str] | None]:
+    """The folder of the profile, the data sets by name, and the GPUs of this machine (None where a scheduler has the
     jobs). Raises ValueError with all that stands in the way, as far as it can be known before anything is computed."""
     wrong: dict[str, None] = {}  # each once, in this order
     data, costs, folder = {}, {}, None
@@ -65,7 +68,7 @@ def look_ahead(settings: Settings, profile: str, jobs: int | None) -> tuple[Path
             print(f"{told} of {room / 1e9:.1f} GB; JOBS={int(room // needed)} surely fits", file=sys.stderr)
     if wrong:
         raise ValueError("\n".join(wrong))
-    return folder, "; ".join(f"{name} from {one.source}" for name, one in data.items()), gpus
+    return folder, data, gpus
 
 
 def memory(on_gpu: bool) -> tuple[int, str]:

@@ -37,15 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, settings = parse_options(parser, arguments)
     lock = settings.runs / ".lock"
     try:
-        profile, sources, gpus = look_ahead(settings, options.profile, options.jobs)
+        profile, data, gpus = look_ahead(settings, options.profile, options.jobs)
         given = {"data_folder", "output_folder", "pretrained"}
         config = {"preset": options.preset} | settings.model_dump(include=given)
+        # Of your own images, one name may stand for other images tomorrow
+        config["data"] = {name: [one.checksum for one in found.splits.values()] for name, found in data.items()}
         if gpus is None:
             config["requests"] = requests(settings, options.tflops, gives_gpus(profile))
             limits = ["--jobs", str(options.jobs)] if options.jobs else []
         else:
             config["gpus"] = ",".join(gpus)
             limits = ["--cores", str(options.jobs or "all"), "--resources", f"gpu={len(gpus)}"]
+        sources = "; ".join(f"{name} from {found.source}" for name, found in data.items())
         print(f"preset {settings.preset} on {chosen_device()}; {sources}", flush=True)
         settings.runs.mkdir(parents=True, exist_ok=True)
         # Held until this process ends, however it ends; Snakemake's own lock, left out, would outlive a kill

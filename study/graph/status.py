@@ -14,8 +14,8 @@ from pydantic import AwareDatetime, Field, create_model
 
 from study import catalogue
 from study.graph import parse_options, preset_parser
-from study.settings import ROOT, Settings
-from study.store import own_folder, read_json
+from study.settings import ROOT, Settings, read_yaml
+from study.store import find_record, model_folder, own_folder, read_json, record_path
 
 LOST = 120.0  # seconds without a sign of life, behind which a job counts as killed
 TOLD = ["running", "failed", "stopped", "lost", "waiting"]  # states beside "done"
@@ -30,8 +30,10 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
     training also the "network", "epochs" in all, those "trained", and their mean time, "epoch", in seconds. A job
     that says it runs but was not seen for `lost_after` seconds was killed: "lost"."""
     jobs = [("02_training", model) for model in catalogue.trained_models(settings)]
-    jobs += [("03_attacks", model) for model in catalogue.attacked_models(settings)]
-    jobs += [("06_adaptive_attacks", model) for model in catalogue.adaptive_models(settings)]
+    jobs = [(job, model) for job, model in jobs if model_folder(settings, model) == own_folder(settings, model)]
+    for job, kind in (("03_attacks", "attacks"), ("06_adaptive_attacks", "adaptive")):
+        models = catalogue.measured_models(settings, kind)  # but for what comes with the project
+        jobs += [(job, one) for one in models if find_record(settings, one, kind) == record_path(settings, one, kind)]
     jobs += [(path.stem, None) for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem != "02_training"]
     rows = {}
     for notebook, model in jobs:
@@ -87,8 +89,13 @@ def format_status(settings: Settings, now: datetime, lost_after: float = LOST) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     _, settings = parse_options(preset_parser("-m study.graph.status", "How far a preset is."), arguments)
-    nothing = f"preset {settings.preset} has no results in {settings.runs}: nothing was started"
-    print(format_status(settings, datetime.now(UTC)) if settings.runs.is_dir() else nothing)
+    if not settings.runs.is_dir():
+        print(f"preset {settings.preset} has no results in {settings.runs}: nothing was started")
+        return 0
+    with suppress(FileNotFoundError, ValueError):
+        asked = read_yaml(settings.runs / "graph.yaml").get("pretrained") is True
+        settings = settings.model_copy(update={"pretrained": asked})
+    print(format_status(settings, datetime.now(UTC)))
     return 0
 
 

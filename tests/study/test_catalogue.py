@@ -129,3 +129,9 @@ def test_baselines_can_be_trained_like_everything_else(make_settings):
     assert recipe_of(settings, named("standalone", "pdarts")).auxiliary_weight == 0.4
     # As an expert of a mixture it is trained as the mixture is
     assert recipe_of(settings, named("immunity", "pdarts")).epochs == settings.recipe.epochs
+
+
+@pytest.mark.parametrize("regimes", [["adversarial"], ["trades", "standard"]])
+def test_the_mixtures_of_figure_2_can_be_explored_whatever_regimes_there_are(make_settings, regimes):
+    settings = make_settings(regimes=regimes)
+    assert set(table3_models(settings)) <= set(catalogue.explored_models(settings))

@@ -359,6 +359,20 @@ def test_D11_what_draws_depends_on_all_code_that_may_draw(snakemake, tmp_path):
         assert str(ROOT) not in rules[rule].partition("output:")[0]
 
 
+def test_the_graph_is_told_which_images_stand_behind_the_name_of_the_data(pretended):
+    (checksums,) = pretended()["config"]["data"].values()
+    assert len(checksums) == len(set(checksums)) > 2 and not pretended()["config"]["pretrained"]
+    assert pretended("--pretrained")["config"]["pretrained"]
+
+
+def test_the_status_leaves_out_what_comes_with_the_project(tmp_path):
+    own, now = load_preset("parts10", output_folder=str(tmp_path), pretrained=False), datetime.now(UTC)
+    jobs = status.list_jobs(own, now)["notebook"].value_counts()
+    assert jobs["02_training"] == len(trained_models(own)) and jobs["06_adaptive_attacks"] == 1 + len(adaptive_models(own))
+    left = status.list_jobs(own.model_copy(update={"pretrained": True}), now)["notebook"]
+    assert list(left) == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if "02" not in path.stem]
+
+
 @pytest.mark.slow
 def test_what_comes_with_the_project_counts_as_done_where_asked(snakemake, tmp_path):
     """A study is drawn, and goes on with a seed more, from the records of the one that is there."""

@@ -18,7 +18,7 @@ from immunity_lib.files import read_tensors, write_tensors
 from study import measure, store
 from study.catalogue import ModelName
 from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
-from study.store import read_frame, read_json, read_summary, record_path, trained_model, training_record
+from study.store import question_of, read_frame, read_json, read_summary, record_path, trained_model, training_record
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 SMALL = {
@@ -150,6 +150,15 @@ def test_what_was_measured_with_other_settings_is_not_shown_for_these(settings, 
     assert len(read_frame(settings, [NAME], "attacks"))
     with pytest.raises(FileNotFoundError, match=f"{NAME} has no record of its attacks with these settings yet"):
         read_frame(other, [NAME], "attacks")
+
+
+def test_each_setting_that_a_frame_depends_on_is_asked(settings):
+    changes = {"adaptive_images": 8, "auto_attack_images": 8, "steps": 9, "gate_samples": [9], "test_images": 9}
+    for name, value in changes.items():
+        other = settings.model_copy(update={name: value})
+        assert question_of(other, "adaptive") != question_of(settings, "adaptive"), name
+    fewer = settings.model_copy(update={"adaptive_images": None, "attacked_images": 8})
+    assert question_of(fewer, "adaptive")["adaptive_count"] == 8
 
 
 def bits(frame, gates):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from study.catalogue import ModelName, trained_models
-from study.settings import load_preset, notebook_settings
+from study.settings import ROOT, load_preset, notebook_settings
 
 
 def test_eps_can_be_a_fraction_or_a_decimal(make_settings):
@@ -118,3 +118,14 @@ def test_notebook_s_unknown_parameter_is_refused(cells):
     """papermill passes it on with no more than a warning."""
     with pytest.raises(ValueError, match="unknown parameter 'epohcs'"):
         settings_of(*cells)
+
+
+def test_a_copy_of_a_preset_does_not_write_over_the_projects_results(tmp_path):
+    copied = tmp_path / "mine.yaml"
+    content = (ROOT / "presets/demo.yaml").read_text()
+    copied.write_text(content)
+    with pytest.raises(ValueError, match="says preset: demo.*; give it a name of its own, or an output_folder"):
+        load_preset(str(copied))
+    assert load_preset(str(copied), output_folder=str(tmp_path)).preset == "demo"
+    copied.write_text(content.replace("preset: demo", "preset: mine"))
+    assert load_preset(str(copied)).figures == ROOT / "figures/mine"

@@ -283,6 +283,18 @@ def test_what_was_trained_here_goes_first_and_what_is_published_answers_alike(
     assert training_record(settings, NAME) == record
 
 
+def test_what_was_trained_here_with_other_settings_hides_nothing(published, settings, make_settings, dataset):
+    """Neither is it shown for these."""
+    other = make_settings(output_folder=settings.output_folder, epochs=1, learning_rate=0.01, pretrained=False)
+    with pytest.raises(FileNotFoundError, match="is not trained with these settings yet.*OUTPUT="):
+        training_record(other, NAME)
+    shutil.rmtree(settings.runs)
+    trained_model(other, NAME, dataset)
+    assert training_record(other, NAME)["recipe"]["learning_rate"] == 0.01
+    assert model_folder(settings, NAME) == published
+    assert training_record(settings, NAME)["recipe"]["learning_rate"] != 0.01
+
+
 @pytest.mark.parametrize("changes", [{"pretrained": False}, {"learning_rate": 0.01}])
 def test_reproducing_and_other_settings_train_anew(published, settings, make_settings, dataset, changes, training):
     shutil.rmtree(settings.runs)
