@@ -196,9 +196,9 @@ def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray
     own |= {"dataset": measure.data or settings.recipe.dataset, "expert": measure.network or settings.recipe.expert}
     mine, effects = by_image(settings, **own), {}
     for title, other in _others(settings, measure, own).items():
-        theirs = by_image(settings, **other)
-        count = min(len(mine), len(theirs))  # seed by seed: from the same start, in the same order of images
-        ours, theirs = mine[:count], theirs[:count]
+        # Seed by seed, from the same start, in the same order of images; and on the images that both sides met
+        pair = mine.align(by_image(settings, **other), join="inner")
+        ours, theirs = (one.to_numpy(float) for one in pair)
         if measure.unit == "%":
             mean, their_mean = (one.mean(1, keepdims=True) for one in (ours, theirs))
             if not (mean.all() and their_mean.all()):  # as when all maps are empty
@@ -225,9 +225,9 @@ def _others(settings: Settings, measure: Measure, own: dict[str, str]) -> dict[s
     return others
 
 
-def by_image(settings: Settings, kind: str, column: str, **model: str) -> np.ndarray:
-    """A column of the long frame, (S, B), of a model by the parts of its name: the mean over the rows of a kind, or the
-    worst case of adaptive attacks."""
+def by_image(settings: Settings, kind: str, column: str, **model: str) -> pd.DataFrame:
+    """A column of the long frame, by seed and image, of a model by the parts of its name: the mean over the rows of a
+    kind, or the worst case of those adaptive attacks that an image met."""
     data = model["dataset"]
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
@@ -244,7 +244,7 @@ def by_image(settings: Settings, kind: str, column: str, **model: str) -> np.nda
     if rows.empty or column not in rows or rows[column].isna().all():
         raise NotTestable(f"the preset measures no {kind} of {DATA[data]}")
     groups = rows.groupby(["seed", "image"])[column]
-    return (groups.min() if kind == "worst-case" else groups.mean()).unstack().to_numpy(float)
+    return (groups.min() if kind == "worst-case" else groups.mean()).unstack()
 
 
 def estimate(effects: np.ndarray, outside: float = 0.05) -> tuple[float, float, float]:
