@@ -138,13 +138,18 @@ def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
 
 
 def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
-    """The verdict by the rule, and what is shown of it: the comparison in which the claim does worst."""
+    """The verdict by the rule, and what is shown of it: the comparison in which the claim does worst, of those that
+    decide the verdict."""
 
     def in_units(*values: float) -> list[float]:
         return [100 * (np.expm1(one) if claim.measure.unit == "%" else one) for one in values]
 
-    sign = 1 if claim.at_most is None else -1
-    worst = min(effects, key=lambda other: sign * effects[other].mean())
+    def verdict_of(one: np.ndarray, outside: float = 0.05) -> str:
+        return claim.verdict(*in_units(*estimate(one, outside)[1:]))
+
+    sign, strict = 1 if claim.at_most is None else -1, 0.05 / len(effects)
+    failed = [other for other, one in effects.items() if verdict_of(one, strict) == "does not hold"]
+    worst = min(failed or effects, key=lambda other: sign * effects[other].mean())
     trainings, images = effects[worst].shape
     effect, low, high = in_units(*estimate(effects[worst]))
     line = {"effect": effect, "low": low, "high": high, "against": worst, "trainings": trainings, "images": images}
@@ -152,11 +157,8 @@ def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
         return line | {"verdict": f"{['one training', 'two trainings'][trainings - 1]}: no verdict"}
     if images < FEWEST_IMAGES:
         return line | {"verdict": "too few images: no verdict"}
-    each, strictly = (
-        {claim.verdict(*in_units(*estimate(one, share)[1:])) for one in effects.values()}
-        for share in (0.05, 0.05 / len(effects))
-    )
-    verdict = "holds" if each == {"holds"} else "does not hold" if "does not hold" in strictly else "no effect"
+    each = set(map(verdict_of, effects.values()))
+    verdict = "holds" if each == {"holds"} else "does not hold" if failed else "no effect"
     if verdict == "no effect" and max(-low, high) > MARGIN:
         return line | {"verdict": "undecided"}
     tried = effects.values() if verdict == "holds" else [effects[worst]]

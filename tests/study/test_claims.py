@@ -190,6 +190,15 @@ def test_a_claim_about_several_must_hold_against_each(monkeypatch):
     assert line["verdict"] == "does not hold" and line["against"] == "other 1" and line["effect"] < 0
 
 
+def test_what_is_shown_of_a_failed_claim_is_against_one_that_it_fails_against(monkeypatch):
+    """Of the other, whose mean is lower, too little is known for the claim to fail."""
+    unsure = noise(5, 400, -0.1, spread=0.5)
+    line = world_of(monkeypatch, [unsure, noise(5, 400, -0.05)])
+    assert line["verdict"] == "does not hold" and line["against"] == "other 1" and line["high"] < 0
+    assert line["stays"] == "25 of 25"
+    assert world_of(monkeypatch, [unsure])["verdict"] == "undecided"
+
+
 def test_an_effect_within_a_point_of_zero_is_none_and_one_of_which_little_is_known_is_undecided(monkeypatch):
     assert world_of(monkeypatch, [noise(5, 4000, 0.0)])["verdict"] == "no effect"
     assert world_of(monkeypatch, [noise(5, 100, 0.0, spread=0.1)])["verdict"] == "undecided"
