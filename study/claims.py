@@ -276,7 +276,8 @@ def estimate(effects: np.ndarray, outside: float = 0.05) -> tuple[float, float, 
     residual = np.square(rest).sum() / ((trainings - 1) * (count - 1))
     both = between_trainings + max(between_images - residual, 0)
     freedom = (trainings - 1) / max(between_trainings / both, 1e-6) ** 2
-    half = max(reach(both, freedom), reach(between_trainings, trainings - 1))
+    plain = stats.t.ppf(1 - outside / 2, trainings - 1) * stats.sem(effects.mean(1))  # without the images given
+    half = max(reach(both, freedom), plain)
     return mean, mean - half, mean + half
 
 

@@ -268,6 +268,15 @@ def test_where_trainings_are_all_the_chance_there_is_the_interval_is_their_t_int
     assert found == pytest.approx(list(stats.ttest_1samp(of_training, 0).confidence_interval(0.95)), rel=0.01)
 
 
+@pytest.mark.parametrize("images", [1, 30, 200])
+def test_the_interval_is_never_narrower_than_the_t_interval_of_the_trainings(images):
+    """However few the images, beside which the two that are given to each training would count."""
+    effects = np.random.default_rng(0).normal(0, 0.1, (3, images)) + np.array([[0.1], [0.25], [0.16]])
+    _, low, high = estimate(effects)
+    plain = stats.ttest_1samp(effects.mean(1), 0).confidence_interval(0.95)
+    assert high - low >= (plain.high - plain.low) * (1 - 1e-9)
+
+
 def covered(truth, draw):
     """How often intervals of drawn effects have the truth in them."""
     intervals = (estimate(draw())[1:] for _ in range(400))
