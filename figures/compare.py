@@ -1,10 +1,13 @@
 """Do two runs of a preset agree? `python figures/compare.py FIRST SECOND`, of folders like figures/demo.
 
-Prints every cell that both tables have and that differs by more than other images and other trainings explain, and
-every claim whose verdict is another; ends with status 1 where one run says that a claim holds and the other that it
-does not. Equal code, seed and machine give equal bytes; another processor rounds otherwise, which is another training.
+Prints every cell of the same data that both tables have and that differs by more than other images and other trainings
+explain, and every claim whose verdict is another; ends with status 1 where one run says that a claim holds and the
+other that it does not. Equal code, seed and machine give equal bytes; another processor rounds otherwise, which is
+another training. That two runs agree is evidence as far as their trainings are not the same: how many of the records
+that both have are of the same weights is printed first.
 """
 
+import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -13,10 +16,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from study.catalogue import DATA
 from study.claims import DEVIATIONS
 from study.tables import FIELDS
 
 OPPOSITE = {"holds", "does not hold"}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A tidy table with its data set, which it names itself only where it has several."""
+    table = pd.read_csv(path)
+    if "data" not in table:
+        asked = json.loads(path.with_suffix(".json").read_bytes())["settings"]
+        table.insert(0, "data", DATA[asked.get("recipe", asked)["dataset"]])  # flat, as settings once were
+    return table
+
+
+def same_weights(first: Path, second: Path) -> tuple[int, int]:
+    """How many of the records that two folders both have are of the same weights, and how many those records are."""
+    pairs = [(one, second / "records" / one.name) for one in (first / "records").glob("*.json")]
+    weights = [[json.loads(one.read_bytes())["weights"] for one in pair] for pair in pairs if pair[1].is_file()]
+    return sum(one == other for one, other in weights), len(weights)
 
 
 def shared_cells(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
@@ -52,17 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for folder in folders:
         if not (folder / "claims.csv").is_file():
             parser.error(f"{folder} has no claims.csv; name two folders of figures, as figures/demo")
+    same, shared_records = same_weights(*folders)
+    by_construction = ": the same trainings, which agree by construction" * bool(same)
+    print(f"{same} of {shared_records} records in both are of the same weights{by_construction}")
     contradictions = 0
     for path in sorted(folders[0].glob("*.csv")):
-        tables = [pd.read_csv(folder / path.name) for folder in folders if (folder / path.name).is_file()]
-        if len(tables) < 2:
+        pair = [folder / path.name for folder in folders]
+        if not pair[1].is_file():
             print(f"{path.stem}: in one of the folders alone")
             continue
         if path.stem == "claims":
+            tables = list(map(pd.read_csv, pair))
             found, count, what = differing_verdicts(*tables), len(tables[0]), "verdicts that differ"
             contradictions += int(found["contradiction"].sum())
         else:
-            shared = shared_cells(*tables)
+            shared = shared_cells(*map(read_table, pair))
             found, count = shared[shared.pop("differs")], len(shared)
             what = "cells in both that differ by more than chance explains"
         print(f"{path.stem}: {len(found)} of {count} {what}")

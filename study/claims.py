@@ -138,13 +138,18 @@ def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
 
 
 def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
-    """The verdict by the rule, and what is shown of it: the comparison in which the claim does worst."""
+    """The verdict by the rule, and what is shown of it: the comparison in which the claim does worst, of those that
+    decide the verdict."""
 
     def in_units(*values: float) -> list[float]:
         return [100 * (np.expm1(one) if claim.measure.unit == "%" else one) for one in values]
 
-    sign = 1 if claim.at_most is None else -1
-    worst = min(effects, key=lambda other: sign * effects[other].mean())
+    def verdict_of(one: np.ndarray, outside: float = 0.05) -> str:
+        return claim.verdict(*in_units(*estimate(one, outside)[1:]))
+
+    sign, strict = 1 if claim.at_most is None else -1, 0.05 / len(effects)
+    failed = [other for other, one in effects.items() if verdict_of(one, strict) == "does not hold"]
+    worst = min(failed or effects, key=lambda other: sign * effects[other].mean())
     trainings, images = effects[worst].shape
     effect, low, high = in_units(*estimate(effects[worst]))
     line = {"effect": effect, "low": low, "high": high, "against": worst, "trainings": trainings, "images": images}
@@ -152,11 +157,8 @@ def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
         return line | {"verdict": f"{['one training', 'two trainings'][trainings - 1]}: no verdict"}
     if images < FEWEST_IMAGES:
         return line | {"verdict": "too few images: no verdict"}
-    each, strictly = (
-        {claim.verdict(*in_units(*estimate(one, share)[1:])) for one in effects.values()}
-        for share in (0.05, 0.05 / len(effects))
-    )
-    verdict = "holds" if each == {"holds"} else "does not hold" if "does not hold" in strictly else "no effect"
+    each = set(map(verdict_of, effects.values()))
+    verdict = "holds" if each == {"holds"} else "does not hold" if failed else "no effect"
     if verdict == "no effect" and max(-low, high) > MARGIN:
         return line | {"verdict": "undecided"}
     tried = effects.values() if verdict == "holds" else [effects[worst]]
@@ -196,9 +198,9 @@ def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray
     own |= {"dataset": measure.data or settings.recipe.dataset, "expert": measure.network or settings.recipe.expert}
     mine, effects = by_image(settings, **own), {}
     for title, other in _others(settings, measure, own).items():
-        theirs = by_image(settings, **other)
-        count = min(len(mine), len(theirs))  # seed by seed: from the same start, in the same order of images
-        ours, theirs = mine[:count], theirs[:count]
+        # Seed by seed, from the same start, in the same order of images; and on the images that both sides met
+        pair = mine.align(by_image(settings, **other), join="inner")
+        ours, theirs = (one.to_numpy(float) for one in pair)
         if measure.unit == "%":
             mean, their_mean = (one.mean(1, keepdims=True) for one in (ours, theirs))
             if not (mean.all() and their_mean.all()):  # as when all maps are empty
@@ -225,9 +227,9 @@ def _others(settings: Settings, measure: Measure, own: dict[str, str]) -> dict[s
     return others
 
 
-def by_image(settings: Settings, kind: str, column: str, **model: str) -> np.ndarray:
-    """A column of the long frame, (S, B), of a model by the parts of its name: the mean over the rows of a kind, or the
-    worst case of adaptive attacks."""
+def by_image(settings: Settings, kind: str, column: str, **model: str) -> pd.DataFrame:
+    """A column of the long frame, by seed and image, of a model by the parts of its name: the mean over the rows of a
+    kind, or the worst case of those adaptive attacks that an image met."""
     data = model["dataset"]
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
@@ -244,7 +246,7 @@ def by_image(settings: Settings, kind: str, column: str, **model: str) -> np.nda
     if rows.empty or column not in rows or rows[column].isna().all():
         raise NotTestable(f"the preset measures no {kind} of {DATA[data]}")
     groups = rows.groupby(["seed", "image"])[column]
-    return (groups.min() if kind == "worst-case" else groups.mean()).unstack().to_numpy(float)
+    return (groups.min() if kind == "worst-case" else groups.mean()).unstack()
 
 
 def estimate(effects: np.ndarray, outside: float = 0.05) -> tuple[float, float, float]:
@@ -274,7 +276,8 @@ def estimate(effects: np.ndarray, outside: float = 0.05) -> tuple[float, float, 
     residual = np.square(rest).sum() / ((trainings - 1) * (count - 1))
     both = between_trainings + max(between_images - residual, 0)
     freedom = (trainings - 1) / max(between_trainings / both, 1e-6) ** 2
-    half = max(reach(both, freedom), reach(between_trainings, trainings - 1))
+    plain = stats.t.ppf(1 - outside / 2, trainings - 1) * stats.sem(effects.mean(1))  # without the images given
+    half = max(reach(both, freedom), plain)
     return mean, mean - half, mean + half
 
 

@@ -51,7 +51,10 @@ class World:
             self.write(name, "scores", [rows.assign(**self.scores[name], **background)], {"test": test})
         told = [{"attack": a, "family": f, "sees": s, "seconds": 2.0} for a, f, s in ADAPTIVE]
         for name in catalogue.adaptive_models(settings):
-            rows = [self.rows(name, "adaptive", settings.adaptive_count, *attack) for attack in [(), *ADAPTIVE]]
+            rows = [self.rows(name, "adaptive", settings.adaptive_count)]
+            for attack in ADAPTIVE:
+                few = settings.auto_attack_images if attack[1] in ("judges", "black box") else None
+                rows.append(self.rows(name, "adaptive", few or settings.adaptive_count, *attack))
             check = {"check": "a check", "passed": name.method == "moe", "evidence": "so much"}
             self.write(name, "adaptive", rows, {
                 "agreement": {"unanimous": 0.75, "pairs": 0.8}, "attacks": told,

@@ -19,12 +19,12 @@ UNTESTABLE = {"cifar100", "poisoning", "prevailing-losses", "best-network-alone"
 def make_world(make_settings, tmp_path_factory):
     """Under attack, Immunity is 30 points above the mixture and 60 above the baselines; on clean images, nowhere."""
 
-    def make(seeds):
+    def make(seeds, **changes):
         settings = make_settings(
             output_folder=str(tmp_path_factory.mktemp("world")), seeds=seeds, test_images=300,
             attacked_images=150, adaptive_images=150, baselines=["pdarts", "advrush"], magnitudes=["2/255"],
             controls=["standalone", "standalone-wide", "ensemble"],
-            adaptive=["baselines", "standalone-wide", "ensemble", "moe", "immunity"],
+            adaptive=["baselines", "standalone-wide", "ensemble", "moe", "immunity"], **changes,
         )  # fmt: skip
         return World(settings, lambda name, attack: 0.8 if attack == "clean" else 0.5 + EDGES.get(name.method, 0))
 
@@ -110,7 +110,8 @@ def test_A5_a_score_s_effect_is_the_ratio_of_means_and_so_is_its_interval(world,
 
 
 def test_A5_neighbours_a_score_of_zero_has_no_ratio(world, monkeypatch):
-    monkeypatch.setattr(claims, "by_image", lambda *_, method, **__: np.full((2, 5), float(method == "moe")))
+    scores = {method: pd.DataFrame(np.full((2, 5), float(method == "moe"))) for method in ("moe", "moe-mi")}
+    monkeypatch.setattr(claims, "by_image", lambda *_, method, **__: scores[method])
     (line,) = verdicts(world.settings, [claim("experts-differ")]).to_dict("records")
     assert line["verdict"] == VERDICTS[-1] and "mutual information is 0 on all images" in line["reason"]
 
@@ -133,6 +134,29 @@ def test_switching_is_held_against_other_gates_of_the_same_model_and_images(worl
             switched = min(gates[image].mean() for gates, _, _ in verdicts_of)
             other = min(float(one[1 + (which == "switching-trained")][image]) for one in verdicts_of)
             assert effects[0, image] == pytest.approx(switched - other)
+
+
+def test_what_is_compared_is_one_seed_on_one_image_where_a_side_has_fewer_of_either(make_world):
+    """As preset cifar10 has it: AutoAttack and noise on some of the images, baselines of some of the seeds."""
+    world = make_world([2, 0, 1], baseline_seeds=1, auto_attack_images=60)
+
+    def met(measure, method, seed, *attack, expert="resnet18"):
+        """Shares of gates that are right, on the images that met the attack."""
+        name = f"parts10-{method}-{expert}-{measure.regime}-seed{seed}"
+        return world.verdicts[catalogue.ModelName.parse(name), "adaptive", *attack][0].mean(1)
+
+    def worst_case(*of, **expert):
+        found = [met(*of, attack, sees, **expert) for attack, _, sees in ADAPTIVE]
+        return np.array([min(right[image] for right in found if image < len(right)) for image in range(150)])
+
+    measure = claim("adaptive-baselines").measure
+    of_seed_2 = worst_case(measure, "immunity", 2) - worst_case(measure, "standalone", 2, expert="pdarts")
+    np.testing.assert_allclose(paired_effects(world.settings, measure)["P-DARTS"], [of_seed_2])
+    measure = claim("noise").measure
+    (found,) = paired_effects(world.settings, measure).values()
+    for effects, seed in zip(found, (0, 1, 2), strict=True):
+        noisy, clean = (met(measure, "moe", seed, *of) for of in (("noise", "all gates"), ("clean", "")))
+        np.testing.assert_allclose(effects, noisy - clean[:60])
 
 
 @pytest.mark.parametrize(
@@ -164,6 +188,15 @@ def test_a_claim_about_several_must_hold_against_each(monkeypatch):
     assert world_of(monkeypatch, [far, near])["verdict"] == "holds"
     line = world_of(monkeypatch, [far, below])
     assert line["verdict"] == "does not hold" and line["against"] == "other 1" and line["effect"] < 0
+
+
+def test_what_is_shown_of_a_failed_claim_is_against_one_that_it_fails_against(monkeypatch):
+    """Of the other, whose mean is lower, too little is known for the claim to fail."""
+    unsure = noise(5, 400, -0.1, spread=0.5)
+    line = world_of(monkeypatch, [unsure, noise(5, 400, -0.05)])
+    assert line["verdict"] == "does not hold" and line["against"] == "other 1" and line["high"] < 0
+    assert line["stays"] == "25 of 25"
+    assert world_of(monkeypatch, [unsure])["verdict"] == "undecided"
 
 
 def test_an_effect_within_a_point_of_zero_is_none_and_one_of_which_little_is_known_is_undecided(monkeypatch):
@@ -233,6 +266,15 @@ def test_where_trainings_are_all_the_chance_there_is_the_interval_is_their_t_int
     of_training = np.array([0.1, 0.25, 0.16])
     _, *found = estimate(np.repeat(of_training[:, None], 10_000, axis=1))
     assert found == pytest.approx(list(stats.ttest_1samp(of_training, 0).confidence_interval(0.95)), rel=0.01)
+
+
+@pytest.mark.parametrize("images", [1, 30, 200])
+def test_the_interval_is_never_narrower_than_the_t_interval_of_the_trainings(images):
+    """However few the images, beside which the two that are given to each training would count."""
+    effects = np.random.default_rng(0).normal(0, 0.1, (3, images)) + np.array([[0.1], [0.25], [0.16]])
+    _, low, high = estimate(effects)
+    plain = stats.ttest_1samp(effects.mean(1), 0).confidence_interval(0.95)
+    assert high - low >= (plain.high - plain.low) * (1 - 1e-9)
 
 
 def covered(truth, draw):

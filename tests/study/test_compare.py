@@ -8,6 +8,7 @@ import pytest
 from compare import main
 
 from study.settings import ROOT
+from study.store import write_json
 
 TABLE = pd.DataFrame({
     "model": ["MoE", "Immunity"], "column": "PGD", "unit": "%", "value": [40.0, 42.0],
@@ -20,10 +21,12 @@ CLAIMS = pd.DataFrame({
 
 @pytest.fixture
 def write(tmp_path):
-    def written(name, table, claims):
-        folder = tmp_path / name
-        folder.mkdir()
+    def written(name, table, claims, dataset="parts10", weights=()):
+        (folder := tmp_path / name).joinpath("records").mkdir(parents=True)
         table.to_csv(folder / "table2.csv", index=False)
+        write_json(folder / "table2.json", {"settings": {"recipe": {"dataset": dataset}}})
+        for model, checksum in enumerate(weights):
+            write_json(folder / "records" / f"model-{model}.attacks.json", {"weights": [checksum]})
         claims.to_csv(folder / "claims.csv", index=False)
         return str(folder)
 
@@ -46,6 +49,25 @@ def test_holds_and_does_not_hold_contradict_each_other(write, capsys, verdict, s
     other = CLAIMS.assign(verdict=[verdict, "undecided"])
     assert main([write("first", TABLE, CLAIMS), write("second", TABLE, other)]) == status
     assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("data", "cells"), [(["Parts-10"], 2), (["CIFAR-10"], 0), (["Parts-10", "CIFAR-10"], 2)])
+def test_cells_of_other_data_are_not_compared(write, capsys, data, cells):
+    """The one table does not name its data set, and the other does."""
+    other = pd.concat([TABLE.assign(data=one, value=40.0 + 50 * (one != "Parts-10")) for one in data])
+    main([write("first", TABLE, CLAIMS), write("second", other, CLAIMS)])
+    main([write("third", TABLE, CLAIMS), write("fourth", TABLE.assign(value=90.0), CLAIMS, dataset="cifar10")])
+    assert re.findall(r"table2: (.*) cells in both", capsys.readouterr().out) == [f"0 of {cells}", "0 of 0"]
+
+
+def test_runs_that_share_trainings_are_said_to(write, capsys):
+    main([write("first", TABLE, CLAIMS, weights="abc"), write("second", TABLE, CLAIMS, weights="ab")])
+    main([write("third", TABLE, CLAIMS, weights="ab"), write("fourth", TABLE, CLAIMS, weights="cd")])
+    said = [line for line in capsys.readouterr().out.splitlines() if "weights" in line]
+    assert said == [
+        "2 of 2 records in both are of the same weights: the same trainings, which agree by construction",
+        "0 of 2 records in both are of the same weights",
+    ]
 
 
 def test_a_folder_without_results_is_named(tmp_path, capsys):
