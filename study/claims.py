@@ -290,6 +290,13 @@ def parts(effects: np.ndarray) -> Iterator[np.ndarray]:
         yield effects[:, generator.permutation(effects.shape[1])[: (effects.shape[1] + 1) // 2]]
 
 
+def trainings_text(settings: Settings) -> str:
+    """How many trainings of each model a preset has, in words."""
+    count, of_baselines = len(settings.seeds), len(settings.seeds[: settings.baseline_seeds])
+    text = f"{'one training' if count == 1 else f'{count} trainings'} of each model"
+    return text + f", {of_baselines} of each baseline" * (bool(settings.baselines) and of_baselines < count)
+
+
 def smallest_visible(trainings: int, images: int) -> float:
     """The effect under attack, in points, that so many trainings a side would show in 80 % of cases, by DEVIATIONS."""
     of_training, of_image = DEVIATIONS[0] * trainings**-0.5, DEVIATIONS[1] * images**-0.5

@@ -148,7 +148,8 @@ def attack_figure(
             drawn = panel.imshow(brightness(heat, top), cmap=COLOUR_MAP, vmin=0, vmax=1)
         weights = [f"expert {k + 1}, weight {w:.2f}" for k, w in enumerate(answers.gate[at])]
         titles = [f"{name.title.split(',')[0]}, step {step}", *weights]
-        of_panels = [answers.mixtures[at][0], *answers.experts[at]]  # the gate as trained first
+        trained = answers.gate[at] @ answers.experts[at]  # not among the mixtures of more than six experts
+        of_panels = [trained, *answers.experts[at]]
         for panel, title, said in zip(row, titles, of_panels, strict=True):
             answer = int(said.argmax())
             sign = "" if answer == answers.asked else " x"

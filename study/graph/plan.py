@@ -24,7 +24,7 @@ from immunity_lib.data.images import CLASS_NAMES
 from immunity_lib.evaluate import BUDGETS
 from immunity_lib.train import build_model, is_compiled, training_loss
 from study import catalogue
-from study.claims import FEWEST_TRAININGS, smallest_visible
+from study.claims import FEWEST_TRAININGS, smallest_visible, trainings_text
 from study.graph import parse_options, preset_parser
 from study.graph.cost import cost_of, without_images
 from study.settings import Settings
@@ -170,7 +170,7 @@ def format_power(settings: Settings) -> str:
     trainings = len(settings.seeds)
     if trainings < FEWEST_TRAININGS:
         return f"Trainings of each model: {trainings}; no verdicts, for which there must be {FEWEST_TRAININGS}"
-    counts = f"{trainings} trainings of each model, {settings.attacked_images} attacked images"
+    counts = f"{trainings_text(settings)}, {settings.attacked_images} attacked images"
     visible = smallest_visible(trainings, settings.attacked_images)
     return f"{counts}: an effect of {visible:.1f} points would be seen with a probability of 80 %"
 

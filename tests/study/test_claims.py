@@ -317,6 +317,14 @@ def test_the_smallest_visible_effect_is_seen_four_times_in_five():
     assert claims.smallest_visible(3, 500) > claims.smallest_visible(5, 500) > claims.smallest_visible(5, 5000)
 
 
+def test_what_verdicts_rest_on_says_where_baselines_have_fewer_trainings(make_settings):
+    baselines = {"baselines": ["pdarts"], "seeds": [0, 1, 2]}
+    assert claims.trainings_text(make_settings(**baselines)) == "3 trainings of each model"
+    assert claims.trainings_text(make_settings(baseline_seeds=1)) == "one training of each model"
+    fewer = claims.trainings_text(make_settings(**baselines, baseline_seeds=1))
+    assert fewer == "3 trainings of each model, 1 of each baseline"
+
+
 def test_text_has_a_line_for_every_claim_and_a_reason_where_none_was_tested(one_training):
     every = read_claims()
     text = claims.verdict_text(verdicts(one_training.settings, every))

@@ -213,6 +213,18 @@ def test_C7_class_names_of_any_folder_stay_text(exploration, closing_figures):
     assert said and all(re.fullmatch(f"({drawn}) \\d+%( x)?", text) for text in said)
 
 
+def test_the_still_figure_tells_the_answer_of_the_gate_as_trained(exploration, subject, monkeypatch, closing_figures):
+    """Of more than six experts it is not among the states that are drawn."""
+    answers = exploration.answers(IMMUNITY, subject, "uniform")
+    experts = torch.zeros_like(answers.experts)
+    experts[..., 0, 3] = experts[..., 1, 4] = 1
+    gate = torch.tensor([0.25, 0.75]).expand_as(answers.gate)
+    said = replace(answers, experts=experts, gate=gate, mixtures=torch.zeros_like(answers.mixtures))
+    monkeypatch.setattr(exploration, "answers", lambda *_: said)
+    mixture, *_ = attack_figure(exploration, [IMMUNITY], subject, "uniform", 0, [0]).axes
+    assert mixture.get_xlabel().startswith(f"{exploration.dataset.class_names[4]} 75%")
+
+
 # The widgets
 
 

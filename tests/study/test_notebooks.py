@@ -9,6 +9,8 @@ import sys
 import pytest
 from IPython.core.error import UsageError
 
+from study import figures, store, tables
+from study.catalogue import MIXTURES, table2_models
 from study.settings import ROOT, TRAINING, Settings
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -83,6 +85,50 @@ def test_G8_batches_for_a_trained_model_are_made_where_it_lies(notebook):
 
 def test_A7_neighbours_no_caption_prints_a_budget_as_an_exact_fraction(notebook):
     assert not re.search(r"\{[^{}()]*\.(eps|step_size)\}", "".join(map(source, cells(notebook, "code"))))
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Captions and records of what cells would write, by its name; without the numbers."""
+    found = {}
+
+    def note(_, __, name, caption, records, *text):
+        found[name] = caption, records
+        return []
+
+    for module, function in ((tables, "write_table"), (figures, "save_figure")):
+        monkeypatch.setattr(module, function, note)
+    for drawn in ("strength_curves", "attack_dots"):
+        monkeypatch.setattr(figures, drawn, lambda *_: None)
+    monkeypatch.setattr(tables, "budget_curves", lambda *_: None)
+    return found
+
+
+def run_cells(path, settings, *having, **names):
+    for cell in map(source, cells(path, "code")):
+        if any(text in cell for text in having):
+            exec(cell, names := {"settings": settings, "tables": tables, **names})
+
+
+def test_the_gates_rest_on_records_of_mixtures_alone(make_settings, written, monkeypatch):
+    """Wherever they lie: those that come with the project have the model's name in their folder's."""
+    monkeypatch.setattr(store, "find_record", lambda _, name, kind: ROOT / f"pretrained/tiny/{name}/{kind}.json")
+    settings = make_settings(baselines=["pdarts"], controls=["standalone", "ensemble"])
+    run_cells(NOTEBOOKS[3], settings, '"table2"', '"gates"', table=None, gates=None)
+    _, records = written["gates"]
+    mixtures = [str(name) for name in table2_models(settings) if name.method in MIXTURES]
+    assert [path.parent.name for path in records] == mixtures
+
+
+def test_captions_say_which_attacks_met_fewer_images_than_the_others(make_settings, written):
+    for count, few in ((500, 200), (100, None)):
+        settings = make_settings(test_images=500, adaptive_images=count, auto_attack_images=few)
+        names = {"suite": {"model": ["Immunity"]}, "names": [], "headline": None}
+        run_cells(NOTEBOOKS[6], settings, '"attack_strength"', '"gate_worth"', '"adaptive_attacks"', **names)
+        told = "; AutoAttack, Square and noise met the first 200 images alone."
+        for name in ("gate_worth", "attack_suite", "adaptive_attacks"):
+            assert (told in written[name][0]) == (few == 200)
+        assert written["attack_strength"][0].endswith("by eps, on the first 250 images alone.") == (count == 500)
 
 
 def answers(path):
