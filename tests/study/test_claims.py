@@ -339,4 +339,4 @@ def test_the_verdicts_that_are_committed_are_those_of_the_frames_that_are(tmp_pa
     committed = pd.read_csv(ROOT / "figures/parts10/claims.csv")
     columns = ["claim", "effect", "low", "high", "trainings", "images", "stays", "verdict"]
     pd.testing.assert_frame_equal(found[columns], committed[columns], check_dtype=False)
-    assert (committed["trainings"].dropna() == 3).all() and {"holds", "does not hold"} <= set(committed["verdict"])
+    assert (committed["trainings"].dropna() == 5).all() and {"holds", "does not hold"} <= set(committed["verdict"])

@@ -80,7 +80,12 @@ def test_the_demo_agrees_with_itself(tmp_path):
     assert main([str(ROOT / "figures/demo"), str(shutil.copytree(ROOT / "figures/demo", tmp_path / "again"))]) == 0
 
 
-def test_one_training_and_three_agree_as_the_findings_say(capsys):
-    assert main([str(ROOT / "figures/demo"), str(ROOT / "figures/parts10")]) == 0
-    differing, shared = zip(*re.findall(r"(\d+) of (\d+) cells in both", capsys.readouterr().out), strict=True)
-    assert set(differing) == {"0"} and f"of {sum(map(int, shared))} cells" in (ROOT / "docs/findings.md").read_text()
+def test_one_training_beside_five_is_told_as_it_is(capsys):
+    assert main([str(ROOT / "figures/demo"), str(ROOT / "figures/parts10")]) == 0  # no verdict contradicts another
+    printed, said = capsys.readouterr().out, " ".join((ROOT / "docs/findings.md").read_text().split())
+    same, shared = re.search(r"(\d+) of (\d+) records in both are of the same weights", printed).groups()
+    assert same == shared > "0" and "all records in both are of the same weights" in said
+    differing, cells = (
+        sum(map(int, one)) for one in zip(*re.findall(r"(\d+) of (\d+) cells in both", printed), strict=True)
+    )
+    assert f"Of {cells} cells {differing} differ still" in said

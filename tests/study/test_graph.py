@@ -368,7 +368,9 @@ def test_the_graph_is_told_which_images_stand_behind_the_name_of_the_data(preten
 def test_the_status_leaves_out_what_comes_with_the_project(tmp_path):
     own, now = load_preset("parts10", output_folder=str(tmp_path), pretrained=False), datetime.now(UTC)
     jobs = status.list_jobs(own, now)["notebook"].value_counts()
-    assert jobs["02_training"] == len(trained_models(own)) and jobs["06_adaptive_attacks"] == 1 + len(adaptive_models(own))
+    assert jobs["02_training"] == len(trained_models(own)) and jobs["06_adaptive_attacks"] == 1 + len(
+        adaptive_models(own)
+    )
     left = status.list_jobs(own.model_copy(update={"pretrained": True}), now)["notebook"]
     assert list(left) == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if "02" not in path.stem]
 
