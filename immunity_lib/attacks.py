@@ -175,7 +175,9 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
         look_at(last)
 
     for raised in AIMS.values():
-        climb(raised, (fooled < 1).nonzero().squeeze(1))
+        left = (fooled < 1).nonzero().squeeze(1)
+        if len(left):  # some networks cannot take a batch of no images
+            climb(raised, left)
     return best
 
 

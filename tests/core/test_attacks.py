@@ -265,6 +265,18 @@ def test_at_its_strongest_point_no_image_fools_fewer_gates_than_before(make_line
     assert shares[-1].mean() > shares[0].mean()  # EPS crosses the boundary of any expert
 
 
+def test_a_network_that_takes_no_empty_batch_is_searched_until_every_image_has_fallen(make_linear_model, images):
+    """As one with `view(len(images), -1)`. All fall within the first climb, or have fallen before it."""
+    model = make_linear_model(2)
+    model.experts[0].linear.register_forward_pre_hook(lambda _, inputs: inputs[0].view(len(inputs[0]), -1))
+    with pytest.raises(RuntimeError, match="0 elements"):
+        model(images[:0])
+    outputs = model.expert_outputs(images)
+    for labels in (outputs.mixture("uniform").argmax(1), outputs.mixture("uniform").argmin(1)):
+        found = strongest_points(model, images, labels, eps=0.5, steps=3)
+        assert share_fooled(model, found, labels).eq(1).all()
+
+
 # The copy that evaluation attacks, with batch norms folded into convolutions
 
 
