@@ -144,19 +144,24 @@ def exact_pgd(
     check_batch(model, images, labels)
     budget = {"eps": eps, "step_size": step_size, "steps": steps}
     raised = AIMS[aim]
-    *_, last = ascent_path(
-        lambda points: raised(model.expert_outputs(points), labels), images, **budget, random_start=random_start
-    )
+    with in_eval_mode(model):
+        *_, last = ascent_path(
+            lambda points: raised(model.expert_outputs(points), labels), images, **budget, random_start=random_start
+        )
     return last
 
 
-@torch.no_grad()
 def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, steps: int) -> Tensor:
     """Of all points on the way of PGD on each of the `AIMS`, the one that the most gates get wrong.
 
     The step falls from eps to 0 by a cosine: a long search and a fine one need both (as Auto-PGD halves its own).
     Images that every gate gets wrong are let be."""
     check_batch(model, images, labels)
+    with in_eval_mode(model), torch.no_grad():
+        return _strongest_points(model, images, labels, eps, steps)
+
+
+def _strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
     best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
 
     def climb(raised: Callable[[ExpertOutputs, Tensor], Tensor], left: Tensor) -> None:
@@ -216,12 +221,13 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     sections 4.3 and 4.11)."""
     best = images.clone()
     most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
-    for _ in range(draws):
-        corner = eps * torch.randint_like(images, 2).mul_(2).sub_(1)
-        points = within_budget(images + corner, images, eps)
-        failure = verdicts(model.expert_outputs(points), labels).failure
-        better = failure > most
-        best[better], most[better] = points[better], failure[better]
+    with in_eval_mode(model):
+        for _ in range(draws):
+            corner = eps * torch.randint_like(images, 2).mul_(2).sub_(1)
+            points = within_budget(images + corner, images, eps)
+            failure = verdicts(model.expert_outputs(points), labels).failure
+            better = failure > most
+            best[better], most[better] = points[better], failure[better]
     return best
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from immunity_lib import ImmunityMoE, attacks, build_expert, expert_heatmaps
 from immunity_lib.attacks import AIMS, ATTACKS, attack_images, cross_entropy_by_gate, exact_pgd, fold, strongest_points
+from immunity_lib.evaluate import agreement
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
 from immunity_lib.moe import GATES, ConstantGate, verdicts
 
@@ -131,7 +132,16 @@ def test_images_that_are_misclassified_anyway_are_attacked_too(model, images, na
     assert (adversarial - images).abs().flatten(1).amax(1).min() > EPS / 4
 
 
-@pytest.mark.parametrize("name", [*ATTACKS, "path", "that fails"])
+OVER_ALL_GATES = {
+    "path": path_of,
+    "exact": lambda *batch, steps: exact_pgd(*batch, **BUDGET | {"steps": steps}),
+    "strongest": lambda *batch, steps: strongest_points(*batch, eps=EPS, steps=steps),
+    "noise": lambda *batch, steps: attacks.random_noise(*batch, eps=EPS, draws=steps),
+    "agreement": lambda model, images, _, steps: agreement(model, images),
+}
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, *OVER_ALL_GATES, "that fails"])
 def test_an_attack_leaves_no_trace_in_the_model(model, images, labels, name):
     """Some modules are in train mode, some in eval mode: what a fine-tuning caller may have."""
     model.train()
@@ -147,8 +157,8 @@ def test_an_attack_leaves_no_trace_in_the_model(model, images, labels, name):
         if name == "that fails":
             raise KeyboardInterrupt
 
-    model.register_forward_pre_hook(look)
-    run = path_of if name == "path" else partial(attack, name=name if name in ATTACKS else "pgd")
+    model.gate.register_forward_pre_hook(look)
+    run = OVER_ALL_GATES.get(name) or partial(attack, name=name if name in ATTACKS else "pgd")
     with pytest.raises(KeyboardInterrupt) if name == "that fails" else nullcontext():
         run(model, images, labels, steps=2)
     assert [module.training for module in model.modules()] == modes
