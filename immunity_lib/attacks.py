@@ -81,9 +81,11 @@ def ascent_path(
     """PGD (Madry et al. 2018, arXiv 1706.06083): where it starts, and where it is after each step.
 
     objective: from points (B, 3, 32, 32) to what is raised, (B,). eps: a float, or each image's own as (B, 1, 1, 1),
-    then without a random start. falling: the step falls from step_size to 0 by a cosine.
+    then without a random start. falling: the step falls from step_size to 0 by a cosine. Raises ValueError before the
+    last point where a gradient was NaN.
     """
     points = images = images.detach()
+    astray = torch.zeros((), dtype=torch.bool, device=images.device)
     if random_start:
         points = (points + torch.empty_like(points).uniform_(-eps, eps)).clamp(0, 1)
     yield points
@@ -91,6 +93,12 @@ def ascent_path(
         start = points.clone().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(objective(start).sum(), start)
+        astray |= gradient.isnan().any()
+        if step == steps - 1 and astray:  # read but once, since a GPU is waited for
+            raise ValueError(
+                "the model's gradient in its images is NaN, where an attack stands still, which would look like "
+                "robustness; mend the model, where it takes a root or logarithm of 0 for instance"
+            )
         length = step_size * (1 + math.cos(math.pi * step / steps)) / 2 if falling else step_size
         points = within_budget(points + length * gradient.sign(), images, eps)
         yield points

@@ -192,7 +192,8 @@ def _what_checks_need(
         "black": worst(BLACK_BOX),
         "once": under_exact(eps, step_size, steps),
         "twice": under_exact(eps, step_size, 2 * steps),
-        "zero_gradients": (gradient.flatten(1) == 0).all(1).double().mean().item(),
+        # An attack stands still on NaN as on zero, and NaN is not above 0
+        "zero_gradients": (~(gradient.flatten(1).abs() > 0).any(1)).double().mean().item(),
         "frozen": results["pgd-trained"][0].accuracy.trained,
         "alone": [results[f"pgd-expert-{k + 1}"][0].experts[:, k].double().mean().item() for k in experts],
         "difference": twice_the_same.abs().max().item(),
@@ -223,7 +224,7 @@ def sanity_checks(
     weak, or that the model hides its gradients; not that the model is robust.
 
     All are accuracies, 0 .. 1, but for white and black, each image's failure probability (B,) under the strongest
-    attack with and without gradients; zero_gradients, the share of images whose gradient is exactly zero; and
+    attack with and without gradients; zero_gradients, the share of images whose gradient is exactly zero or NaN; and
     difference, the largest of a log-probability between two passes. by_budget: by eps, up to 1. once, twice: under an
     attack and one of twice its steps. frozen, alone: of the mixture with its gate frozen and of each expert, attacked
     through its own gradients. flags: AutoAttack's warnings.
