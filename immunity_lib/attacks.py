@@ -388,20 +388,26 @@ def fold(model: nn.Module) -> nn.Module:
     """A copy for evaluation: the same function within rounding, computed faster.
 
     It is in eval mode, and its parameters take no gradients. A model under evaluation no longer changes, so every
-    batch norm right behind a convolution in an `nn.Sequential` becomes part of that convolution; others stay. What
-    happens to the model later does not reach the copy.
+    batch norm right behind a convolution in an `nn.Sequential` becomes part of that convolution; others stay, as do
+    those of classes of one's own, and with hooks or parametrizations, which may do anything. What happens to the model
+    later does not reach the copy.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+    for sequence in [module for module in model.modules() if type(module).forward is nn.Sequential.forward]:
         for index, (convolution, norm) in enumerate(pairwise(list(sequence))):
-            folds = isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-            if folds and norm.track_running_stats:
+            if _is_plain(convolution, nn.Conv2d) and _is_plain(norm, nn.BatchNorm2d) and norm.track_running_stats:
                 sequence[index] = fuse_conv_bn_eval(convolution, norm)
                 sequence[index + 1] = nn.Identity()
                 if index + 2 < len(sequence) and isinstance(sequence[index + 2], nn.ReLU):
                     # Nothing else reads what the convolution puts out, its own gradient included
                     sequence[index + 2] = nn.ReLU(inplace=True)
     return model.eval()  # the layers that are new, too
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what this class says, from its weights as they are. Pruning and the older norms of
+    weights are hooks; a parametrized module is of a class of its own."""
+    return type(module) is kind and not module._forward_pre_hooks and not module._forward_hooks
 
 
 def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from immunity_lib import ImmunityMoE, attacks, build_expert, expert_heatmaps
 from immunity_lib.attacks import AIMS, ATTACKS, attack_images, cross_entropy_by_gate, exact_pgd, fold, strongest_points
@@ -339,6 +340,37 @@ def test_each_norm_is_folded_into_its_own_convolution_or_stays(images):
     for network, norms in ((twice, 0), (staying, 3)):
         assert count_norms(folded := fold(draw_norms(network))) == norms
         torch.testing.assert_close(folded(images), network(images))
+
+
+class Residual(nn.Sequential):
+    def forward(self, images):
+        activations = self[0](images)
+        return self[1](activations) + activations
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda convolution, norm: Residual(convolution, norm),
+        lambda convolution, norm: nn.Sequential(Doubled(3, 4, 3), norm),
+        lambda convolution, norm: nn.Sequential(nn.utils.spectral_norm(convolution), norm),
+        lambda convolution, norm: nn.Sequential(nn.utils.parametrizations.weight_norm(convolution), norm),
+        lambda convolution, norm: nn.Sequential(
+            torch.no_grad()(prune.l1_unstructured)(convolution, "weight", 0.5), norm
+        ),
+    ],
+    ids=["own forward", "own convolution", "hooks", "parametrized", "pruned"],
+)
+def test_what_is_more_than_convolution_and_norm_is_not_folded(images, make):
+    network = draw_norms(make(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    if hasattr(network[0], "parametrizations"):
+        network[0].parametrizations.weight.original0.data.mul_(3)  # else its weight is as without
+    torch.testing.assert_close(fold(network)(images), network(images), rtol=0, atol=0)
 
 
 def test_a_folded_copy_is_its_own_and_for_evaluation_alone(model, images):
