@@ -242,6 +242,7 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
 DRAWS = 20  # of the gate for each gradient of a random gate, as AutoAttack's "rand" has it
 QUERIES_PER_STEP = 50  # of Square: 5,000 beside 100 steps of the gradient attacks, as published
 DRAWS_PER_STEP = 5  # of random noise: 500 points beside 100 steps
+PARTS_OF_AUTO_ATTACK = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 FEWEST_CLASSES = 4  # that the targeted loss of AutoAttack can tell apart
 
 
@@ -254,14 +255,17 @@ def auto_attack(
     A fixed gate gets the "standard" version (APGD on the cross entropy, targeted APGD and FAB, Square), a random one
     "rand" (APGD on cross entropy and DLR, gradients averaged over 20 draws). It stops at the first point that fools
     the gate it sees, and under a random gate one lucky draw counts, so its images want judging under all gates.
-    steps: of each gradient attack; 100 is AutoAttack as published. only: some of its attacks, as ("square",). Raises
-    ValueError also for fewer than four classes where an attack needs them.
+    steps: of each gradient attack; 100 is AutoAttack as published. only: some of PARTS_OF_AUTO_ATTACK, as ("square",).
+    Raises ValueError for others, and for fewer than four classes where an attack needs them. It draws from a seed of
+    its own, without touching the caller's random state.
     """
+    if isinstance(only, str) or not set(only) <= set(PARTS_OF_AUTO_ATTACK):
+        raise ValueError(f"only is {only!r}; give a tuple of some of {', '.join(PARTS_OF_AUTO_ATTACK)}")
     from pyautoattack import AutoAttack  # costs a second, which only attackers should pay
 
     check_batch(model, images, labels)
     classes = model.experts[0].num_classes
-    if classes < FEWEST_CLASSES and only != ("square",):
+    if classes < FEWEST_CLASSES and tuple(only) != ("square",):
         raise ValueError(
             f"AutoAttack needs at least {FEWEST_CLASSES} classes, the model has {classes}; attacks "
             "that work: those of attack_images, exact_pgd, strongest_points, and Square alone"
@@ -282,7 +286,8 @@ def auto_attack(
     judge.logger.addHandler(handler)
     points = images.contiguous()
     try:
-        adversarial, _ = judge.run_standard_evaluation(points, labels, batch_size=len(points))
+        with torch.random.fork_rng():  # it sets the seed of all that draws
+            adversarial, _ = judge.run_standard_evaluation(points, labels, batch_size=len(points))
     finally:
         judge.logger.removeHandler(handler)
     # What they refer to is a file of AutoAttack's own repository

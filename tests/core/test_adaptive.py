@@ -1,5 +1,6 @@
 """The adaptive evaluation: what it reports, and that its checks catch faked robustness."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -174,12 +175,20 @@ def test_more_draws_of_noise_fool_no_fewer(make_distant_images):
     assert (failures[1] >= failures[0]).all() and failures[1].sum() > failures[0].sum()
 
 
+@pytest.mark.parametrize("only", ["square", ("sqare",), ("apgd-ce", "apgd")])
+def test_parts_of_auto_attack_that_there_are_not_are_refused_with_those_there_are(model, images, labels, only):
+    with pytest.raises(ValueError, match=f"{re.escape(repr(only))}; give a tuple .*apgd-ce, .*, fab-t, square"):
+        auto_attack(model, images, labels, "uniform", eps=0.03, only=only)
+
+
 @pytest.mark.parametrize("only", [(), ("square",)])
 def test_square_and_auto_attack_break_the_gate_they_see(make_linear_model, many_images, only):
     model = make_linear_model(3, sharpness=3.0)
     with torch.no_grad():
         labels = model(many_images, "uniform").argmax(1)
+    state = torch.get_rng_state()
     adversarial, _ = auto_attack(model, many_images, labels, "uniform", eps=0.03, steps=20 if only else 5, only=only)
+    assert torch.equal(torch.get_rng_state(), state)
     check_budget(many_images, adversarial, 0.03)
     found = verdicts(model.expert_outputs(adversarial), labels)
     assert found.uniform.double().mean() < 0.7
