@@ -115,6 +115,9 @@ class ImmunityMoE(nn.Module):
         passes = [expert.forward_with_features(images) for expert in self.experts]
         activations, logits = zip(*passes, strict=True)
         log_gate = self.gate(self.experts[0].normalise(images))
+        if log_gate.shape[-1] != len(logits):  # a single weight would be given to all
+            given = f"the gate gives {log_gate.shape[-1]} weights for {len(logits)} experts"
+            raise ValueError(f"{given}; build it for {len(logits)}, as ConstantGate({len(logits)})")
         # In the images' precision: mixed precision ends before probabilities begin
         logits = torch.stack(logits, dim=1).to(images.dtype)
         return ExpertOutputs(logits, log_gate.to(images.dtype), activations)
