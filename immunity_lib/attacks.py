@@ -64,6 +64,7 @@ def attack_images(
     mode of each of its modules is as before afterwards."""
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+    check_effort(eps, steps)
     check_batch(model, images, labels)
     import torchattacks  # costs a second, which only attackers should pay
 
@@ -149,6 +150,7 @@ def exact_pgd(
     """
     if aim not in AIMS:
         raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
+    check_effort(eps, steps)
     check_batch(model, images, labels)
     budget = {"eps": eps, "step_size": step_size, "steps": steps}
     raised = AIMS[aim]
@@ -164,6 +166,7 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
 
     The step falls from eps to 0 by a cosine: a long search and a fine one need both (as Auto-PGD halves its own).
     Images that every gate gets wrong are let be."""
+    check_effort(eps, steps)
     check_batch(model, images, labels)
     with in_eval_mode(model), torch.no_grad():
         return _strongest_points(model, images, labels, eps, steps)
@@ -227,6 +230,7 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     """Of so many corners of the eps-ball around each image, drawn at random, the one that the most gates get wrong.
     It uses no gradient: if it finds what gradients miss, they mislead (Carlini et al. 2019, arXiv 1902.06705,
     sections 4.3 and 4.11)."""
+    check_effort(eps, draws, "draws")
     best = images.clone()
     most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
     with in_eval_mode(model):
@@ -261,6 +265,7 @@ def auto_attack(
     """
     if isinstance(only, str) or not set(only) <= set(PARTS_OF_AUTO_ATTACK):
         raise ValueError(f"only is {only!r}; give a tuple of some of {', '.join(PARTS_OF_AUTO_ATTACK)}")
+    check_effort(eps, steps)
     from pyautoattack import AutoAttack  # costs a second, which only attackers should pay
 
     check_batch(model, images, labels)
@@ -318,6 +323,10 @@ class Effort:
     samples: tuple[int, ...]  # of the gate for each gradient of EOTPGD, an attack for each
     auto_attack_steps: int  # Square has 50 queries for each, and random noise 5 draws
     auto_attack_images: int | None = None  # the first ones, for AutoAttack and what needs no gradient; None: all
+
+    def __post_init__(self) -> None:
+        check_effort(self.eps, self.steps)
+        check_effort(self.eps, self.auto_attack_steps, "auto_attack_steps")
 
 
 @dataclass(frozen=True)
@@ -418,6 +427,14 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
     """The points, each pixel brought to within eps of its image's and to [0, 1]."""
     return (images + (points - images).clamp(-eps, eps)).clamp(0, 1)
+
+
+def check_effort(eps: float, steps: int, name: str = "steps") -> None:
+    """Raise ValueError unless eps is in the units of images, 0 .. 1, and there is a step; name: of what counts them."""
+    if not 0 <= eps <= 1:  # so phrased that NaN fails
+        raise ValueError(f"eps is {eps}; it must lie in 0 to 1, as images do: write 8/255 for 8 of 255 levels")
+    if not steps >= 1:
+        raise ValueError(f"{name} is {steps}; it must be at least 1, as an attack without one leaves images unmoved")
 
 
 def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:

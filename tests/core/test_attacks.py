@@ -204,6 +204,26 @@ def test_unknown_names_are_refused_with_the_valid_ones(model, images, labels):
         exact_pgd(model, images, labels, aim="mean", **BUDGET)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"eps": 8}, "eps is 8; .*0 to 1, as images do: write 8/255"), ({"eps": -0.1}, "eps is -0.1; "),
+     ({"eps": float("nan")}, "eps is nan; "), ({"steps": 0}, "s is 0; it must be at least 1, as an attack without")],
+)  # fmt: skip
+def test_a_budget_that_no_attack_can_have_is_refused(model, images, labels, changes, message):
+    """An eps of 8, meant as 8/255, would be one of all images; and of no step, robustness."""
+    batch, budget = (model, images, labels), BUDGET | changes
+    few = {"eps": budget["eps"], "steps": budget["steps"]}
+    for run in (
+        lambda: attack(*batch, "pgd", **budget), lambda: exact_pgd(*batch, **budget),
+        lambda: strongest_points(*batch, **few), lambda: attacks.auto_attack(*batch, "uniform", **few),
+        lambda: attacks.random_noise(*batch, eps=budget["eps"], draws=budget["steps"]),
+        lambda: attacks.Effort(**budget, samples=(1,), auto_attack_steps=1),
+        lambda: attacks.Effort(budget["eps"], 1.0, 1, (1,), auto_attack_steps=budget["steps"]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
 # PGD of our own: along a path, on the margin, and exact over the gate
 
 
