@@ -90,6 +90,14 @@ class ConstantGate(nn.Module):
         return self.weights.log_softmax(-1).expand(len(images), -1)
 
 
+def placed_as(module: nn.Module, other: nn.Module) -> nn.Module:
+    """The module, moved to the device and the precision of another one's weights, if that has any."""
+    for weight in itertools.chain(other.parameters(), other.buffers()):
+        if weight.is_floating_point():
+            return module.to(weight.device, weight.dtype)
+    return module
+
+
 class ImmunityMoE(nn.Module):
     """N experts mixed by a gate, eq (1). Returns log-probabilities.
 
@@ -107,7 +115,7 @@ class ImmunityMoE(nn.Module):
                 lacks = f"a {type(expert).__name__} is no expert: it lacks {', '.join(missing)}"
                 raise TypeError(f"{lacks}; build_expert makes one, as_expert makes one of any network")
         self.experts = nn.ModuleList(experts)
-        self.gate = ConvolutionalGate(len(experts)) if gate is None else gate
+        self.gate = placed_as(ConvolutionalGate(len(experts)), experts[0]) if gate is None else gate
         self.evaluation_gate = evaluation_gate
 
     def expert_outputs(self, images: Tensor) -> ExpertOutputs:
