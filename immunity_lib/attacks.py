@@ -129,7 +129,8 @@ def attack_path(
 
 # What an attack on all gates raises for each image, from the experts' outputs and the labels, (B,): the mean over a
 # uniform permutation of the cross entropy; of sigmoid(margin), a smooth share of gates that are fooled; and of the
-# difference-of-logits ratio (Croce & Hein 2020, arXiv 2003.01690), which the scale of the logits cannot mask
+# difference-of-logits ratio (Croce & Hein 2020, arXiv 2003.01690), which the scale of the logits masks less: only where
+# probabilities are too small for the precision
 AIMS: dict[str, Callable[[ExpertOutputs, Tensor], Tensor]] = {
     "expected": lambda outputs, labels: cross_entropy_by_gate(outputs, labels).mean(1),
     "fooled": lambda outputs, labels: margin(*_by_gate(outputs, labels)).sigmoid().mean(-1),
@@ -220,8 +221,11 @@ def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def difference_of_logits_ratio(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """(..., ): the margin over the distance of the first to the third largest, of log-probabilities (..., C)."""
-    largest = log_probs.topk(min(3, log_probs.shape[-1]), dim=-1).values
+    """(..., ): the margin over the distance of the first to the third largest, of log-probabilities (..., C); of two
+    classes the margin alone, since over the distance of the two it would be 1 or -1, without a slope."""
+    if log_probs.shape[-1] < 3:
+        return margin(log_probs, labels)
+    largest = log_probs.topk(3, dim=-1).values
     return margin(log_probs, labels) / (largest[..., 0] - largest[..., -1]).clamp(min=1e-12)
 
 

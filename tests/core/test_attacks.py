@@ -113,6 +113,14 @@ def test_a_step_is_along_the_gradient_of_what_is_raised(make_linear_model, image
     assert_same_points(one(model, images, labels, **BUDGET | {"steps": 1}), moved.clamp(0, 1))
 
 
+@pytest.mark.parametrize("aim", AIMS)
+def test_of_two_classes_too_every_aim_finds_what_lies_within_eps(make_distant_images, aim):
+    """Of images that lie half a level to 11.5 levels from the boundary."""
+    model, images, labels = make_distant_images([(k + 0.5) / 255 for k in range(12)])
+    found = exact_pgd(model, images, labels, **BUDGET, aim=aim)
+    assert share_fooled(model, found, labels).tolist() == [1.0] * 8 + [0.0] * 4
+
+
 def test_apgd_starts_where_the_random_state_says(model, images, labels):
     """torchattacks' own would set the seed itself, the same for every batch."""
     found = []
