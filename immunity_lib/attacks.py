@@ -64,6 +64,7 @@ def attack_images(
     mode of each of its modules is as before afterwards."""
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+    check_effort(eps, steps)
     check_batch(model, images, labels)
     import torchattacks  # costs a second, which only attackers should pay
 
@@ -81,9 +82,11 @@ def ascent_path(
     """PGD (Madry et al. 2018, arXiv 1706.06083): where it starts, and where it is after each step.
 
     objective: from points (B, 3, 32, 32) to what is raised, (B,). eps: a float, or each image's own as (B, 1, 1, 1),
-    then without a random start. falling: the step falls from step_size to 0 by a cosine.
+    then without a random start. falling: the step falls from step_size to 0 by a cosine. Raises ValueError before the
+    last point where a gradient was NaN.
     """
     points = images = images.detach()
+    astray = torch.zeros((), dtype=torch.bool, device=images.device)
     if random_start:
         points = (points + torch.empty_like(points).uniform_(-eps, eps)).clamp(0, 1)
     yield points
@@ -91,6 +94,12 @@ def ascent_path(
         start = points.clone().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(objective(start).sum(), start)
+        astray |= gradient.isnan().any()
+        if step == steps - 1 and astray:  # read but once, since a GPU is waited for
+            raise ValueError(
+                "the model's gradient in its images is NaN, where an attack stands still, which would look like "
+                "robustness; mend the model, where it takes a root or logarithm of 0 for instance"
+            )
         length = step_size * (1 + math.cos(math.pi * step / steps)) / 2 if falling else step_size
         points = within_budget(points + length * gradient.sign(), images, eps)
         yield points
@@ -120,7 +129,8 @@ def attack_path(
 
 # What an attack on all gates raises for each image, from the experts' outputs and the labels, (B,): the mean over a
 # uniform permutation of the cross entropy; of sigmoid(margin), a smooth share of gates that are fooled; and of the
-# difference-of-logits ratio (Croce & Hein 2020, arXiv 2003.01690), which the scale of the logits cannot mask
+# difference-of-logits ratio (Croce & Hein 2020, arXiv 2003.01690), which the scale of the logits masks less: only where
+# probabilities are too small for the precision
 AIMS: dict[str, Callable[[ExpertOutputs, Tensor], Tensor]] = {
     "expected": lambda outputs, labels: cross_entropy_by_gate(outputs, labels).mean(1),
     "fooled": lambda outputs, labels: margin(*_by_gate(outputs, labels)).sigmoid().mean(-1),
@@ -141,22 +151,29 @@ def exact_pgd(
     """
     if aim not in AIMS:
         raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
+    check_effort(eps, steps)
     check_batch(model, images, labels)
     budget = {"eps": eps, "step_size": step_size, "steps": steps}
     raised = AIMS[aim]
-    *_, last = ascent_path(
-        lambda points: raised(model.expert_outputs(points), labels), images, **budget, random_start=random_start
-    )
+    with in_eval_mode(model):
+        *_, last = ascent_path(
+            lambda points: raised(model.expert_outputs(points), labels), images, **budget, random_start=random_start
+        )
     return last
 
 
-@torch.no_grad()
 def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, steps: int) -> Tensor:
     """Of all points on the way of PGD on each of the `AIMS`, the one that the most gates get wrong.
 
     The step falls from eps to 0 by a cosine: a long search and a fine one need both (as Auto-PGD halves its own).
     Images that every gate gets wrong are let be."""
+    check_effort(eps, steps)
     check_batch(model, images, labels)
+    with in_eval_mode(model), torch.no_grad():
+        return _strongest_points(model, images, labels, eps, steps)
+
+
+def _strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
     best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
 
     def climb(raised: Callable[[ExpertOutputs, Tensor], Tensor], left: Tensor) -> None:
@@ -175,7 +192,9 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
         look_at(last)
 
     for raised in AIMS.values():
-        climb(raised, (fooled < 1).nonzero().squeeze(1))
+        left = (fooled < 1).nonzero().squeeze(1)
+        if len(left):  # some networks cannot take a batch of no images
+            climb(raised, left)
     return best
 
 
@@ -202,8 +221,11 @@ def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def difference_of_logits_ratio(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """(..., ): the margin over the distance of the first to the third largest, of log-probabilities (..., C)."""
-    largest = log_probs.topk(min(3, log_probs.shape[-1]), dim=-1).values
+    """(..., ): the margin over the distance of the first to the third largest, of log-probabilities (..., C); of two
+    classes the margin alone, since over the distance of the two it would be 1 or -1, without a slope."""
+    if log_probs.shape[-1] < 3:
+        return margin(log_probs, labels)
+    largest = log_probs.topk(3, dim=-1).values
     return margin(log_probs, labels) / (largest[..., 0] - largest[..., -1]).clamp(min=1e-12)
 
 
@@ -212,20 +234,23 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     """Of so many corners of the eps-ball around each image, drawn at random, the one that the most gates get wrong.
     It uses no gradient: if it finds what gradients miss, they mislead (Carlini et al. 2019, arXiv 1902.06705,
     sections 4.3 and 4.11)."""
+    check_effort(eps, draws, "draws")
     best = images.clone()
     most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
-    for _ in range(draws):
-        corner = eps * torch.randint_like(images, 2).mul_(2).sub_(1)
-        points = within_budget(images + corner, images, eps)
-        failure = verdicts(model.expert_outputs(points), labels).failure
-        better = failure > most
-        best[better], most[better] = points[better], failure[better]
+    with in_eval_mode(model):
+        for _ in range(draws):
+            corner = eps * torch.randint_like(images, 2).mul_(2).sub_(1)
+            points = within_budget(images + corner, images, eps)
+            failure = verdicts(model.expert_outputs(points), labels).failure
+            better = failure > most
+            best[better], most[better] = points[better], failure[better]
     return best
 
 
 DRAWS = 20  # of the gate for each gradient of a random gate, as AutoAttack's "rand" has it
 QUERIES_PER_STEP = 50  # of Square: 5,000 beside 100 steps of the gradient attacks, as published
 DRAWS_PER_STEP = 5  # of random noise: 500 points beside 100 steps
+PARTS_OF_AUTO_ATTACK = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 FEWEST_CLASSES = 4  # that the targeted loss of AutoAttack can tell apart
 
 
@@ -238,14 +263,18 @@ def auto_attack(
     A fixed gate gets the "standard" version (APGD on the cross entropy, targeted APGD and FAB, Square), a random one
     "rand" (APGD on cross entropy and DLR, gradients averaged over 20 draws). It stops at the first point that fools
     the gate it sees, and under a random gate one lucky draw counts, so its images want judging under all gates.
-    steps: of each gradient attack; 100 is AutoAttack as published. only: some of its attacks, as ("square",). Raises
-    ValueError also for fewer than four classes where an attack needs them.
+    steps: of each gradient attack; 100 is AutoAttack as published. only: some of PARTS_OF_AUTO_ATTACK, as ("square",).
+    Raises ValueError for others, and for fewer than four classes where an attack needs them. It draws from a seed of
+    its own, without touching the caller's random state.
     """
+    if isinstance(only, str) or not set(only) <= set(PARTS_OF_AUTO_ATTACK):
+        raise ValueError(f"only is {only!r}; give a tuple of some of {', '.join(PARTS_OF_AUTO_ATTACK)}")
+    check_effort(eps, steps)
     from pyautoattack import AutoAttack  # costs a second, which only attackers should pay
 
     check_batch(model, images, labels)
     classes = model.experts[0].num_classes
-    if classes < FEWEST_CLASSES and only != ("square",):
+    if classes < FEWEST_CLASSES and tuple(only) != ("square",):
         raise ValueError(
             f"AutoAttack needs at least {FEWEST_CLASSES} classes, the model has {classes}; attacks "
             "that work: those of attack_images, exact_pgd, strongest_points, and Square alone"
@@ -266,7 +295,8 @@ def auto_attack(
     judge.logger.addHandler(handler)
     points = images.contiguous()
     try:
-        adversarial, _ = judge.run_standard_evaluation(points, labels, batch_size=len(points))
+        with torch.random.fork_rng():  # it sets the seed of all that draws
+            adversarial, _ = judge.run_standard_evaluation(points, labels, batch_size=len(points))
     finally:
         judge.logger.removeHandler(handler)
     # What they refer to is a file of AutoAttack's own repository
@@ -297,6 +327,10 @@ class Effort:
     samples: tuple[int, ...]  # of the gate for each gradient of EOTPGD, an attack for each
     auto_attack_steps: int  # Square has 50 queries for each, and random noise 5 draws
     auto_attack_images: int | None = None  # the first ones, for AutoAttack and what needs no gradient; None: all
+
+    def __post_init__(self) -> None:
+        check_effort(self.eps, self.steps)
+        check_effort(self.eps, self.auto_attack_steps, "auto_attack_steps")
 
 
 @dataclass(frozen=True)
@@ -372,14 +406,14 @@ def fold(model: nn.Module) -> nn.Module:
     """A copy for evaluation: the same function within rounding, computed faster.
 
     It is in eval mode, and its parameters take no gradients. A model under evaluation no longer changes, so every
-    batch norm right behind a convolution in an `nn.Sequential` becomes part of that convolution; others stay. What
-    happens to the model later does not reach the copy.
+    batch norm right behind a convolution in an `nn.Sequential` becomes part of that convolution; others stay, as do
+    those of classes of one's own, and with hooks or parametrizations, which may do anything. What happens to the model
+    later does not reach the copy.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+    for sequence in [module for module in model.modules() if type(module).forward is nn.Sequential.forward]:
         for index, (convolution, norm) in enumerate(pairwise(list(sequence))):
-            folds = isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-            if folds and norm.track_running_stats:
+            if _is_plain(convolution, nn.Conv2d) and _is_plain(norm, nn.BatchNorm2d) and norm.track_running_stats:
                 sequence[index] = fuse_conv_bn_eval(convolution, norm)
                 sequence[index + 1] = nn.Identity()
                 if index + 2 < len(sequence) and isinstance(sequence[index + 2], nn.ReLU):
@@ -388,9 +422,23 @@ def fold(model: nn.Module) -> nn.Module:
     return model.eval()  # the layers that are new, too
 
 
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what this class says, from its weights as they are. Pruning and the older norms of
+    weights are hooks; a parametrized module is of a class of its own."""
+    return type(module) is kind and not module._forward_pre_hooks and not module._forward_hooks
+
+
 def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
     """The points, each pixel brought to within eps of its image's and to [0, 1]."""
     return (images + (points - images).clamp(-eps, eps)).clamp(0, 1)
+
+
+def check_effort(eps: float, steps: int, name: str = "steps") -> None:
+    """Raise ValueError unless eps is in the units of images, 0 .. 1, and there is a step; name: of what counts them."""
+    if not 0 <= eps <= 1:  # so phrased that NaN fails
+        raise ValueError(f"eps is {eps}; it must lie in 0 to 1, as images do: write 8/255 for 8 of 255 levels")
+    if not steps >= 1:
+        raise ValueError(f"{name} is {steps}; it must be at least 1, as an attack without one leaves images unmoved")
 
 
 def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:

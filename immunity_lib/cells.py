@@ -167,11 +167,10 @@ def _drop_path(summand: Tensor, share: float) -> Tensor:
     return summand * (kept / (1 - share)).to(summand.dtype)
 
 
-class Stem(nn.Sequential):
-    """Convolution and batch norm, no ReLU; both inputs of the first cell."""
+class BothInputs(nn.Module):
+    """The stem's output as both inputs of the first cell."""
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        out = super().forward(images)
+    def forward(self, out: Tensor) -> tuple[Tensor, Tensor]:
         return out, out
 
 
@@ -189,7 +188,8 @@ class CellNetwork(Expert):
         training alone. options: as in `Expert`."""
         halving = reduction_cells(len(designs))
         stem_channels = 3 * channels
-        stages = {"stem": Stem(*convolution(3, stem_channels, 3, bias=False)[:2])}
+        # No ReLU; a plain sequence, which `fold` knows
+        stages = {"stem": nn.Sequential(*convolution(3, stem_channels, 3, bias=False)[:2], BothInputs())}
         before_last = last = stem_channels
         for index, design in enumerate(designs):
             channels *= 2 if index in halving else 1

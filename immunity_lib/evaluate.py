@@ -27,7 +27,7 @@ from immunity_lib.attacks import (
 )
 from immunity_lib.data import ImageSet
 from immunity_lib.data.batches import evaluation_batches
-from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
+from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, in_eval_mode, switched_probabilities, verdicts
 
 BATCH = 250
 BUDGETS = tuple(k / 255 for k in (0, 2, 4, 8, 16, 32, 64, 128, 255))  # eps of the first check
@@ -89,7 +89,7 @@ def evaluate_adaptively(
     done: Mapping[str, Result] = {},
     keep: Callable[[str, GateVerdicts, dict], None] = lambda name, found, told: None,
 ) -> tuple[dict[str, Result], dict]:  # fmt: skip
-    """Every adaptive attack on a model in eval mode, over all gates image by image, and the checks.
+    """Every adaptive attack on a model, as it is in eval mode, over all gates image by image, and the checks.
 
     surrogates: other models whose images are tried. tell: gets a line after every attack. done: results of attacks
     that need not be made again. keep: gets each attack's name and result.
@@ -148,9 +148,10 @@ def agreement(model: ImmunityMoE, images: Tensor) -> dict[str, float]:
     """How far a model's answers depend on the gate: "unanimous", the share of images to which all gates give one
     answer, and "pairs", the probability that two gates drawn at random agree."""
     votes = []
-    for some in images.split(BATCH):
-        answers = switched_probabilities(outputs := model.expert_outputs(some)).argmax(-1)
-        votes.append(functional.one_hot(answers, outputs.logits.shape[-1]).double().mean(1))
+    with in_eval_mode(model):
+        for some in images.split(BATCH):
+            answers = switched_probabilities(outputs := model.expert_outputs(some)).argmax(-1)
+            votes.append(functional.one_hot(answers, outputs.logits.shape[-1]).double().mean(1))
     shares = torch.cat(votes)
     return {
         "unanimous": (shares.amax(1) == 1).double().mean().item(),
@@ -191,7 +192,8 @@ def _what_checks_need(
         "black": worst(BLACK_BOX),
         "once": under_exact(eps, step_size, steps),
         "twice": under_exact(eps, step_size, 2 * steps),
-        "zero_gradients": (gradient.flatten(1) == 0).all(1).double().mean().item(),
+        # An attack stands still on NaN as on zero, and NaN is not above 0
+        "zero_gradients": (~(gradient.flatten(1).abs() > 0).any(1)).double().mean().item(),
         "frozen": results["pgd-trained"][0].accuracy.trained,
         "alone": [results[f"pgd-expert-{k + 1}"][0].experts[:, k].double().mean().item() for k in experts],
         "difference": twice_the_same.abs().max().item(),
@@ -222,7 +224,7 @@ def sanity_checks(
     weak, or that the model hides its gradients; not that the model is robust.
 
     All are accuracies, 0 .. 1, but for white and black, each image's failure probability (B,) under the strongest
-    attack with and without gradients; zero_gradients, the share of images whose gradient is exactly zero; and
+    attack with and without gradients; zero_gradients, the share of images whose gradient is exactly zero or NaN; and
     difference, the largest of a log-probability between two passes. by_budget: by eps, up to 1. once, twice: under an
     attack and one of twice its steps. frozen, alone: of the mixture with its gate frozen and of each expert, attacked
     through its own gradients. flags: AutoAttack's warnings.

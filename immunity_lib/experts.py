@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from immunity_lib.moe import in_eval_mode
+from immunity_lib.moe import in_eval_mode, placed_as
 from immunity_lib.recipe import BASELINES, EXPERT_NAMES
 
 # The paper takes "the last convolutional layer with dimensions exceeding 8*8" for Grad-CAM.
@@ -327,7 +327,8 @@ def as_expert(
     if layer not in names:
         outer = ", ".join(name for name in names if name.count(".") < 2)
         raise ValueError(f"unknown layer {layer!r}; the network has {outer}, and what they contain")
-    expert = NetworkExpert(copy.deepcopy(network), layer, num_classes, Normalise(mean, std))
+    normalise = placed_as(Normalise(mean, std), network)
+    expert = NetworkExpert(copy.deepcopy(network), layer, num_classes, normalise)
     trial = copy.deepcopy(expert).cpu().float()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for mode in ("eval", "train"):

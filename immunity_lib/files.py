@@ -70,11 +70,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, Any])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote; raises DamagedFile if it is not whole."""
+    """Read what `write_tensors` wrote; raises DamagedFile if it is not whole or not there, and OSError where it cannot
+    be read now, which says nothing of the file."""
     try:
         with safe_open(path, "pt") as file:
             notes = dict(json.loads((file.metadata() or {})["immunity"]))
             # Copied: it hands out the file's own pages, which change when the file is written to
             return {name: file.get_tensor(name).clone() for name in file.keys()}, notes
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{path} is not a whole file of this library: {error}") from error

@@ -115,5 +115,6 @@ def _resize(maps: Tensor) -> Tensor:
 
 @lru_cache
 def _interpolation(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    identity = torch.eye(size, device=device, dtype=dtype)[None]
-    return functional.interpolate(identity, size=GRID, mode="linear")[0].mT.contiguous()
+    with torch.inference_mode(False):  # kept for later callers, whose autograd takes no inference tensor
+        identity = torch.eye(size, device=device, dtype=dtype)[None]
+        return functional.interpolate(identity, size=GRID, mode="linear")[0].mT.contiguous()

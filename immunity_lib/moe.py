@@ -90,6 +90,14 @@ class ConstantGate(nn.Module):
         return self.weights.log_softmax(-1).expand(len(images), -1)
 
 
+def placed_as(module: nn.Module, other: nn.Module) -> nn.Module:
+    """The module, moved to the device and the precision of another one's weights, if that has any."""
+    for weight in itertools.chain(other.parameters(), other.buffers()):
+        if weight.is_floating_point():
+            return module.to(weight.device, weight.dtype)
+    return module
+
+
 class ImmunityMoE(nn.Module):
     """N experts mixed by a gate, eq (1). Returns log-probabilities.
 
@@ -107,7 +115,7 @@ class ImmunityMoE(nn.Module):
                 lacks = f"a {type(expert).__name__} is no expert: it lacks {', '.join(missing)}"
                 raise TypeError(f"{lacks}; build_expert makes one, as_expert makes one of any network")
         self.experts = nn.ModuleList(experts)
-        self.gate = ConvolutionalGate(len(experts)) if gate is None else gate
+        self.gate = placed_as(ConvolutionalGate(len(experts)), experts[0]) if gate is None else gate
         self.evaluation_gate = evaluation_gate
 
     def expert_outputs(self, images: Tensor) -> ExpertOutputs:
@@ -115,6 +123,9 @@ class ImmunityMoE(nn.Module):
         passes = [expert.forward_with_features(images) for expert in self.experts]
         activations, logits = zip(*passes, strict=True)
         log_gate = self.gate(self.experts[0].normalise(images))
+        if log_gate.shape[-1] != len(logits):  # a single weight would be given to all
+            given = f"the gate gives {log_gate.shape[-1]} weights for {len(logits)} experts"
+            raise ValueError(f"{given}; build it for {len(logits)}, as ConstantGate({len(logits)})")
         # In the images' precision: mixed precision ends before probabilities begin
         logits = torch.stack(logits, dim=1).to(images.dtype)
         return ExpertOutputs(logits, log_gate.to(images.dtype), activations)
@@ -198,12 +209,14 @@ def permutations(experts: int) -> Tensor:
     """All permutations of range(experts), (N!, N), the identity first; of more than six experts, 720 drawn at random,
     always the same ones, with a warning."""
     if experts <= LARGEST_ENUMERATED:
-        return torch.tensor(list(itertools.permutations(range(experts))))
+        with torch.inference_mode(False):  # kept for later callers, whose autograd takes no inference tensor
+            return torch.tensor(list(itertools.permutations(range(experts))))
     many = f"{experts} experts have {math.factorial(experts):,} gates, too many to count"
     told = f"whatever is said of the switched gate is an estimate from {DRAWN} drawn at random"
     warnings.warn(f"{many}: {told}", stacklevel=2)
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(DRAWN, experts, generator=generator).argsort(1)
+    with torch.inference_mode(False):
+        return torch.rand(DRAWN, experts, generator=generator).argsort(1)
 
 
 def switched_probabilities(outputs: ExpertOutputs) -> Tensor:

@@ -4,7 +4,8 @@ import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 DatasetName = Literal["parts10", "cifar10", "cifar100", "images"]
 # Of architecture search; the paper compares Immunity with them, and they can be experts like the others
@@ -17,7 +18,7 @@ DATASETS, BASELINES, EXPERT_NAMES = map(get_args, (DatasetName, BaselineName, Ex
 @dataclass(frozen=True)
 class Recipe:
     """All that trained weights depend on, besides code and data. Units: epochs, images, pixels; eps and step_size in
-    the image's range [0, 1]. Raises ValueError for a value out of range."""
+    the image's range [0, 1]. Raises ValueError for a value out of range and a name that there is not."""
 
     # data
     dataset: DatasetName = "parts10"
@@ -76,6 +77,14 @@ class Recipe:
             "batch_size": 2, "adversary_steps": 1, "eps": SMALLEST_EPS, "step_size": SMALLEST_EPS,
         }  # fmt: skip
         wrong = []
+        for name, valid in CHOICES.items():
+            if (value := getattr(self, name)) not in valid:
+                wrong.append(f"{name} is {value!r}; it must be one of {', '.join(map(str, valid))}")
+        for name in ("auxiliary_weight", "drop_path"):
+            if getattr(self, name) and self.expert not in BASELINES:
+                wrong.append(f"{name} is {getattr(self, name)}; it must be 0 for {self.expert}, which has no cells")
+        if self.auxiliary_weight and self.experts > 1:  # its loss is that of one network, without a gate
+            wrong.append(f"auxiliary_weight is {self.auxiliary_weight}; it must be 0 for {self.experts} experts")
         for name, value in vars(self).items():
             if value is None or isinstance(value, bool | str):
                 continue
@@ -102,3 +111,15 @@ class Recipe:
         """Whether these are the fields that `as_json` once gave; fields that it did not have yet stand for their
         defaults."""
         return isinstance(known, dict) and self.as_json() == Recipe().as_json() | known
+
+
+def _choices(hint: Any) -> list:
+    """The values that a field of names may have; none of a field of numbers."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    names = [name for part in get_args(hint) for name in _choices(part)]
+    others = {NoneType: [None], bool: [False, True]}
+    return names and names + [one for part in get_args(hint) for one in others.get(part, [])]
+
+
+CHOICES = {name: valid for name, hint in get_type_hints(Recipe).items() if (valid := _choices(hint))}

@@ -68,6 +68,8 @@ def train(
     Raises TrainingDiverged at the first loss that is not finite. SIGTERM (as SystemExit(143)) and Ctrl-C end it at
     once, with the last epoch's checkpoint left to go on from.
     """
+    if recipe.pairing != "none" and recipe.adversary is None:
+        raise ValueError(f"pairing is {recipe.pairing}, but adversary is None; choose pgd or ffgsm, or pairing none")
     model = build_model(recipe, dataset).to(device)
     loss = compiled_loss() if is_compiled(recipe, next(model.parameters()).device) else training_loss
     optimiser = make_optimiser(model, recipe)

@@ -31,6 +31,11 @@ class ImageSet:
     part_masks: Tensor | None = None  # (B, P, 32, 32) bool, the visible pixels of each part
     background: Tensor | None = None  # (B, 32, 32) bool, the pixels that show no object
 
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8:  # batches divide them by 255
+            remedy = "give 8-bit pixels, of images in [0, 1] as (255 * images).round().to(torch.uint8)"
+            raise ValueError(f"images are {self.images.dtype}; an ImageSet holds torch.uint8: {remedy}")
+
     def __len__(self) -> int:
         return len(self.labels)
 

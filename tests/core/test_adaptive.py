@@ -1,5 +1,6 @@
 """The adaptive evaluation: what it reports, and that its checks catch faked robustness."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from immunity_lib import ImmunityMoE
 from immunity_lib.attacks import FAMILIES, Effort, adaptive_attacks, auto_attack, check_budget, random_noise
-from immunity_lib.evaluate import evaluate_adaptively, sanity_checks
+from immunity_lib.evaluate import _what_checks_need, evaluate_adaptively, sanity_checks
 from immunity_lib.moe import ConstantGate, verdicts
 
 EFFORT = Effort(8 / 255, 2 / 255, steps=10, samples=(1, 3), auto_attack_steps=4)
@@ -69,6 +70,24 @@ def test_an_honest_model_passes_every_check_under_every_family(make_linear_model
 def test_a_model_that_fakes_robustness_is_caught(make_linear_model, many_images, decoy, checks):
     _, summary = evaluate(spoil(make_linear_model(3, sharpness=3.0), **decoy), many_images)
     assert checks <= {one["check"] for one in summary["checks"] if not one["passed"]}
+
+
+def test_a_gradient_of_nan_stops_the_attack_and_counts_as_none(make_linear_model, many_images, monkeypatch):
+    """The slope of a root at 0 is infinite, and times 0 it is NaN; here, of the first half."""
+
+    def root_of_zero(images):
+        first, others = images.tensor_split(2)
+        return torch.cat((first + (first - first.detach()).square().sqrt(), others))
+
+    model = make_linear_model(2, sharpness=3.0)
+    decoy, results = spoil(model, to_images=root_of_zero), evaluate(model, many_images, SMALL)[0]
+    with torch.no_grad():
+        labels = decoy(many_images, "uniform").argmax(1)
+    with pytest.raises(ValueError, match="gradient in its images is NaN, where an attack stands still"):
+        evaluate(decoy, many_images, SMALL)
+    monkeypatch.setattr("immunity_lib.evaluate.exact_pgd", lambda _, images, *__, **___: images)
+    for target, share in ((model, 0.0), (decoy, 0.5)):
+        assert _what_checks_need(target, many_images, labels, SMALL, results)["zero_gradients"] == share
 
 
 def test_a_model_that_cannot_be_attacked_is_refused_with_what_works(make_linear_model, many_images):
@@ -156,12 +175,20 @@ def test_more_draws_of_noise_fool_no_fewer(make_distant_images):
     assert (failures[1] >= failures[0]).all() and failures[1].sum() > failures[0].sum()
 
 
+@pytest.mark.parametrize("only", ["square", ("sqare",), ("apgd-ce", "apgd")])
+def test_parts_of_auto_attack_that_there_are_not_are_refused_with_those_there_are(model, images, labels, only):
+    with pytest.raises(ValueError, match=f"{re.escape(repr(only))}; give a tuple .*apgd-ce, .*, fab-t, square"):
+        auto_attack(model, images, labels, "uniform", eps=0.03, only=only)
+
+
 @pytest.mark.parametrize("only", [(), ("square",)])
 def test_square_and_auto_attack_break_the_gate_they_see(make_linear_model, many_images, only):
     model = make_linear_model(3, sharpness=3.0)
     with torch.no_grad():
         labels = model(many_images, "uniform").argmax(1)
+    state = torch.get_rng_state()
     adversarial, _ = auto_attack(model, many_images, labels, "uniform", eps=0.03, steps=20 if only else 5, only=only)
+    assert torch.equal(torch.get_rng_state(), state)
     check_budget(many_images, adversarial, 0.03)
     found = verdicts(model.expert_outputs(adversarial), labels)
     assert found.uniform.double().mean() < 0.7

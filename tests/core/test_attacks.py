@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from immunity_lib import ImmunityMoE, attacks, build_expert, expert_heatmaps
 from immunity_lib.attacks import AIMS, ATTACKS, attack_images, cross_entropy_by_gate, exact_pgd, fold, strongest_points
+from immunity_lib.evaluate import agreement
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
 from immunity_lib.moe import GATES, ConstantGate, verdicts
 
@@ -111,6 +113,14 @@ def test_a_step_is_along_the_gradient_of_what_is_raised(make_linear_model, image
     assert_same_points(one(model, images, labels, **BUDGET | {"steps": 1}), moved.clamp(0, 1))
 
 
+@pytest.mark.parametrize("aim", AIMS)
+def test_of_two_classes_too_every_aim_finds_what_lies_within_eps(make_distant_images, aim):
+    """Of images that lie half a level to 11.5 levels from the boundary."""
+    model, images, labels = make_distant_images([(k + 0.5) / 255 for k in range(12)])
+    found = exact_pgd(model, images, labels, **BUDGET, aim=aim)
+    assert share_fooled(model, found, labels).tolist() == [1.0] * 8 + [0.0] * 4
+
+
 def test_apgd_starts_where_the_random_state_says(model, images, labels):
     """torchattacks' own would set the seed itself, the same for every batch."""
     found = []
@@ -131,7 +141,16 @@ def test_images_that_are_misclassified_anyway_are_attacked_too(model, images, na
     assert (adversarial - images).abs().flatten(1).amax(1).min() > EPS / 4
 
 
-@pytest.mark.parametrize("name", [*ATTACKS, "path", "that fails"])
+OVER_ALL_GATES = {
+    "path": path_of,
+    "exact": lambda *batch, steps: exact_pgd(*batch, **BUDGET | {"steps": steps}),
+    "strongest": lambda *batch, steps: strongest_points(*batch, eps=EPS, steps=steps),
+    "noise": lambda *batch, steps: attacks.random_noise(*batch, eps=EPS, draws=steps),
+    "agreement": lambda model, images, _, steps: agreement(model, images),
+}
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, *OVER_ALL_GATES, "that fails"])
 def test_an_attack_leaves_no_trace_in_the_model(model, images, labels, name):
     """Some modules are in train mode, some in eval mode: what a fine-tuning caller may have."""
     model.train()
@@ -147,8 +166,8 @@ def test_an_attack_leaves_no_trace_in_the_model(model, images, labels, name):
         if name == "that fails":
             raise KeyboardInterrupt
 
-    model.register_forward_pre_hook(look)
-    run = path_of if name == "path" else partial(attack, name=name if name in ATTACKS else "pgd")
+    model.gate.register_forward_pre_hook(look)
+    run = OVER_ALL_GATES.get(name) or partial(attack, name=name if name in ATTACKS else "pgd")
     with pytest.raises(KeyboardInterrupt) if name == "that fails" else nullcontext():
         run(model, images, labels, steps=2)
     assert [module.training for module in model.modules()] == modes
@@ -191,6 +210,26 @@ def test_unknown_names_are_refused_with_the_valid_ones(model, images, labels):
         attack(model, images, labels, "fgsm", gate="swtich")
     with pytest.raises(ValueError, match="unknown aim 'mean'; choose one of expected, fooled, ratio"):
         exact_pgd(model, images, labels, aim="mean", **BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"eps": 8}, "eps is 8; .*0 to 1, as images do: write 8/255"), ({"eps": -0.1}, "eps is -0.1; "),
+     ({"eps": float("nan")}, "eps is nan; "), ({"steps": 0}, "s is 0; it must be at least 1, as an attack without")],
+)  # fmt: skip
+def test_a_budget_that_no_attack_can_have_is_refused(model, images, labels, changes, message):
+    """An eps of 8, meant as 8/255, would be one of all images; and of no step, robustness."""
+    batch, budget = (model, images, labels), BUDGET | changes
+    few = {"eps": budget["eps"], "steps": budget["steps"]}
+    for run in (
+        lambda: attack(*batch, "pgd", **budget), lambda: exact_pgd(*batch, **budget),
+        lambda: strongest_points(*batch, **few), lambda: attacks.auto_attack(*batch, "uniform", **few),
+        lambda: attacks.random_noise(*batch, eps=budget["eps"], draws=budget["steps"]),
+        lambda: attacks.Effort(**budget, samples=(1,), auto_attack_steps=1),
+        lambda: attacks.Effort(budget["eps"], 1.0, 1, (1,), auto_attack_steps=budget["steps"]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run()
 
 
 # PGD of our own: along a path, on the margin, and exact over the gate
@@ -265,6 +304,18 @@ def test_at_its_strongest_point_no_image_fools_fewer_gates_than_before(make_line
     assert shares[-1].mean() > shares[0].mean()  # EPS crosses the boundary of any expert
 
 
+def test_a_network_that_takes_no_empty_batch_is_searched_until_every_image_has_fallen(make_linear_model, images):
+    """As one with `view(len(images), -1)`. All fall within the first climb, or have fallen before it."""
+    model = make_linear_model(2)
+    model.experts[0].linear.register_forward_pre_hook(lambda _, inputs: inputs[0].view(len(inputs[0]), -1))
+    with pytest.raises(RuntimeError, match="0 elements"):
+        model(images[:0])
+    outputs = model.expert_outputs(images)
+    for labels in (outputs.mixture("uniform").argmax(1), outputs.mixture("uniform").argmin(1)):
+        found = strongest_points(model, images, labels, eps=0.5, steps=3)
+        assert share_fooled(model, found, labels).eq(1).all()
+
+
 # The copy that evaluation attacks, with batch norms folded into convolutions
 
 
@@ -317,6 +368,37 @@ def test_each_norm_is_folded_into_its_own_convolution_or_stays(images):
     for network, norms in ((twice, 0), (staying, 3)):
         assert count_norms(folded := fold(draw_norms(network))) == norms
         torch.testing.assert_close(folded(images), network(images))
+
+
+class Residual(nn.Sequential):
+    def forward(self, images):
+        activations = self[0](images)
+        return self[1](activations) + activations
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda convolution, norm: Residual(convolution, norm),
+        lambda convolution, norm: nn.Sequential(Doubled(3, 4, 3), norm),
+        lambda convolution, norm: nn.Sequential(nn.utils.spectral_norm(convolution), norm),
+        lambda convolution, norm: nn.Sequential(nn.utils.parametrizations.weight_norm(convolution), norm),
+        lambda convolution, norm: nn.Sequential(
+            torch.no_grad()(prune.l1_unstructured)(convolution, "weight", 0.5), norm
+        ),
+    ],
+    ids=["own forward", "own convolution", "hooks", "parametrized", "pruned"],
+)
+def test_what_is_more_than_convolution_and_norm_is_not_folded(images, make):
+    network = draw_norms(make(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    if hasattr(network[0], "parametrizations"):
+        network[0].parametrizations.weight.original0.data.mul_(3)  # else its weight is as without
+    torch.testing.assert_close(fold(network)(images), network(images), rtol=0, atol=0)
 
 
 def test_a_folded_copy_is_its_own_and_for_evaluation_alone(model, images):

@@ -91,6 +91,15 @@ def test_impossible_batch_sizes_are_named(image_set):
         next(evaluation_batches(image_set, 0))
 
 
+def test_images_that_are_no_bytes_are_refused_with_what_makes_them_bytes(image_set):
+    """Floats would be divided by 255 where they lie, in the caller's own tensor."""
+    for images in (image_set.images / 255, image_set.images.int()):
+        with pytest.raises(ValueError, match=rf"images are {images.dtype}; .* torch.uint8: .*\(255 \* images\).round"):
+            ImageSet(images, image_set.labels)
+    again = ImageSet((255 * (image_set.images / 255)).round().to(torch.uint8), image_set.labels)
+    assert again.checksum == image_set.checksum
+
+
 def test_C2_of_fewer_images_than_a_notebook_shows_all_are_taken(image_set):
     assert image_set.first(102).checksum == image_set.checksum and len(image_set.first(3)) == 3
 

@@ -11,7 +11,7 @@ from conftest import calibrate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from immunity_lib import cells
+from immunity_lib import ImmunityMoE, cells
 from immunity_lib.experts import BASELINES, EXPERT_NAMES, HEATMAP_LAYERS, Expert, as_expert, build_expert
 
 NO_NORMALISATION = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -207,6 +207,18 @@ def test_as_expert_shows_what_a_hook_sees_in_the_network_that_it_copies(images):
     assert torch.equal(*(torch.autograd.grad(scores[:, 1].sum(), layer)[0] for scores, layer in pairs))
     expert.requires_grad_(False).apply(lambda module: [one.zero_() for one in module.parameters()])
     assert torch.equal(network(expert.normalise(images)), expected)
+
+
+def test_what_is_added_to_a_network_is_where_its_weights_are_and_in_their_precision(images):
+    """The normalisation, and the gate of a mixture."""
+    network = network_of()
+    single = ImmunityMoE([as_expert(network, "stem", 10)], evaluation_gate="trained")
+    double = ImmunityMoE([as_expert(copy.deepcopy(network).double(), "stem", 10)], evaluation_gate="trained")
+    state = double.state_dict().values()
+    assert {one.dtype for one in state} == {torch.float64}
+    torch.testing.assert_close(double(images.double()), single(images).double(), rtol=0, atol=1e-5)
+    away = ImmunityMoE([single.experts[0].to("meta")])
+    assert {one.device.type for one in away.parameters()} == {"meta"}
 
 
 class Call(nn.Module):

@@ -14,8 +14,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from immunity_lib import ImmunityMoE, build_expert, expert_heatmaps, losses
 from immunity_lib.experts import BASELINES, EXPERT_NAMES
-from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, is_empty, normalise_maps
-from immunity_lib.moe import ExpertOutputs
+from immunity_lib.heatmaps import _interpolation, empty_share, grad_cam, heatmaps_from_outputs, is_empty, normalise_maps
+from immunity_lib.moe import ExpertOutputs, permutations, switched_probabilities
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,27 @@ def test_constant_share_of_the_floor_changes_no_value_and_rewards_no_shrinking(f
         torch.testing.assert_close(gains[1], torch.zeros_like(gains[1]), rtol=0, atol=1e-9)
     else:
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("experts", [3, 7])
+@pytest.mark.filterwarnings("ignore:7 experts have")
+def test_what_is_kept_from_inference_mode_serves_gradients_later(experts):
+    """The permutations and the interpolation, each made by whoever asks first."""
+    kept, found = (permutations, _interpolation), []
+    for mode in (False, True):
+        for one in kept:
+            one.cache_clear()
+        with torch.inference_mode(mode):
+            permutations(experts), _interpolation(9, torch.device("cpu"), torch.float32)
+        torch.manual_seed(0)
+        activations = tuple(torch.rand(4, 2, 9, 9).requires_grad_() for _ in range(experts))
+        logits = torch.stack([one.mean((2, 3)).square() for one in activations], dim=1)
+        outputs = ExpertOutputs(logits, torch.rand(4, experts).log_softmax(1), activations)
+        maps = grad_cam(outputs, torch.tensor([0, 1, 1, 0]), create_graph=True)
+        raised = maps.square().sum() + switched_probabilities(outputs)[..., 0].square().sum()
+        found.append(torch.autograd.grad(raised, activations))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert all(one.any() for one in found[0])
 
 
 @pytest.mark.parametrize("train", [False, True])

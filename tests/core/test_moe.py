@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from immunity_lib import ImmunityMoE
-from immunity_lib.moe import ExpertOutputs, switched_probabilities, verdicts
+from immunity_lib.moe import ConstantGate, ExpertOutputs, switched_probabilities, verdicts
 
 
 def draw_outputs(seed, experts=3, scale=3.0):
@@ -90,6 +90,16 @@ def test_bare_call_uses_the_evaluation_gate_which_is_restored(model, images):
 def test_unknown_gates_name_the_valid_ones(model, images, gate):
     with pytest.raises(ValueError, match="trained, uniform, switch, switch-per-image or a perm"):
         model(images, gate=gate)
+
+
+@pytest.mark.parametrize("weights", [1, 2, 4])
+def test_a_gate_of_another_number_of_weights_than_experts_is_refused(model, images, weights):
+    """The one weight of `ConstantGate(1)`, given to each of three experts, would make probabilities sum to 3."""
+    model.gate = ConstantGate(weights)
+    with pytest.raises(ValueError, match=rf"gives {weights} weights for 3 experts; .*ConstantGate\(3\)"):
+        model(images)
+    model.gate = ConstantGate(3)
+    torch.testing.assert_close(model(images, "trained").exp().sum(1), torch.ones(len(images)))
 
 
 @pytest.mark.parametrize("network", [resnet18, lambda: nn.Linear(3, 2)])

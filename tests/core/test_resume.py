@@ -1,5 +1,6 @@
 """Training repeats itself to the bit, and goes on wherever it was stopped; `end_to_end/test_faults.py` kills it."""
 
+import errno
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from spoiling import spoil
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from immunity_lib import train as training
-from immunity_lib.files import read_tensors, write_tensors
+from immunity_lib.files import DamagedFile, read_tensors, write_tensors
 from immunity_lib.train import STOPPED, train
 
 STEPS = 3  # of each of two epochs: 48 images in batches of 16
@@ -116,6 +117,20 @@ def test_training_outside_the_main_thread_handles_no_signal(recipe, dataset, tmp
         assert signal.getsignal(signal.SIGTERM) is handler
         thread.join(0.1)
     assert_same_run(folder, uninterrupted)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_where_it_is(recipe, dataset, tmp_path, uninterrupted):
+    """As with too many open files, or a storage that is away: the same command goes on later."""
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    with (
+        patch("immunity_lib.files.safe_open", side_effect=OSError(errno.EMFILE, "Too many open files")),
+        pytest.raises(OSError, match="Too many open files"),
+    ):
+        train(recipe, dataset, folder)
+    assert not list(folder.glob("*.aside-*"))
+    assert_same_run(folder, uninterrupted)
+    with pytest.raises(DamagedFile, match="absent is not a whole file"):
+        read_tensors(tmp_path / "absent")
 
 
 WEIGHT, ONE = "model.gate.linear.weight", torch.zeros(1)

@@ -17,7 +17,7 @@ from immunity_lib.cells import Cell
 from immunity_lib.experts import build_expert
 from immunity_lib.heatmaps import grad_cam, normalise_maps
 from immunity_lib.losses import immunity_loss
-from immunity_lib.recipe import Recipe
+from immunity_lib.recipe import CHOICES, Recipe
 from immunity_lib.train import TrainingDiverged, adversarial_images, build_model, train, training_loss
 
 STEPS = 3  # an epoch: 48 images in batches of 16
@@ -38,6 +38,36 @@ STEPS = 3  # an epoch: 48 images in batches of 16
 def test_D16_what_no_training_can_have_is_refused_by_name(field, value, must):
     with pytest.raises(ValueError, match=f"{field} is .*; it must be {must}"):
         replace(Recipe(), **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosin"}, "schedule is 'cosin'; it must be one of constant, cosine, multistep, one-cycle, warm"),
+        ({"dataset": "mnist"}, "dataset is 'mnist'; .*parts10"), ({"precision": None}, "precision is None; .*bfloat16"),
+        ({"expert": "resnet"}, "expert is 'resnet'; .*resnet18, .*pdarts"), ({"compiled": "yes"}, "auto, False, True"),
+        ({"adversary": "fgsm"}, "adversary is 'fgsm'; it must be one of pgd, ffgsm, None"),
+        ({"drop_path": 0.2}, "drop_path is 0.2; it must be 0 for googlenet, which has no cells"),
+        ({"auxiliary_weight": 0.4}, "auxiliary_weight is 0.4; it must be 0 for googlenet"),
+        ({"auxiliary_weight": 0.4, "expert": "pdarts"}, "auxiliary_weight is 0.4; it must be 0 for 5 experts"),
+    ],
+)  # fmt: skip
+def test_names_that_there_are_not_and_what_a_network_lacks_are_refused(changes, message):
+    """A misspelt schedule would train by another one, and drop_path fail after the first epoch."""
+    with pytest.raises(ValueError, match=message):
+        replace(Recipe(), **changes)
+    named = {name: valid for name, valid in CHOICES.items() if name not in ("dataset", "expert")}
+    for name, valid in named.items():
+        assert [getattr(replace(Recipe(), **{name: value}), name) for value in valid] == valid
+    assert set(named) == {
+        "heatmap_layer", "gate_network", "decayed", "schedule", "precision", "compiled", "coordinates", "explained",
+        "adversary", "pairing",
+    }  # fmt: skip
+
+
+def test_pairing_without_an_adversary_is_refused_before_training(make_recipe, dataset, tmp_path):
+    with pytest.raises(ValueError, match="pairing is alp, but adversary is None; choose pgd"):
+        train(replace(make_recipe(), pairing="alp"), dataset, tmp_path)
 
 
 def test_a_recipe_is_known_again_from_json(make_recipe):
