@@ -55,6 +55,11 @@ def run_notebook(name, model="", on_gpu=False):
 MODEL = " --model={wildcards.model}"
 
 
+def images_of(wildcards):
+    """Checksums of the images that a model is about: your own may change under one name."""
+    return DATA.get(catalogue.ModelName.parse(wildcards.model).dataset)
+
+
 def request(resource, name):
     """How much of a resource a job that computes asks a cluster for: more with every attempt."""
 
@@ -67,11 +72,8 @@ def request(resource, name):
 
 def trained(names):
     """Weights and records of the trained models behind these names; of what comes with the project, what there is."""
-    files = [
-        model_folder(settings, name) / file
-        for name in catalogue.single(settings, names)
-        for file in (WEIGHTS, "record.json")
-    ]
+    folders = [model_folder(settings, name) for name in catalogue.single(settings, names)]
+    files = [folder / file for folder in folders for file in (WEIGHTS, "record.json")]
     return [path for path in files if path.is_relative_to(RUNS) or path.exists()]
 
 
@@ -116,7 +118,7 @@ rule train:
         recipe=lambda wildcards: catalogue.recipe_of(
             settings, catalogue.ModelName.parse(wildcards.model)
         ).as_json(),
-        data=lambda wildcards: DATA.get(catalogue.ModelName.parse(wildcards.model).dataset),
+        data=images_of,
     log:
         RUNS / "notebooks/02_training-{model}.log",
     resources:
@@ -136,7 +138,7 @@ rule measure_attacks:
         notebook=RUNS / "notebooks/03_attacks-{model}.ipynb",
     params:
         asked=question_of(settings, "attacks"),
-        data=lambda wildcards: DATA.get(catalogue.ModelName.parse(wildcards.model).dataset),
+        data=images_of,
     log:
         RUNS / "notebooks/03_attacks-{model}.log",
     resources:
@@ -161,7 +163,7 @@ rule measure_adaptive:
         notebook=RUNS / "notebooks/06_adaptive_attacks-{model}.ipynb",
     params:
         asked=question_of(settings, "adaptive"),
-        data=lambda wildcards: DATA.get(catalogue.ModelName.parse(wildcards.model).dataset),
+        data=images_of,
     log:
         RUNS / "notebooks/06_adaptive_attacks-{model}.log",
     resources:

@@ -208,14 +208,13 @@ class GateVerdicts:
 def permutations(experts: int) -> Tensor:
     """All permutations of range(experts), (N!, N), the identity first; of more than six experts, 720 drawn at random,
     always the same ones, with a warning."""
-    if experts <= LARGEST_ENUMERATED:
-        with torch.inference_mode(False):  # kept for later callers, whose autograd takes no inference tensor
+    with torch.inference_mode(False):  # kept for later callers, whose autograd takes no inference tensor
+        if experts <= LARGEST_ENUMERATED:
             return torch.tensor(list(itertools.permutations(range(experts))))
-    many = f"{experts} experts have {math.factorial(experts):,} gates, too many to count"
-    told = f"whatever is said of the switched gate is an estimate from {DRAWN} drawn at random"
-    warnings.warn(f"{many}: {told}", stacklevel=2)
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False):
+        many = f"{experts} experts have {math.factorial(experts):,} gates, too many to count"
+        told = f"whatever is said of the switched gate is an estimate from {DRAWN} drawn at random"
+        warnings.warn(f"{many}: {told}", stacklevel=2)
+        generator = torch.Generator().manual_seed(0)
         return torch.rand(DRAWN, experts, generator=generator).argsort(1)
 
 
