@@ -162,6 +162,7 @@ def exact_pgd(
     return last
 
 
+@torch.no_grad()
 def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, steps: int) -> Tensor:
     """Of all points on the way of PGD on each of the `AIMS`, the one that the most gates get wrong.
 
@@ -169,32 +170,23 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
     Images that every gate gets wrong are let be."""
     check_effort(eps, steps)
     check_batch(model, images, labels)
-    with in_eval_mode(model), torch.no_grad():
-        return _strongest_points(model, images, labels, eps, steps)
 
+    def look_at(points: Tensor, aim: str, left: Tensor) -> Tensor:
+        """What the aim raises at points of the images that are left; the best points are kept."""
+        outputs = model.expert_outputs(points)
+        share = verdicts(outputs, labels[left]).failure
+        better = share > fooled[left]
+        best[left[better]], fooled[left[better]] = points[better].detach(), share[better]
+        return AIMS[aim](outputs, labels[left])
 
-def _strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
-    best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
-
-    def climb(raised: Callable[[ExpertOutputs, Tensor], Tensor], left: Tensor) -> None:
-        start, theirs = images[left], labels[left]
-
-        def look_at(points: Tensor) -> ExpertOutputs:
-            share = verdicts(outputs := model.expert_outputs(points), theirs).failure
-            better = share > fooled[left]
-            best[left[better]], fooled[left[better]] = points[better].detach(), share[better]
-            return outputs
-
-        path = ascent_path(
-            lambda points: raised(look_at(points), theirs), start, eps=eps, step_size=eps, steps=steps, falling=True
-        )
-        *_, last = path
-        look_at(last)
-
-    for raised in AIMS.values():
-        left = (fooled < 1).nonzero().squeeze(1)
-        if len(left):  # some networks cannot take a batch of no images
-            climb(raised, left)
+    with in_eval_mode(model):
+        best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
+        for aim in AIMS:
+            left = (fooled < 1).nonzero().squeeze(1)
+            if len(left):  # some networks cannot take a batch of no images
+                raised = partial(look_at, aim=aim, left=left)
+                *_, last = ascent_path(raised, images[left], eps=eps, step_size=eps, steps=steps, falling=True)
+                raised(last)
     return best
 
 
