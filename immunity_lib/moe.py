@@ -135,15 +135,6 @@ class ImmunityMoE(nn.Module):
         "switch-per-image", or a permutation; None: `evaluation_gate`."""
         return self.expert_outputs(images).mixture(self.evaluation_gate if gate is None else gate)
 
-    @contextmanager
-    def evaluated_with(self, gate: Gate) -> Iterator[None]:
-        """Within it, a bare `model(images)` uses this gate."""
-        before, self.evaluation_gate = self.evaluation_gate, gate
-        try:
-            yield
-        finally:
-            self.evaluation_gate = before
-
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
