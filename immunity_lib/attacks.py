@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from immunity_lib.moe import (
@@ -110,23 +109,6 @@ def ascent_path(
 def _margin_pgd(model: ImmunityMoE, eps: float, step: float, steps: int, images: Tensor, labels: Tensor) -> Tensor:
     *_, last = ascent_path(lambda points: margin(model(points), labels), images, eps=eps, step_size=step, steps=steps)
     return last
-
-
-def attack_path(
-    model: ImmunityMoE, images: Tensor, labels: Tensor, gate: Gate, *, eps: Tensor, step_size: float, steps: int
-) -> Tensor:
-    """Where PGD on the cross entropy under a gate is after each step, (steps + 1, B, 3, 32, 32).
-
-    The first points are the images themselves (no random start), the last ones are adversarial. eps: (B,), each
-    image's own budget; 0 leaves it where it is.
-    """
-    check_batch(model, images, labels)
-    with in_eval_mode(model):
-        path = ascent_path(
-            lambda points: functional.cross_entropy(model(points, gate), labels, reduction="none"),
-            images, eps=eps.view(-1, 1, 1, 1), step_size=step_size, steps=steps, random_start=False,
-        )  # fmt: skip
-        return torch.stack(list(path))
 
 
 # What an attack on all gates raises for each image, from the experts' outputs and the labels, (B,): the mean over a
