@@ -44,16 +44,8 @@ def expert_heatmaps(
         images = images.detach().requires_grad_()  # a graph even where all weights are frozen
     with nullcontext() if create_graph else in_eval_mode(model), torch.enable_grad():
         outputs = model.expert_outputs(images)
-        maps = heatmaps_from_outputs(outputs, labels, create_graph, floor=floor, explained=explained)
+        maps = normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
     return maps if create_graph else maps.detach()
-
-
-def heatmaps_from_outputs(
-    outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False, *, floor: float = 0.0, explained: str = "logit"
-) -> Tensor:
-    """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done: `grad_cam`, then
-    `normalise_maps`, where the arguments are described."""
-    return normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
 
 
 def normalise_maps(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False) -> Tensor:

@@ -27,7 +27,7 @@ from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches, training_batches
 from immunity_lib.experts import build_expert
 from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
-from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, normalise_maps
+from immunity_lib.heatmaps import empty_share, grad_cam, normalise_maps
 from immunity_lib.losses import ImmunityLoss, immunity_loss
 from immunity_lib.moe import ConstantGate, ConvolutionalGate, ExpertOutputs, ImmunityMoE
 from immunity_lib.recipe import Recipe
@@ -219,7 +219,7 @@ def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
         outputs = model.expert_outputs(images)
         mixture = outputs.mixture()
         cross_entropy = functional.nll_loss(mixture, labels, reduction="sum")
-        maps = heatmaps_from_outputs(outputs, labels).detach()
+        maps = normalise_maps(grad_cam(outputs, labels)).detach()
         (gradient,) = torch.autograd.grad(cross_entropy, images)
         sums["accuracy"] += (mixture.argmax(-1) == labels).sum()
         sums["expert_accuracy"] += (outputs.logits.argmax(-1) == labels[:, None]).sum(0)

@@ -161,7 +161,7 @@ def test_A2_neighbours_a_function_s_default_is_the_recipe_s():
                 for name, parameter in inspect.signature(function).parameters.items():
                     if parameter.default not in (parameter.empty, defaults.get(name, parameter.default)):
                         different.add((function.__name__, name))
-    of_maps = ("expert_heatmaps", "heatmaps_from_outputs", "normalise_maps")
+    of_maps = ("expert_heatmaps", "normalise_maps")
     assert different == {(name, "floor") for name in of_maps} | {("verdicts_under_attack", "batch_size")}
 
 
