@@ -44,10 +44,7 @@ class Expert(nn.Module):
 
     The Grad-CAM layer is the last stage whose grid, for a 32x32 image, is large enough for `heatmap_layer`; a whole
     stage, since the last convolution of a branching network sees only one branch. It does not enter the state dict:
-    weights fit both readings.
-
-    The *head* is the normalisation and every stage up to the Grad-CAM layer, the *tail* is the rest: logits =
-    tail(head(images)). What a stage hands to the next is its *state*: its activations (B, K, u, v), unless
+    weights fit both readings. What a stage hands to the next is its *state*: its activations (B, K, u, v), unless
     `activations_of` is overridden.
     """
 
@@ -76,20 +73,14 @@ class Expert(nn.Module):
         """The activations (B, K, u, v) in the state behind a stage."""
         return state
 
-    def head(self, images: Tensor) -> Any:
-        return self.stages[: self.head_stages](self.normalise(images))
-
-    def tail(self, state: Any) -> Tensor:
-        final = self.activations_of(self.stages[self.head_stages :](state))
-        return self.classifier(final.mean((2, 3)))
-
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Activations (B, K, u, v) of the Grad-CAM layer, and logits (B, C)."""
-        state = self.head(images)
-        return self.activations_of(state), self.tail(state)
+        state = self.stages[: self.head_stages](self.normalise(images))
+        final = self.activations_of(self.stages[self.head_stages :](state))
+        return self.activations_of(state), self.classifier(final.mean((2, 3)))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.tail(self.head(images))
+        return self.forward_with_features(images)[1]
 
 
 def convolution(in_channels: int, out_channels: int, size: int, stride: int = 1, bias: bool = True):
