@@ -312,16 +312,3 @@ def test_fewer_layers_keep_the_shape_of_robnet_free():
         kept, halving = cells._kept_cells(layers), cells.reduction_cells(layers)
         assert len(kept) == layers and kept == sorted(set(kept))
         assert (kept[halving[0]], kept[halving[1]]) == (6, 13)
-
-
-@pytest.mark.parametrize(
-    ("check", "design", "message"),
-    [(cells.check_design, [[("skip_connect", 2)]], "comes from state 2; .*from 0 to 1"),
-     (cells.check_design, [[("conv_9x9", 0)]], "unknown operation 'conv_9x9'.*sep_conv_3x3"),
-     (cells.check_design, [[("skip_connect", 0)], []], "state 3 .* has no incoming edge"),
-     (cells.check_design, [], "its design is empty"), (cells.decode, "11 10", "encodes no cell; one is 14 codes"),
-     (cells.decode, "11 " * 13 + "12", "encodes no cell; one is 14 codes")],
-)  # fmt: skip
-def test_impossible_designs_are_named(check, design, message):
-    with pytest.raises(ValueError, match=message):
-        check(design)
