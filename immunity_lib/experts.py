@@ -110,18 +110,19 @@ class BasicBlock(nn.Module):
         return self.relu(self.residual(activations) + self.shortcut(activations))
 
 
-class ResNet18(Expert):
+Stages = tuple[dict[str, nn.Module], int]  # by name, and the channels of the last one
+
+
+def resnet18(width: float) -> Stages:
     """ResNet18 (He et al. 2016, arXiv 1512.03385), for CIFAR: the stem is a single 3x3 convolution; on 32x32 images
     the grids of the four stages are 32, 16, 8 and 4."""
-
-    def __init__(self, width: float, **options: Any) -> None:
-        channels = scale_channels(64, width)
-        stages: dict[str, nn.Module] = {"stem": convolution(3, channels, 3, bias=False)}
-        for number, (full_width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):
-            in_channels, channels = channels, scale_channels(full_width, width)
-            blocks = BasicBlock(in_channels, channels, stride), BasicBlock(channels, channels, 1)
-            stages[f"stage{number}"] = nn.Sequential(*blocks)
-        super().__init__(stages, channels, **options)
+    channels = scale_channels(64, width)
+    stages: dict[str, nn.Module] = {"stem": convolution(3, channels, 3, bias=False)}
+    for number, (full_width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):
+        in_channels, channels = channels, scale_channels(full_width, width)
+        blocks = BasicBlock(in_channels, channels, stride), BasicBlock(channels, channels, 1)
+        stages[f"stage{number}"] = nn.Sequential(*blocks)
+    return stages, channels
 
 
 def preactivated(in_channels: int, out_channels: int, size: int) -> nn.Sequential:
@@ -142,25 +143,23 @@ class DenseLayer(nn.Module):
         return torch.cat((activations, self.new_channels(activations)), 1)
 
 
-class DenseNet121(Expert):
+def densenet121(width: float) -> Stages:
     """DenseNet121 (Huang et al. 2017, arXiv 1608.06993): a bare convolution and four dense blocks, whose grids on
     32x32 images are 32, 16, 8 and 4. Width scales the growth rate of 32, which all channel counts follow from; with
     its minimum of 4, widths below 0.125 are as 0.125."""
-
-    def __init__(self, width: float, **options: Any) -> None:
-        growth = scale_channels(32, width)
-        channels = 2 * growth
-        stages: dict[str, nn.Module] = {"stem": nn.Conv2d(3, channels, 3, padding=1, bias=False)}
-        for number, layers in enumerate((6, 12, 24, 16), 1):
-            if number > 1:
-                halved = preactivated(channels, channels // 2, 1)
-                stages[f"transition{number - 1}"] = halved.append(nn.AvgPool2d(2))
-                channels //= 2
-            dense = (DenseLayer(channels + layer * growth, growth) for layer in range(layers))
-            stages[f"dense{number}"] = nn.Sequential(*dense)
-            channels += layers * growth
-        stages["norm"] = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
-        super().__init__(stages, channels, **options)
+    growth = scale_channels(32, width)
+    channels = 2 * growth
+    stages: dict[str, nn.Module] = {"stem": nn.Conv2d(3, channels, 3, padding=1, bias=False)}
+    for number, layers in enumerate((6, 12, 24, 16), 1):
+        if number > 1:
+            halved = preactivated(channels, channels // 2, 1)
+            stages[f"transition{number - 1}"] = halved.append(nn.AvgPool2d(2))
+            channels //= 2
+        dense = (DenseLayer(channels + layer * growth, growth) for layer in range(layers))
+        stages[f"dense{number}"] = nn.Sequential(*dense)
+        channels += layers * growth
+    stages["norm"] = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+    return stages, channels
 
 
 # GoogLeNet (Szegedy et al. 2015, arXiv 1409.4842), in two forms that differ in the stem. Both have the paper's nine
@@ -197,7 +196,7 @@ class Inception(nn.Module):
         return torch.cat([branch(activations) for branch in self.branches], 1)
 
 
-def inception_stages(channels: int, width: float) -> tuple[dict[str, nn.Module], int]:
+def inception_stages(channels: int, width: float) -> Stages:
     """The nine inception blocks with a max-pool before 4a and 5a, and their output channels."""
     stages: dict[str, nn.Module] = {}
     for name, full_width in INCEPTION_CHANNELS.items():
@@ -208,32 +207,28 @@ def inception_stages(channels: int, width: float) -> tuple[dict[str, nn.Module],
     return stages, channels
 
 
-class GoogLeNet(Expert):
+def googlenet(width: float) -> Stages:
     """The light form, of weiaicunzai/pytorch-cifar100: three convolutions and a max-pool; on 32x32 images the blocks
     3, 4 and 5 have grids of 16, 8 and 4. Left out are its dropout, which would make the heat maps of training and
     evaluation differ, and a slip in a batch norm's epsilon."""
-
-    def __init__(self, width: float, **options: Any) -> None:
-        channels = (3, *(scale_channels(count, width) for count in (64, 64, 192)))
-        stem = (convolution(*ends, 3, bias=False) for ends in pairwise(channels))
-        stages = {"stem": nn.Sequential(*stem), "pool3": nn.MaxPool2d(3, stride=2, padding=1)}
-        blocks, last = inception_stages(channels[-1], width)
-        super().__init__(stages | blocks, last, **options)
+    channels = (3, *(scale_channels(count, width) for count in (64, 64, 192)))
+    stem = (convolution(*ends, 3, bias=False) for ends in pairwise(channels))
+    stages = {"stem": nn.Sequential(*stem), "pool3": nn.MaxPool2d(3, stride=2, padding=1)}
+    blocks, last = inception_stages(channels[-1], width)
+    return stages | blocks, last
 
 
-class GoogLeNetKuangliu(Expert):
+def googlenet_kuangliu(width: float) -> Stages:
     """The heavy form, of kuangliu/pytorch-cifar: a single convolution; on 32x32 images the blocks 3, 4 and 5 have
     grids of 32, 16 and 8, for three times the compute."""
-
-    def __init__(self, width: float, **options: Any) -> None:
-        stem_channels = scale_channels(192, width)
-        stages, channels = inception_stages(stem_channels, width)
-        super().__init__({"stem": convolution(3, stem_channels, 3), **stages}, channels, **options)
+    stem_channels = scale_channels(192, width)
+    stages, channels = inception_stages(stem_channels, width)
+    return {"stem": convolution(3, stem_channels, 3), **stages}, channels
 
 
-EXPERTS: dict[str, type[Expert]] = {
-    "resnet18": ResNet18, "densenet121": DenseNet121,
-    "googlenet": GoogLeNet, "googlenet-kuangliu": GoogLeNetKuangliu,
+STAGES = {
+    "resnet18": resnet18, "densenet121": densenet121,
+    "googlenet": googlenet, "googlenet-kuangliu": googlenet_kuangliu,
 }  # fmt: skip
 
 
@@ -266,7 +261,7 @@ def build_expert(
     if layers is not None or auxiliary:
         given = f"layers is {layers} and auxiliary is {auxiliary} for {name}"
         raise ValueError(f"{given}; leave them out, they are for {', '.join(BASELINES)}")
-    return EXPERTS[name](width, **options)
+    return Expert(*STAGES[name](width), **options)
 
 
 class NetworkExpert(nn.Module):
