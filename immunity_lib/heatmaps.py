@@ -88,11 +88,6 @@ def grad_cam(outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False,
     return torch.stack(maps, dim=1)
 
 
-def empty_share(maps: Tensor) -> Tensor:
-    """Share of empty maps per expert, (N,), of normalised maps made with floor 0."""
-    return is_empty(maps).float().mean(0)
-
-
 def is_empty(maps: Tensor) -> Tensor:
     """Which normalised maps (..., 32, 32), made with floor 0, are empty, bool (...)."""
     return maps.amax((-2, -1)) == maps.amin((-2, -1))

@@ -27,7 +27,7 @@ from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches, training_batches
 from immunity_lib.experts import build_expert
 from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
-from immunity_lib.heatmaps import empty_share, grad_cam, normalise_maps
+from immunity_lib.heatmaps import grad_cam, is_empty, normalise_maps
 from immunity_lib.losses import ImmunityLoss, immunity_loss
 from immunity_lib.moe import ConstantGate, ConvolutionalGate, ExpertOutputs, ImmunityMoE
 from immunity_lib.recipe import Recipe
@@ -224,7 +224,7 @@ def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
         sums["accuracy"] += (mixture.argmax(-1) == labels).sum()
         sums["expert_accuracy"] += (outputs.logits.argmax(-1) == labels[:, None]).sum(0)
         sums["gate_entropy"] -= (outputs.gate * outputs.log_gate).sum().detach()
-        sums["empty_maps"] += empty_share(maps).mean() * len(labels)
+        sums["empty_maps"] += is_empty(maps).float().mean(0).mean() * len(labels)
         sums["mutual_information"] += mutual_information(maps) * len(labels)
         sums["input_gradient"] += gradient.flatten(1).norm(dim=1).sum()
         if recipe.adversary:
