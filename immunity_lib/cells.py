@@ -72,13 +72,11 @@ def _separable(channels: int, stride: int, affine: bool, *, size: int, dilation:
     return nn.Sequential(*layers[1:])  # the first ReLU is the cell's
 
 
-def _skip(channels: int, stride: int, affine: bool) -> nn.Module:
-    return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
-
-
 # Each builds an operation from its channels, its stride, and whether batch norms have weights
 OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "skip_connect": _skip,
+    "skip_connect": lambda channels, step, affine: (
+        nn.Identity() if step == 1 else FactorizedReduce(channels, channels, affine)
+    ),
     "avg_pool_3x3": lambda _, step, __: nn.AvgPool2d(3, step, 1, count_include_pad=False),
     "max_pool_3x3": lambda _, step, __: nn.MaxPool2d(3, step, 1),
     "sep_conv_3x3": partial(_separable, size=3, times=2),
@@ -88,9 +86,8 @@ OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "dil_conv_5x5": partial(_separable, size=5, dilation=2),
 }
 
-
-Edge = tuple[str, int]  # an operation and the state it reads
-Design = Sequence[Sequence[Edge]]  # for each state of a cell, from state 2 on, what it sums up
+# For each state of a cell, from state 2 on, what it sums up: operations, each with the state that it reads
+Design = Sequence[Sequence[tuple[str, int]]]
 
 
 def reduction_cells(layers: int) -> tuple[int, int]:
@@ -128,19 +125,16 @@ class Cell(nn.Module):
     def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         before_last, last = map(self.relu, outputs)
         states = [self.preprocess_before_last(before_last), self.preprocess_last(last)]
-        rectified: dict[int, Tensor] = {}
+        rectified = [self.relu(state) for state in states]
         for sources, operations in zip(self.sources, self.operations, strict=True):
             summands = []
             for source, operation in zip(sources, operations, strict=True):
-                state = states[source]
-                if not isinstance(operation, UNRECTIFIED):
-                    if source not in rectified:
-                        rectified[source] = self.relu(state)
-                    state = rectified[source]
-                summand = operation(state)
+                read = states if isinstance(operation, UNRECTIFIED) else rectified
+                summand = operation(read[source])
                 dropped = self.training and self.drop_path and type(operation) is not nn.Identity
                 summands.append(_drop_path(summand, self.drop_path) if dropped else summand)
             states.append(sum(summands[1:], summands[0]))
+            rectified.append(self.relu(states[-1]))
         return outputs[1], torch.cat(states[2:], 1)
 
 
@@ -221,8 +215,7 @@ def build_cells(name: str, width: float, layers: int | None = None, **options: A
         cells = [published["cells"][index] for index in _kept_cells(layers)]
     else:
         halving = reduction_cells(layers)
-        kinds = ("reduction" if index in halving else "normal" for index in range(layers))
-        cells = [published[kind] for kind in kinds]
+        cells = [published["reduction" if index in halving else "normal"] for index in range(layers)]
     designs = [decode(cell) if isinstance(cell, str) else cell for cell in cells]
     channels = scale_channels(published["channels"], width)
     return CellNetwork(designs, channels, affine=published["affine"], **options)
