@@ -137,12 +137,11 @@ def exact_pgd(
         raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
     check_effort(eps, steps)
     check_batch(model, images, labels)
-    budget = {"eps": eps, "step_size": step_size, "steps": steps}
-    raised = AIMS[aim]
     with in_eval_mode(model):
         *_, last = ascent_path(
-            lambda points: raised(model.expert_outputs(points), labels), images, **budget, random_start=random_start
-        )
+            lambda points: AIMS[aim](model.expert_outputs(points), labels), images,
+            eps=eps, step_size=step_size, steps=steps, random_start=random_start,
+        )  # fmt: skip
     return last
 
 
@@ -331,9 +330,9 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
     """
     if not isinstance(model, ImmunityMoE):
         raise ValueError(
-            f"the attacks on all gates need a mixture with a gate (ImmunityMoE), and got a "
-            f"{type(model).__name__}; attacks that work on any model that gives gradients: "
-            "torchattacks' FGSM, BIM, MIFGSM and PGD, and without gradients: its Square"
+            f"the attacks on all gates need a mixture with a gate (ImmunityMoE), and got a {type(model).__name__}; "
+            "attacks that work on any model that gives gradients: torchattacks' FGSM, BIM, MIFGSM and PGD, and without "
+            "gradients: its Square"
         )
     from torchattacks import EOTPGD
 

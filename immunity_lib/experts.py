@@ -28,10 +28,8 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != 3:
-            raise ValueError(f"mean is {mean}; it must be three numbers")
-        if len(std) != 3 or not all(deviation > 0 for deviation in std):
-            raise ValueError(f"std is {std}; it must be three numbers above 0")
+        if not len(mean) == len(std) == 3 or not all(deviation > 0 for deviation in std):
+            raise ValueError(f"mean is {mean} and std is {std}; each must be three numbers, those of std above 0")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
@@ -251,8 +249,7 @@ def build_expert(
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; it must be at least 2")
     if heatmap_layer not in HEATMAP_LAYERS:
-        valid = ", ".join(HEATMAP_LAYERS)
-        raise ValueError(f"unknown heatmap_layer {heatmap_layer!r}; valid values: {valid}")
+        raise ValueError(f"unknown heatmap_layer {heatmap_layer!r}; valid values: {', '.join(HEATMAP_LAYERS)}")
     options = dict(num_classes=num_classes, mean=mean, std=std, heatmap_layer=heatmap_layer)
     if name in BASELINES:
         from immunity_lib.cells import build_cells  # here, since cells.py builds on this module

@@ -239,8 +239,7 @@ def check_batch(model: ImmunityMoE, images: Tensor, labels: Tensor) -> None:
     check_images(images)
     classes = model.experts[0].num_classes
     if labels.shape != images.shape[:1]:
-        found = f"labels of shape {tuple(labels.shape)} for {len(images)} images"
-        raise ValueError(f"{found}; give each image one")
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; give each image one")
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= classes:
         found = f"labels must lie in 0 to {classes - 1}, found {low} to {high}"
