@@ -24,8 +24,7 @@ from immunity_lib.experts import Expert, convolution, scale_channels
 # two that halve it, or one for each cell
 NETWORKS = json.loads(Path(__file__).with_name("designs.json").read_text("utf-8"))
 
-# All other operations begin with a ReLU and leave it to the cell, where those that read a state share the state's
-# ReLU.
+# All other operations begin with a ReLU and leave it to the cell, where those that read a state share it
 UNRECTIFIED = (nn.Identity, nn.AvgPool2d, nn.MaxPool2d)
 
 
@@ -98,7 +97,7 @@ def reduction_cells(layers: int) -> tuple[int, int]:
 
 
 class Cell(nn.Module):
-    """(the output before the last, the last output) to (the last output, this cell's)."""
+    """(the output before the last, the last output) to (the last output, this cell's); the stem's stands for both."""
 
     def __init__(
         self, design: Design, before_last_channels: int, last_channels: int, channels: int, *,
@@ -122,7 +121,8 @@ class Cell(nn.Module):
         self.out_channels = len(design) * channels
         self.drop_path = 0.0
 
-    def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, outputs: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor]:
+        outputs = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
         before_last, last = map(self.relu, outputs)
         states = [self.preprocess_before_last(before_last), self.preprocess_last(last)]
         rectified = [self.relu(state) for state in states]
@@ -144,13 +144,6 @@ def _drop_path(summand: Tensor, share: float) -> Tensor:
     return summand * (kept / (1 - share)).to(summand.dtype)
 
 
-class BothInputs(nn.Module):
-    """The stem's output as both inputs of the first cell."""
-
-    def forward(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        return out, out
-
-
 class CellNetwork(Expert):
     """A network of cells for 32x32 images, one design for each cell; stages "stem", "cell0", ...
 
@@ -164,10 +157,8 @@ class CellNetwork(Expert):
         cells have weights. auxiliary: with a second classifier behind the second cell that halves the grid, for
         training alone. options: as in `Expert`."""
         halving = reduction_cells(len(designs))
-        stem_channels = 3 * channels
-        # No ReLU; a plain sequence, which `fold` knows
-        stages = {"stem": nn.Sequential(*convolution(3, stem_channels, 3, bias=False)[:2], BothInputs())}
-        before_last = last = stem_channels
+        before_last = last = 3 * channels
+        stages: dict[str, nn.Module] = {"stem": convolution(3, last, 3, bias=False)[:2]}  # no ReLU
         for index, design in enumerate(designs):
             channels *= 2 if index in halving else 1
             cell = Cell(
@@ -189,8 +180,8 @@ class CellNetwork(Expert):
             )  # fmt: skip
 
     @staticmethod
-    def activations_of(state: tuple[Tensor, Tensor]) -> Tensor:
-        return state[1]
+    def activations_of(state: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+        return state if isinstance(state, Tensor) else state[1]
 
     def forward_with_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, 32, 32) in [0, 1] to the logits (B, C) of both classifiers."""
