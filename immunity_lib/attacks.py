@@ -222,7 +222,6 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     return best
 
 
-DRAWS = 20  # of the gate for each gradient of a random gate, as AutoAttack's "rand" has it
 QUERIES_PER_STEP = 50  # of Square: 5,000 beside 100 steps of the gradient attacks, as published
 DRAWS_PER_STEP = 5  # of random noise: 500 points beside 100 steps
 PARTS_OF_AUTO_ATTACK = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
@@ -261,7 +260,6 @@ def auto_attack(
     judge.attacks_to_run = list(only) or judge.attacks_to_run
     for attack in (judge.apgd, judge.apgd_targeted):
         attack.n_iter = attack.n_iter_orig = steps
-    judge.apgd.eot_iter = DRAWS if version == "rand" else 1
     judge.fab.n_iter = steps
     judge.square.n_queries = QUERIES_PER_STEP * steps
     judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
