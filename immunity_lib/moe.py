@@ -179,14 +179,10 @@ class GateVerdicts:
 
     @property
     def accuracy(self) -> GateAccuracy:
+        trained, uniform, every = (one.double().mean() for one in (self.trained, self.uniform, self.switched.all(1)))
         by_permutation = self.switched.double().mean(0)
-        return GateAccuracy(
-            trained=self.trained.double().mean().item(),
-            uniform=self.uniform.double().mean().item(),
-            switched=by_permutation.mean().item(),
-            best=by_permutation.max().item(), worst=by_permutation.min().item(),
-            every=self.switched.all(1).double().mean().item(),
-        )  # fmt: skip
+        shares = trained, uniform, by_permutation.mean(), by_permutation.max(), by_permutation.min(), every
+        return GateAccuracy(*torch.stack(shares).tolist())  # together, since a GPU is waited for each time
 
     @classmethod
     def join(cls, batches: Sequence[Self]) -> Self:
