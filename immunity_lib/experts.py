@@ -266,8 +266,7 @@ class NetworkExpert(nn.Module):
 
     def __init__(self, network: nn.Module, layer: str, num_classes: int, normalise: Normalise):
         super().__init__()
-        self.num_classes, self.normalise, self.network = num_classes, normalise, network
-        self.layer = layer
+        self.num_classes, self.normalise, self.network, self.layer = num_classes, normalise, network, layer
         network.set_submodule(layer, Tap(network.get_submodule(layer)))
 
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
