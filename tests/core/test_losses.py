@@ -165,7 +165,9 @@ def test_A2_neighbours_a_function_s_default_is_the_recipe_s():
     assert different == {(name, "floor") for name in of_maps} | {("verdicts_under_attack", "batch_size")}
 
 
-def test_heat_map_terms_need_maps(outputs):
+def test_heat_map_terms_need_maps_and_coordinates_that_there_are(outputs, maps):
+    with pytest.raises(ValueError, match="pixels, unit; got 'metres'"):
+        scores.centre_of_mass(maps, "metres")
     for beta, gamma in ((0.5, 0.0), (0.0, 2.0)):
         with pytest.raises(ValueError, match=f"beta = {beta} and gamma = {gamma} need"):
             losses.immunity_loss(outputs, LABELS, None, alpha=1, beta=beta, gamma=gamma)
@@ -202,8 +204,3 @@ def test_disjoint_pixels_have_independence_2_and_a_single_expert_scores_nothing(
     assert scores.independence_score(apart).item() == 2
     for score in (scores.independence_score, scores.causality_score, scores.mutual_information):
         assert score(torch.full((2, 1, 4, 4), 1 / 16)).item() == 0
-
-
-def test_unknown_coordinates_name_the_valid_ones():
-    with pytest.raises(ValueError, match="pixels, unit; got 'metres'"):
-        scores.centre_of_mass(torch.ones(1, 1, 2, 2) / 4, "metres")
