@@ -356,20 +356,6 @@ def test_folded_copy_is_the_same_function_with_fewer_norms(name, images):
     assert count_norms(folded) == stay < count_norms(model)
 
 
-def test_each_norm_is_folded_into_its_own_convolution_or_stays(images):
-    """A convolution that is used twice has two norms. What stays: a norm of the batch's own
-    statistics, one behind an activation, and one before the convolution."""
-    shared = nn.Conv2d(3, 3, 3, padding=1)
-    twice = nn.Sequential(shared, nn.BatchNorm2d(3), nn.ReLU(), shared, nn.BatchNorm2d(3))
-    staying = nn.Sequential(
-        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4),
-        nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False),
-    )  # fmt: skip
-    for network, norms in ((twice, 0), (staying, 3)):
-        assert count_norms(folded := fold(draw_norms(network))) == norms
-        torch.testing.assert_close(folded(images), network(images))
-
-
 class Residual(nn.Sequential):
     def forward(self, images):
         activations = self[0](images)
@@ -381,24 +367,25 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(images)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda convolution, norm: Residual(convolution, norm),
-        lambda convolution, norm: nn.Sequential(Doubled(3, 4, 3), norm),
-        lambda convolution, norm: nn.Sequential(nn.utils.spectral_norm(convolution), norm),
-        lambda convolution, norm: nn.Sequential(nn.utils.parametrizations.weight_norm(convolution), norm),
-        lambda convolution, norm: nn.Sequential(
-            torch.no_grad()(prune.l1_unstructured)(convolution, "weight", 0.5), norm
-        ),
-    ],
-    ids=["own forward", "own convolution", "hooks", "parametrized", "pruned"],
-)
-def test_what_is_more_than_convolution_and_norm_is_not_folded(images, make):
-    network = draw_norms(make(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    if hasattr(network[0], "parametrizations"):
-        network[0].parametrizations.weight.original0.data.mul_(3)  # else its weight is as without
-    torch.testing.assert_close(fold(network)(images), network(images), rtol=0, atol=0)
+PAIR = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+FOLDED = {  # and how many norms stay
+    "used twice": (lambda one, norm: nn.Sequential(one, norm, nn.ReLU(), one, nn.BatchNorm2d(3)), 0),
+    "norm first": (lambda one, norm: nn.Sequential(norm, one), 1),
+    "behind an activation": (lambda one, norm: nn.Sequential(one, nn.ReLU(), norm), 1),
+    "the batch's own": (lambda one, _: nn.Sequential(one, nn.BatchNorm2d(3, track_running_stats=False)), 1),
+    "own forward": (lambda one, norm: Residual(one, norm), 1),
+    "own convolution": (lambda _, norm: nn.Sequential(Doubled(3, 3, 3), norm), 1),
+    "hooks": (lambda one, norm: nn.Sequential(nn.utils.spectral_norm(one), norm), 1),
+    "parametrized": (lambda one, norm: nn.Sequential(nn.utils.parametrizations.weight_norm(one), norm), 1),
+    "pruned": (lambda one, norm: nn.Sequential(torch.no_grad()(prune.l1_unstructured)(one, "weight", 0.5), norm), 1),
+}
+
+
+@pytest.mark.parametrize(("make", "stay"), FOLDED.values(), ids=FOLDED)
+def test_a_norm_is_folded_into_its_own_plain_convolution_or_stays(images, make, stay):
+    network = draw_norms(make(*copy.deepcopy(PAIR)))
+    assert count_norms(folded := fold(network)) == stay
+    torch.testing.assert_close(folded(images), network(images))
 
 
 def test_a_folded_copy_is_its_own_and_for_evaluation_alone(model, images):
