@@ -8,7 +8,6 @@ from itertools import permutations
 
 import pytest
 import torch
-import torchattacks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -234,16 +233,6 @@ def test_a_budget_that_no_attack_can_have_is_refused(model, images, labels, chan
 
 
 # PGD of our own: along a path, on the margin, and exact over the gate
-
-
-def test_to_the_last_step_exact_pgd_is_that_of_torchattacks(model, images, labels):
-    """Under a gate of equal weights, all of whose permutations are one. In float64, so that the
-    order of operations turns no sign of a gradient."""
-    model, images, model.gate = model.double(), images.double(), ConstantGate(3).double()
-    torch.manual_seed(0)
-    expected = torchattacks.PGD(model, EPS, STEP, 10)(images, labels)
-    torch.manual_seed(0)
-    assert_same_points(exact_pgd(model, images, labels, **BUDGET), expected)
 
 
 def test_a_path_has_every_shorter_attack_and_each_image_its_own_budget(model, images, labels):
