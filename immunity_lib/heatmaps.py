@@ -22,10 +22,6 @@ EXPLAINED = {
     "mixture": lambda outputs: outputs.mixture()[:, None],
 }
 
-# Added to every pixel of a map before it is divided by its sum: far below the pixels of any living map, and what
-# makes an all-zero map uniform instead of NaN.
-_EMPTY_MAP_CONSTANT = 1e-10
-
 
 def expert_heatmaps(
     model: ImmunityMoE, images: Tensor, labels: Tensor, create_graph: bool = False,
@@ -58,7 +54,7 @@ def normalise_maps(maps: Tensor, floor: float = 0.0, *, constant_share: bool = F
     the same.
     """
     mass = maps.sum((-2, -1), keepdim=True)
-    spread = GRID**2 * _EMPTY_MAP_CONSTANT
+    spread = GRID**2 * 1e-10  # far below the mass of any living map; it makes an all-zero map uniform instead of NaN
     if floor:
         spread = spread + floor * mass.detach().mean(0)
     if not constant_share:
