@@ -17,6 +17,8 @@ from immunity_lib.recipe import BASELINES, EXPERT_NAMES
 # Both readings of "exceeding", as the smallest admissible side of the feature grid.
 HEATMAP_LAYERS = {"larger-than-8x8": 9, "at-least-8x8": 8}
 
+Stages = tuple[dict[str, nn.Module], int]  # of a network, by name, and the channels of the last one
+
 
 def scale_channels(channels: int, width: float) -> int:
     """Channel count of a layer in a network of the given width, at least 4."""
@@ -47,7 +49,7 @@ class Expert(nn.Module):
     """
 
     def __init__(self, stages, channels: int, *, num_classes, mean, std, heatmap_layer) -> None:
-        """stages: by name; channels: of the last one; the rest as in `build_expert`."""
+        """stages, channels: as in `Stages`; the rest as in `build_expert`."""
         super().__init__()
         self.num_classes = num_classes
         self.normalise = Normalise(mean, std)
@@ -106,9 +108,6 @@ class BasicBlock(nn.Module):
 
     def forward(self, activations: Tensor) -> Tensor:
         return self.relu(self.residual(activations) + self.shortcut(activations))
-
-
-Stages = tuple[dict[str, nn.Module], int]  # by name, and the channels of the last one
 
 
 def resnet18(width: float) -> Stages:

@@ -34,6 +34,7 @@ from immunity_lib.recipe import Recipe
 from immunity_lib.scores import mutual_information
 
 LOGGED = ("cross_entropy", "mutual_information_loss", "position_stability_loss", "loss")
+CHECKPOINT = "checkpoint.safetensors"
 STOPPED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
 
 
@@ -295,9 +296,6 @@ def is_mixed(recipe: Recipe, device: torch.device) -> bool:
 def is_compiled(recipe: Recipe, device: torch.device) -> bool:
     """Whether a recipe's step is compiled there: with "auto", on a GPU; on CPUs it was no faster."""
     return device.type == "cuda" if recipe.compiled == "auto" else recipe.compiled
-
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def _save(folder: Path, notes: dict, model: nn.Module, optimiser) -> None:
