@@ -125,16 +125,19 @@ class Cell(nn.Module):
         outputs = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
         before_last, last = map(self.relu, outputs)
         states = [self.preprocess_before_last(before_last), self.preprocess_last(last)]
-        rectified = [self.relu(state) for state in states]
+        rectified: dict[int, Tensor] = {}  # by the first that reads it: gradients are summed up in this order
         for sources, operations in zip(self.sources, self.operations, strict=True):
             summands = []
             for source, operation in zip(sources, operations, strict=True):
-                read = states if isinstance(operation, UNRECTIFIED) else rectified
-                summand = operation(read[source])
+                state = states[source]
+                if not isinstance(operation, UNRECTIFIED):
+                    if source not in rectified:
+                        rectified[source] = self.relu(state)
+                    state = rectified[source]
+                summand = operation(state)
                 dropped = self.training and self.drop_path and type(operation) is not nn.Identity
                 summands.append(_drop_path(summand, self.drop_path) if dropped else summand)
             states.append(sum(summands[1:], summands[0]))
-            rectified.append(self.relu(states[-1]))
         return outputs[1], torch.cat(states[2:], 1)
 
 
