@@ -26,11 +26,11 @@ PLAIN = replace(REGULARISED, beta=0.0, gamma=0.0)
 def tail_share(expert: Expert) -> float:
     """The share of an expert's multiply-accumulates that is behind its Grad-CAM layer."""
     images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        expert(images)
     with torch.no_grad(), FlopCounterMode(display=False) as head:
-        state = expert.head(images)
-    with torch.no_grad(), FlopCounterMode(display=False) as tail:
-        expert.tail(state)
-    return tail.get_total_flops() / (head.get_total_flops() + tail.get_total_flops())
+        expert.stages[: expert.head_stages](expert.normalise(images))
+    return 1 - head.get_total_flops() / whole.get_total_flops()
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 An attack takes a model, images (B, 3, 32, 32) in [0, 1] and labels (B,), raises ValueError on others, and gives
 adversarial images, each pixel within eps of its image's. eps and step sizes are in units of [0, 1]. gate: what the
-attacker's forward passes use, see `ImmunityMoE`; libraries call a bare `model(images)`, so it is set as the model's
-`evaluation_gate`.
+attacker's forward passes use, see `ImmunityMoE`; libraries call a bare `model(images)`, so it is the
+`evaluation_gate` of what they get.
 """
 
 import copy
@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from immunity_lib.moe import (
@@ -69,8 +68,10 @@ def attack_images(
     import torchattacks  # costs a second, which only attackers should pay
 
     # torchattacks would leave some of the model in train mode
-    with in_eval_mode(model), torch.enable_grad(), model.evaluated_with(gate):
-        adversarial = ATTACKS[attack](torchattacks, model, eps, step_size, steps)(images, labels)
+    with in_eval_mode(model), torch.enable_grad():
+        seen = copy.copy(model)  # of the same weights, with a gate of its own
+        seen.evaluation_gate = gate
+        adversarial = ATTACKS[attack](torchattacks, seen, eps, step_size, steps)(images, labels)
     check_budget(images, adversarial, eps)
     return adversarial
 
@@ -110,23 +111,6 @@ def _margin_pgd(model: ImmunityMoE, eps: float, step: float, steps: int, images:
     return last
 
 
-def attack_path(
-    model: ImmunityMoE, images: Tensor, labels: Tensor, gate: Gate, *, eps: Tensor, step_size: float, steps: int
-) -> Tensor:
-    """Where PGD on the cross entropy under a gate is after each step, (steps + 1, B, 3, 32, 32).
-
-    The first points are the images themselves (no random start), the last ones are adversarial. eps: (B,), each
-    image's own budget; 0 leaves it where it is.
-    """
-    check_batch(model, images, labels)
-    with in_eval_mode(model):
-        path = ascent_path(
-            lambda points: functional.cross_entropy(model(points, gate), labels, reduction="none"),
-            images, eps=eps.view(-1, 1, 1, 1), step_size=step_size, steps=steps, random_start=False,
-        )  # fmt: skip
-        return torch.stack(list(path))
-
-
 # What an attack on all gates raises for each image, from the experts' outputs and the labels, (B,): the mean over a
 # uniform permutation of the cross entropy; of sigmoid(margin), a smooth share of gates that are fooled; and of the
 # difference-of-logits ratio (Croce & Hein 2020, arXiv 2003.01690), which the scale of the logits masks less: only where
@@ -153,15 +137,15 @@ def exact_pgd(
         raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
     check_effort(eps, steps)
     check_batch(model, images, labels)
-    budget = {"eps": eps, "step_size": step_size, "steps": steps}
-    raised = AIMS[aim]
     with in_eval_mode(model):
         *_, last = ascent_path(
-            lambda points: raised(model.expert_outputs(points), labels), images, **budget, random_start=random_start
-        )
+            lambda points: AIMS[aim](model.expert_outputs(points), labels), images,
+            eps=eps, step_size=step_size, steps=steps, random_start=random_start,
+        )  # fmt: skip
     return last
 
 
+@torch.no_grad()
 def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: float, steps: int) -> Tensor:
     """Of all points on the way of PGD on each of the `AIMS`, the one that the most gates get wrong.
 
@@ -169,32 +153,23 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
     Images that every gate gets wrong are let be."""
     check_effort(eps, steps)
     check_batch(model, images, labels)
-    with in_eval_mode(model), torch.no_grad():
-        return _strongest_points(model, images, labels, eps, steps)
 
+    def look_at(points: Tensor, aim: str, left: Tensor) -> Tensor:
+        """What the aim raises at points of the images that are left; the best points are kept."""
+        outputs = model.expert_outputs(points)
+        share = verdicts(outputs, labels[left]).failure
+        better = share > fooled[left]
+        best[left[better]], fooled[left[better]] = points[better].detach(), share[better]
+        return AIMS[aim](outputs, labels[left])
 
-def _strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, eps: float, steps: int) -> Tensor:
-    best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
-
-    def climb(raised: Callable[[ExpertOutputs, Tensor], Tensor], left: Tensor) -> None:
-        start, theirs = images[left], labels[left]
-
-        def look_at(points: Tensor) -> ExpertOutputs:
-            share = verdicts(outputs := model.expert_outputs(points), theirs).failure
-            better = share > fooled[left]
-            best[left[better]], fooled[left[better]] = points[better].detach(), share[better]
-            return outputs
-
-        path = ascent_path(
-            lambda points: raised(look_at(points), theirs), start, eps=eps, step_size=eps, steps=steps, falling=True
-        )
-        *_, last = path
-        look_at(last)
-
-    for raised in AIMS.values():
-        left = (fooled < 1).nonzero().squeeze(1)
-        if len(left):  # some networks cannot take a batch of no images
-            climb(raised, left)
+    with in_eval_mode(model):
+        best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
+        for aim in AIMS:
+            left = (fooled < 1).nonzero().squeeze(1)
+            if len(left):  # some networks cannot take a batch of no images
+                raised = partial(look_at, aim=aim, left=left)
+                *_, last = ascent_path(raised, images[left], eps=eps, step_size=eps, steps=steps, falling=True)
+                raised(last)
     return best
 
 
@@ -247,7 +222,6 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     return best
 
 
-DRAWS = 20  # of the gate for each gradient of a random gate, as AutoAttack's "rand" has it
 QUERIES_PER_STEP = 50  # of Square: 5,000 beside 100 steps of the gradient attacks, as published
 DRAWS_PER_STEP = 5  # of random noise: 500 points beside 100 steps
 PARTS_OF_AUTO_ATTACK = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
@@ -286,7 +260,6 @@ def auto_attack(
     judge.attacks_to_run = list(only) or judge.attacks_to_run
     for attack in (judge.apgd, judge.apgd_targeted):
         attack.n_iter = attack.n_iter_orig = steps
-    judge.apgd.eot_iter = DRAWS if version == "rand" else 1
     judge.fab.n_iter = steps
     judge.square.n_queries = QUERIES_PER_STEP * steps
     judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
@@ -355,9 +328,9 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
     """
     if not isinstance(model, ImmunityMoE):
         raise ValueError(
-            f"the attacks on all gates need a mixture with a gate (ImmunityMoE), and got a "
-            f"{type(model).__name__}; attacks that work on any model that gives gradients: "
-            "torchattacks' FGSM, BIM, MIFGSM and PGD, and without gradients: its Square"
+            f"the attacks on all gates need a mixture with a gate (ImmunityMoE), and got a {type(model).__name__}; "
+            "attacks that work on any model that gives gradients: torchattacks' FGSM, BIM, MIFGSM and PGD, and without "
+            "gradients: its Square"
         )
     from torchattacks import EOTPGD
 

@@ -24,8 +24,7 @@ from immunity_lib.experts import Expert, convolution, scale_channels
 # two that halve it, or one for each cell
 NETWORKS = json.loads(Path(__file__).with_name("designs.json").read_text("utf-8"))
 
-# All other operations begin with a ReLU and leave it to the cell, where those that read a state share the state's
-# ReLU.
+# All other operations begin with a ReLU and leave it to the cell, where those that read a state share it
 UNRECTIFIED = (nn.Identity, nn.AvgPool2d, nn.MaxPool2d)
 
 
@@ -72,13 +71,11 @@ def _separable(channels: int, stride: int, affine: bool, *, size: int, dilation:
     return nn.Sequential(*layers[1:])  # the first ReLU is the cell's
 
 
-def _skip(channels: int, stride: int, affine: bool) -> nn.Module:
-    return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
-
-
 # Each builds an operation from its channels, its stride, and whether batch norms have weights
 OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "skip_connect": _skip,
+    "skip_connect": lambda channels, step, affine: (
+        nn.Identity() if step == 1 else FactorizedReduce(channels, channels, affine)
+    ),
     "avg_pool_3x3": lambda _, step, __: nn.AvgPool2d(3, step, 1, count_include_pad=False),
     "max_pool_3x3": lambda _, step, __: nn.MaxPool2d(3, step, 1),
     "sep_conv_3x3": partial(_separable, size=3, times=2),
@@ -88,25 +85,8 @@ OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "dil_conv_5x5": partial(_separable, size=5, dilation=2),
 }
 
-
-Edge = tuple[str, int]  # an operation and the state it reads
-Design = Sequence[Sequence[Edge]]  # for each state of a cell, from state 2 on, what it sums up
-
-
-def check_design(design: Design) -> None:
-    """Raise ValueError for a cell that cannot be built, naming the edge and what would be valid."""
-    if not design:
-        raise ValueError("a cell needs at least one state of its own; its design is empty")
-    for state, edges in enumerate(design, start=2):
-        if not edges:
-            raise ValueError(f"state {state} of a cell has no incoming edge; give it at least one")
-        for operation, source in edges:
-            if operation not in OPERATIONS:
-                valid = ", ".join(OPERATIONS)
-                raise ValueError(f"unknown operation {operation!r} of a cell; choose from {valid}")
-            if not 0 <= source < state:
-                wrong = f"{operation} into state {state} comes from state {source}"
-                raise ValueError(f"{wrong}; it can come from 0 to {state - 1}")
+# For each state of a cell, from state 2 on, what it sums up: operations, each with the state that it reads
+Design = Sequence[Sequence[tuple[str, int]]]
 
 
 def reduction_cells(layers: int) -> tuple[int, int]:
@@ -117,7 +97,7 @@ def reduction_cells(layers: int) -> tuple[int, int]:
 
 
 class Cell(nn.Module):
-    """(the output before the last, the last output) to (the last output, this cell's)."""
+    """(the output before the last, the last output) to (the last output, this cell's); the stem's stands for both."""
 
     def __init__(
         self, design: Design, before_last_channels: int, last_channels: int, channels: int, *,
@@ -126,7 +106,6 @@ class Cell(nn.Module):
         """channels: of each state. halves: whether the cell halves the grid; after_halving: whether the cell before
         did, so that the output before the last is twice as large."""
         super().__init__()
-        check_design(design)
         self.relu = nn.ReLU()
         fit = FactorizedReduce if after_halving else pointwise
         self.preprocess_before_last = fit(before_last_channels, channels, affine)
@@ -142,10 +121,11 @@ class Cell(nn.Module):
         self.out_channels = len(design) * channels
         self.drop_path = 0.0
 
-    def forward(self, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, outputs: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor]:
+        outputs = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
         before_last, last = map(self.relu, outputs)
         states = [self.preprocess_before_last(before_last), self.preprocess_last(last)]
-        rectified: dict[int, Tensor] = {}
+        rectified: dict[int, Tensor] = {}  # by the first that reads it: gradients are summed up in this order
         for sources, operations in zip(self.sources, self.operations, strict=True):
             summands = []
             for source, operation in zip(sources, operations, strict=True):
@@ -167,13 +147,6 @@ def _drop_path(summand: Tensor, share: float) -> Tensor:
     return summand * (kept / (1 - share)).to(summand.dtype)
 
 
-class BothInputs(nn.Module):
-    """The stem's output as both inputs of the first cell."""
-
-    def forward(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        return out, out
-
-
 class CellNetwork(Expert):
     """A network of cells for 32x32 images, one design for each cell; stages "stem", "cell0", ...
 
@@ -187,10 +160,8 @@ class CellNetwork(Expert):
         cells have weights. auxiliary: with a second classifier behind the second cell that halves the grid, for
         training alone. options: as in `Expert`."""
         halving = reduction_cells(len(designs))
-        stem_channels = 3 * channels
-        # No ReLU; a plain sequence, which `fold` knows
-        stages = {"stem": nn.Sequential(*convolution(3, stem_channels, 3, bias=False)[:2], BothInputs())}
-        before_last = last = stem_channels
+        before_last = last = 3 * channels
+        stages: dict[str, nn.Module] = {"stem": convolution(3, last, 3, bias=False)[:2]}  # no ReLU
         for index, design in enumerate(designs):
             channels *= 2 if index in halving else 1
             cell = Cell(
@@ -212,8 +183,8 @@ class CellNetwork(Expert):
             )  # fmt: skip
 
     @staticmethod
-    def activations_of(state: tuple[Tensor, Tensor]) -> Tensor:
-        return state[1]
+    def activations_of(state: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+        return state if isinstance(state, Tensor) else state[1]
 
     def forward_with_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, 32, 32) in [0, 1] to the logits (B, C) of both classifiers."""
@@ -238,8 +209,7 @@ def build_cells(name: str, width: float, layers: int | None = None, **options: A
         cells = [published["cells"][index] for index in _kept_cells(layers)]
     else:
         halving = reduction_cells(layers)
-        kinds = ("reduction" if index in halving else "normal" for index in range(layers))
-        cells = [published[kind] for kind in kinds]
+        cells = [published["reduction" if index in halving else "normal"] for index in range(layers)]
     designs = [decode(cell) if isinstance(cell, str) else cell for cell in cells]
     channels = scale_channels(published["channels"], width)
     return CellNetwork(designs, channels, affine=published["affine"], **options)
@@ -250,17 +220,11 @@ CODES = {"00": (), "01": ("sep_conv_3x3",), "10": ("skip_connect",), "11": ("ski
 
 
 def decode(encoding: str) -> Design:
-    """The design of a cell of a RobNet, from one of `CODES` for each of the 14 edges between its six states;
-    ValueError for anything else."""
-    codes = encoding.split()
-    if len(codes) != 14 or not all(code in CODES for code in codes):
-        raise ValueError(
-            f"{encoding!r} encodes no cell; one is 14 codes of {', '.join(CODES)}, for the edges "
-            "into state 2 (from 0, 1), 3 (from 0 to 2), 4 (from 0 to 3) and 5 (from 0 to 4)"
-        )
-    rest = iter(codes)
+    """The design of a cell of a RobNet, from one of `CODES` for each of the 14 edges between its six states: those
+    into state 2 (from 0, 1), 3 (from 0 to 2), 4 (from 0 to 3) and 5 (from 0 to 4)."""
+    codes = iter(encoding.split())
     return [
-        [(operation, source) for source in range(state) for operation in CODES[next(rest)]] for state in (2, 3, 4, 5)
+        [(operation, source) for source in range(state) for operation in CODES[next(codes)]] for state in (2, 3, 4, 5)
     ]
 
 

@@ -112,9 +112,8 @@ def evaluate_adaptively(
                 keep(attack.name, *results[attack.name])
             found, told = results[attack.name]
             tell(
-                f"{found.accuracy.switched:.1%} expected under {attack.name} "
-                f"({found.accuracy.every:.1%} under every gate, plain ensemble "
-                f"{found.accuracy.uniform:.1%}), {told['seconds']:.0f} s"
+                f"{found.accuracy.switched:.1%} expected under {attack.name} ({found.accuracy.every:.1%} under every "
+                f"gate, plain ensemble {found.accuracy.uniform:.1%}), {told['seconds']:.0f} s"
             )
         # The checks need no more images
         measured = _what_checks_need(target, images[:BATCH], labels[:BATCH], effort, results)
@@ -180,24 +179,23 @@ def _what_checks_need(
     (gradient,) = torch.autograd.grad(loss, points)
     with torch.no_grad():
         twice_the_same = target(images, "trained") - target(images, "trained")
-    flags = dict.fromkeys(flag for _, told in results.values() for flag in told["flags"])
-    experts = range(len(target.experts))
-    eps, step_size, steps = effort.eps, effort.step_size, effort.steps
     return {
         # The step grows with eps, so that every point of the ball can be reached
-        "by_budget": {size: under_exact(size, 2.5 * size / steps, steps) for size in BUDGETS},
+        "by_budget": {eps: under_exact(eps, 2.5 * eps / effort.steps, effort.steps) for eps in BUDGETS},
         "pgd": results["pgd"][0].accuracy.switched,
         "fgsm": results["fgsm"][0].accuracy.switched,
         "white": worst(WHITE_BOX),
         "black": worst(BLACK_BOX),
-        "once": under_exact(eps, step_size, steps),
-        "twice": under_exact(eps, step_size, 2 * steps),
+        "once": under_exact(effort.eps, effort.step_size, effort.steps),
+        "twice": under_exact(effort.eps, effort.step_size, 2 * effort.steps),
         # An attack stands still on NaN as on zero, and NaN is not above 0
         "zero_gradients": (~(gradient.flatten(1).abs() > 0).any(1)).double().mean().item(),
         "frozen": results["pgd-trained"][0].accuracy.trained,
-        "alone": [results[f"pgd-expert-{k + 1}"][0].experts[:, k].double().mean().item() for k in experts],
+        "alone": [
+            results[f"pgd-expert-{k + 1}"][0].experts[:, k].double().mean().item() for k in range(len(target.experts))
+        ],
         "difference": twice_the_same.abs().max().item(),
-        "flags": list(flags),
+        "flags": list(dict.fromkeys(flag for _, told in results.values() for flag in told["flags"])),
     }
 
 
@@ -241,8 +239,7 @@ def sanity_checks(
             f"{pgd:.1%} under PGD, {fgsm:.1%} under FGSM",
             "One long step can only do better where the gradient points the wrong way.",
             "Athalye et al. 2018, arXiv 1802.00420, section 3.1"),
-        Finding("attacks with gradients beat those without",
-            bool(black.mean() <= white.mean() + TOLERANCE),
+        Finding("attacks with gradients beat those without", bool(black.mean() <= white.mean() + TOLERANCE),
             f"{1 - white.mean():.1%} left with gradients, {1 - black.mean():.1%} without; "
             f"{missed} of {len(white)} images fail more often without",
             "If noise, queries or other models' images find more, the gradients are masked.",

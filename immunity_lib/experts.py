@@ -17,6 +17,8 @@ from immunity_lib.recipe import BASELINES, EXPERT_NAMES
 # Both readings of "exceeding", as the smallest admissible side of the feature grid.
 HEATMAP_LAYERS = {"larger-than-8x8": 9, "at-least-8x8": 8}
 
+Stages = tuple[dict[str, nn.Module], int]  # of a network, by name, and the channels of the last one
+
 
 def scale_channels(channels: int, width: float) -> int:
     """Channel count of a layer in a network of the given width, at least 4."""
@@ -28,10 +30,8 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != 3:
-            raise ValueError(f"mean is {mean}; it must be three numbers")
-        if len(std) != 3 or not all(deviation > 0 for deviation in std):
-            raise ValueError(f"std is {std}; it must be three numbers above 0")
+        if not len(mean) == len(std) == 3 or not all(deviation > 0 for deviation in std):
+            raise ValueError(f"mean is {mean} and std is {std}; each must be three numbers, those of std above 0")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
@@ -44,15 +44,12 @@ class Expert(nn.Module):
 
     The Grad-CAM layer is the last stage whose grid, for a 32x32 image, is large enough for `heatmap_layer`; a whole
     stage, since the last convolution of a branching network sees only one branch. It does not enter the state dict:
-    weights fit both readings.
-
-    The *head* is the normalisation and every stage up to the Grad-CAM layer, the *tail* is the rest: logits =
-    tail(head(images)). What a stage hands to the next is its *state*: its activations (B, K, u, v), unless
+    weights fit both readings. What a stage hands to the next is its *state*: its activations (B, K, u, v), unless
     `activations_of` is overridden.
     """
 
     def __init__(self, stages, channels: int, *, num_classes, mean, std, heatmap_layer) -> None:
-        """stages: by name; channels: of the last one; the rest as in `build_expert`."""
+        """stages, channels: as in `Stages`; the rest as in `build_expert`."""
         super().__init__()
         self.num_classes = num_classes
         self.normalise = Normalise(mean, std)
@@ -76,20 +73,14 @@ class Expert(nn.Module):
         """The activations (B, K, u, v) in the state behind a stage."""
         return state
 
-    def head(self, images: Tensor) -> Any:
-        return self.stages[: self.head_stages](self.normalise(images))
-
-    def tail(self, state: Any) -> Tensor:
-        final = self.activations_of(self.stages[self.head_stages :](state))
-        return self.classifier(final.mean((2, 3)))
-
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Activations (B, K, u, v) of the Grad-CAM layer, and logits (B, C)."""
-        state = self.head(images)
-        return self.activations_of(state), self.tail(state)
+        state = self.stages[: self.head_stages](self.normalise(images))
+        final = self.activations_of(self.stages[self.head_stages :](state))
+        return self.activations_of(state), self.classifier(final.mean((2, 3)))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.tail(self.head(images))
+        return self.forward_with_features(images)[1]
 
 
 def convolution(in_channels: int, out_channels: int, size: int, stride: int = 1, bias: bool = True):
@@ -119,18 +110,16 @@ class BasicBlock(nn.Module):
         return self.relu(self.residual(activations) + self.shortcut(activations))
 
 
-class ResNet18(Expert):
+def resnet18(width: float) -> Stages:
     """ResNet18 (He et al. 2016, arXiv 1512.03385), for CIFAR: the stem is a single 3x3 convolution; on 32x32 images
     the grids of the four stages are 32, 16, 8 and 4."""
-
-    def __init__(self, width: float, **options: Any) -> None:
-        channels = scale_channels(64, width)
-        stages: dict[str, nn.Module] = {"stem": convolution(3, channels, 3, bias=False)}
-        for number, (full_width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):
-            in_channels, channels = channels, scale_channels(full_width, width)
-            blocks = BasicBlock(in_channels, channels, stride), BasicBlock(channels, channels, 1)
-            stages[f"stage{number}"] = nn.Sequential(*blocks)
-        super().__init__(stages, channels, **options)
+    channels = scale_channels(64, width)
+    stages: dict[str, nn.Module] = {"stem": convolution(3, channels, 3, bias=False)}
+    for number, (full_width, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), 1):
+        in_channels, channels = channels, scale_channels(full_width, width)
+        blocks = BasicBlock(in_channels, channels, stride), BasicBlock(channels, channels, 1)
+        stages[f"stage{number}"] = nn.Sequential(*blocks)
+    return stages, channels
 
 
 def preactivated(in_channels: int, out_channels: int, size: int) -> nn.Sequential:
@@ -151,25 +140,23 @@ class DenseLayer(nn.Module):
         return torch.cat((activations, self.new_channels(activations)), 1)
 
 
-class DenseNet121(Expert):
+def densenet121(width: float) -> Stages:
     """DenseNet121 (Huang et al. 2017, arXiv 1608.06993): a bare convolution and four dense blocks, whose grids on
     32x32 images are 32, 16, 8 and 4. Width scales the growth rate of 32, which all channel counts follow from; with
     its minimum of 4, widths below 0.125 are as 0.125."""
-
-    def __init__(self, width: float, **options: Any) -> None:
-        growth = scale_channels(32, width)
-        channels = 2 * growth
-        stages: dict[str, nn.Module] = {"stem": nn.Conv2d(3, channels, 3, padding=1, bias=False)}
-        for number, layers in enumerate((6, 12, 24, 16), 1):
-            if number > 1:
-                halved = preactivated(channels, channels // 2, 1)
-                stages[f"transition{number - 1}"] = halved.append(nn.AvgPool2d(2))
-                channels //= 2
-            dense = (DenseLayer(channels + layer * growth, growth) for layer in range(layers))
-            stages[f"dense{number}"] = nn.Sequential(*dense)
-            channels += layers * growth
-        stages["norm"] = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
-        super().__init__(stages, channels, **options)
+    growth = scale_channels(32, width)
+    channels = 2 * growth
+    stages: dict[str, nn.Module] = {"stem": nn.Conv2d(3, channels, 3, padding=1, bias=False)}
+    for number, layers in enumerate((6, 12, 24, 16), 1):
+        if number > 1:
+            halved = preactivated(channels, channels // 2, 1)
+            stages[f"transition{number - 1}"] = halved.append(nn.AvgPool2d(2))
+            channels //= 2
+        dense = (DenseLayer(channels + layer * growth, growth) for layer in range(layers))
+        stages[f"dense{number}"] = nn.Sequential(*dense)
+        channels += layers * growth
+    stages["norm"] = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+    return stages, channels
 
 
 # GoogLeNet (Szegedy et al. 2015, arXiv 1409.4842), in two forms that differ in the stem. Both have the paper's nine
@@ -206,7 +193,7 @@ class Inception(nn.Module):
         return torch.cat([branch(activations) for branch in self.branches], 1)
 
 
-def inception_stages(channels: int, width: float) -> tuple[dict[str, nn.Module], int]:
+def inception_stages(channels: int, width: float) -> Stages:
     """The nine inception blocks with a max-pool before 4a and 5a, and their output channels."""
     stages: dict[str, nn.Module] = {}
     for name, full_width in INCEPTION_CHANNELS.items():
@@ -217,32 +204,28 @@ def inception_stages(channels: int, width: float) -> tuple[dict[str, nn.Module],
     return stages, channels
 
 
-class GoogLeNet(Expert):
+def googlenet(width: float) -> Stages:
     """The light form, of weiaicunzai/pytorch-cifar100: three convolutions and a max-pool; on 32x32 images the blocks
     3, 4 and 5 have grids of 16, 8 and 4. Left out are its dropout, which would make the heat maps of training and
     evaluation differ, and a slip in a batch norm's epsilon."""
-
-    def __init__(self, width: float, **options: Any) -> None:
-        channels = (3, *(scale_channels(count, width) for count in (64, 64, 192)))
-        stem = (convolution(*ends, 3, bias=False) for ends in pairwise(channels))
-        stages = {"stem": nn.Sequential(*stem), "pool3": nn.MaxPool2d(3, stride=2, padding=1)}
-        blocks, last = inception_stages(channels[-1], width)
-        super().__init__(stages | blocks, last, **options)
+    channels = (3, *(scale_channels(count, width) for count in (64, 64, 192)))
+    stem = (convolution(*ends, 3, bias=False) for ends in pairwise(channels))
+    stages = {"stem": nn.Sequential(*stem), "pool3": nn.MaxPool2d(3, stride=2, padding=1)}
+    blocks, last = inception_stages(channels[-1], width)
+    return stages | blocks, last
 
 
-class GoogLeNetKuangliu(Expert):
+def googlenet_kuangliu(width: float) -> Stages:
     """The heavy form, of kuangliu/pytorch-cifar: a single convolution; on 32x32 images the blocks 3, 4 and 5 have
     grids of 32, 16 and 8, for three times the compute."""
-
-    def __init__(self, width: float, **options: Any) -> None:
-        stem_channels = scale_channels(192, width)
-        stages, channels = inception_stages(stem_channels, width)
-        super().__init__({"stem": convolution(3, stem_channels, 3), **stages}, channels, **options)
+    stem_channels = scale_channels(192, width)
+    stages, channels = inception_stages(stem_channels, width)
+    return {"stem": convolution(3, stem_channels, 3), **stages}, channels
 
 
-EXPERTS: dict[str, type[Expert]] = {
-    "resnet18": ResNet18, "densenet121": DenseNet121,
-    "googlenet": GoogLeNet, "googlenet-kuangliu": GoogLeNetKuangliu,
+STAGES = {
+    "resnet18": resnet18, "densenet121": densenet121,
+    "googlenet": googlenet, "googlenet-kuangliu": googlenet_kuangliu,
 }  # fmt: skip
 
 
@@ -265,8 +248,7 @@ def build_expert(
     if num_classes < 2:
         raise ValueError(f"num_classes is {num_classes}; it must be at least 2")
     if heatmap_layer not in HEATMAP_LAYERS:
-        valid = ", ".join(HEATMAP_LAYERS)
-        raise ValueError(f"unknown heatmap_layer {heatmap_layer!r}; valid values: {valid}")
+        raise ValueError(f"unknown heatmap_layer {heatmap_layer!r}; valid values: {', '.join(HEATMAP_LAYERS)}")
     options = dict(num_classes=num_classes, mean=mean, std=std, heatmap_layer=heatmap_layer)
     if name in BASELINES:
         from immunity_lib.cells import build_cells  # here, since cells.py builds on this module
@@ -275,7 +257,7 @@ def build_expert(
     if layers is not None or auxiliary:
         given = f"layers is {layers} and auxiliary is {auxiliary} for {name}"
         raise ValueError(f"{given}; leave them out, they are for {', '.join(BASELINES)}")
-    return EXPERTS[name](width, **options)
+    return Expert(*STAGES[name](width), **options)
 
 
 class NetworkExpert(nn.Module):
@@ -283,8 +265,7 @@ class NetworkExpert(nn.Module):
 
     def __init__(self, network: nn.Module, layer: str, num_classes: int, normalise: Normalise):
         super().__init__()
-        self.num_classes, self.normalise, self.network = num_classes, normalise, network
-        self.layer = layer
+        self.num_classes, self.normalise, self.network, self.layer = num_classes, normalise, network, layer
         network.set_submodule(layer, Tap(network.get_submodule(layer)))
 
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,6 @@ EXPLAINED = {
     "mixture": lambda outputs: outputs.mixture()[:, None],
 }
 
-# Added to every pixel of a map before it is divided by its sum: far below the pixels of any living map, and what
-# makes an all-zero map uniform instead of NaN.
-_EMPTY_MAP_CONSTANT = 1e-10
-
 
 def expert_heatmaps(
     model: ImmunityMoE, images: Tensor, labels: Tensor, create_graph: bool = False,
@@ -44,16 +40,8 @@ def expert_heatmaps(
         images = images.detach().requires_grad_()  # a graph even where all weights are frozen
     with nullcontext() if create_graph else in_eval_mode(model), torch.enable_grad():
         outputs = model.expert_outputs(images)
-        maps = heatmaps_from_outputs(outputs, labels, create_graph, floor=floor, explained=explained)
+        maps = normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
     return maps if create_graph else maps.detach()
-
-
-def heatmaps_from_outputs(
-    outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False, *, floor: float = 0.0, explained: str = "logit"
-) -> Tensor:
-    """Normalised heat maps (B, N, 32, 32) from one forward pass that has been done: `grad_cam`, then
-    `normalise_maps`, where the arguments are described."""
-    return normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)
 
 
 def normalise_maps(maps: Tensor, floor: float = 0.0, *, constant_share: bool = False) -> Tensor:
@@ -66,7 +54,7 @@ def normalise_maps(maps: Tensor, floor: float = 0.0, *, constant_share: bool = F
     the same.
     """
     mass = maps.sum((-2, -1), keepdim=True)
-    spread = GRID**2 * _EMPTY_MAP_CONSTANT
+    spread = GRID**2 * 1e-10  # far below the mass of any living map; it makes an all-zero map uniform instead of NaN
     if floor:
         spread = spread + floor * mass.detach().mean(0)
     if not constant_share:
@@ -94,11 +82,6 @@ def grad_cam(outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False,
         weights = gradient.sum((-2, -1)) / activations.shape[1]
         maps.append(_resize(torch.einsum("bk,bkuv->buv", weights, activations).relu()))
     return torch.stack(maps, dim=1)
-
-
-def empty_share(maps: Tensor) -> Tensor:
-    """Share of empty maps per expert, (N,), of normalised maps made with floor 0."""
-    return is_empty(maps).float().mean(0)
 
 
 def is_empty(maps: Tensor) -> Tensor:

@@ -135,15 +135,6 @@ class ImmunityMoE(nn.Module):
         "switch-per-image", or a permutation; None: `evaluation_gate`."""
         return self.expert_outputs(images).mixture(self.evaluation_gate if gate is None else gate)
 
-    @contextmanager
-    def evaluated_with(self, gate: Gate) -> Iterator[None]:
-        """Within it, a bare `model(images)` uses this gate."""
-        before, self.evaluation_gate = self.evaluation_gate, gate
-        try:
-            yield
-        finally:
-            self.evaluation_gate = before
-
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
@@ -188,14 +179,10 @@ class GateVerdicts:
 
     @property
     def accuracy(self) -> GateAccuracy:
+        trained, uniform, every = (one.double().mean() for one in (self.trained, self.uniform, self.switched.all(1)))
         by_permutation = self.switched.double().mean(0)
-        return GateAccuracy(
-            trained=self.trained.double().mean().item(),
-            uniform=self.uniform.double().mean().item(),
-            switched=by_permutation.mean().item(),
-            best=by_permutation.max().item(), worst=by_permutation.min().item(),
-            every=self.switched.all(1).double().mean().item(),
-        )  # fmt: skip
+        shares = trained, uniform, by_permutation.mean(), by_permutation.max(), by_permutation.min(), every
+        return GateAccuracy(*torch.stack(shares).tolist())  # together, since a GPU is waited for each time
 
     @classmethod
     def join(cls, batches: Sequence[Self]) -> Self:
@@ -248,8 +235,7 @@ def check_batch(model: ImmunityMoE, images: Tensor, labels: Tensor) -> None:
     check_images(images)
     classes = model.experts[0].num_classes
     if labels.shape != images.shape[:1]:
-        found = f"labels of shape {tuple(labels.shape)} for {len(images)} images"
-        raise ValueError(f"{found}; give each image one")
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; give each image one")
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= classes:
         found = f"labels must lie in 0 to {classes - 1}, found {low} to {high}"

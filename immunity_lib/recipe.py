@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 DatasetName = Literal["parts10", "cifar10", "cifar100", "images"]
@@ -63,7 +62,7 @@ class Recipe:
     warmup_epochs: float = 1.0  # over which beta and gamma rise from 0
 
     # adversarial training, on the trained gate
-    adversary: Literal["pgd", "ffgsm"] | None = None  # None: clean images
+    adversary: Literal["pgd", "ffgsm", None] = None  # None: clean images
     adversary_steps: int = 10
     eps: Fraction = Fraction(8, 255)
     step_size: Fraction = Fraction(2, 255)
@@ -113,13 +112,6 @@ class Recipe:
         return isinstance(known, dict) and self.as_json() == Recipe().as_json() | known
 
 
-def _choices(hint: Any) -> list:
-    """The values that a field of names may have; none of a field of numbers."""
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
-    names = [name for part in get_args(hint) for name in _choices(part)]
-    others = {NoneType: [None], bool: [False, True]}
-    return names and names + [one for part in get_args(hint) for one in others.get(part, [])]
-
-
-CHOICES = {name: valid for name, hint in get_type_hints(Recipe).items() if (valid := _choices(hint))}
+# The values that a field of names may have
+CHOICES = {name: list(get_args(hint)) for name, hint in get_type_hints(Recipe).items() if get_origin(hint) is Literal}
+CHOICES["compiled"] = ["auto", False, True]

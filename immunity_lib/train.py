@@ -27,13 +27,14 @@ from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches, training_batches
 from immunity_lib.experts import build_expert
 from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
-from immunity_lib.heatmaps import empty_share, grad_cam, heatmaps_from_outputs, normalise_maps
+from immunity_lib.heatmaps import grad_cam, is_empty, normalise_maps
 from immunity_lib.losses import ImmunityLoss, immunity_loss
 from immunity_lib.moe import ConstantGate, ConvolutionalGate, ExpertOutputs, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.scores import mutual_information
 
 LOGGED = ("cross_entropy", "mutual_information_loss", "position_stability_loss", "loss")
+CHECKPOINT = "checkpoint.safetensors"
 STOPPED = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM ended
 
 
@@ -219,12 +220,12 @@ def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
         outputs = model.expert_outputs(images)
         mixture = outputs.mixture()
         cross_entropy = functional.nll_loss(mixture, labels, reduction="sum")
-        maps = heatmaps_from_outputs(outputs, labels).detach()
+        maps = normalise_maps(grad_cam(outputs, labels)).detach()
         (gradient,) = torch.autograd.grad(cross_entropy, images)
         sums["accuracy"] += (mixture.argmax(-1) == labels).sum()
         sums["expert_accuracy"] += (outputs.logits.argmax(-1) == labels[:, None]).sum(0)
         sums["gate_entropy"] -= (outputs.gate * outputs.log_gate).sum().detach()
-        sums["empty_maps"] += empty_share(maps).mean() * len(labels)
+        sums["empty_maps"] += is_empty(maps).float().mean(0).mean() * len(labels)
         sums["mutual_information"] += mutual_information(maps) * len(labels)
         sums["input_gradient"] += gradient.flatten(1).norm(dim=1).sum()
         if recipe.adversary:
@@ -295,9 +296,6 @@ def is_mixed(recipe: Recipe, device: torch.device) -> bool:
 def is_compiled(recipe: Recipe, device: torch.device) -> bool:
     """Whether a recipe's step is compiled there: with "auto", on a GPU; on CPUs it was no faster."""
     return device.type == "cuda" if recipe.compiled == "auto" else recipe.compiled
-
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def _save(folder: Path, notes: dict, model: nn.Module, optimiser) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,23 +40,18 @@ def load_dataset(
     Raises ValueError for an unknown name, for more images than there are, for damaged files and a folder in no valid
     layout; ConnectionError where CIFAR is missing and cannot be downloaded."""
     source = find_source(name, folder, seed)
-
-    def count_of(split: str, asked: int | None, least: int, most: int) -> int:
-        count = most if asked is None else asked
-        if not least <= count <= most:
-            valid = f"{least} to {most} (no image is both for training and validation)"
+    most = {"validation": source.available["train"] - 1} | source.available
+    most["train"] -= validation_images
+    asked = dict.fromkeys(most, test_images) | {"train": train_images, "validation": validation_images}
+    counts = {split: most[split] if count is None else count for split, count in asked.items()}
+    for split, count in counts.items():
+        least = 0 if split == "validation" else 1
+        if not least <= count <= most[split]:
+            valid = f"{least} to {most[split]} (no image is both for training and validation)"
             raise ValueError(f"{count} {split} images of {name} asked for; choose from {valid}")
-        return count
-
-    available = dict(source.available)
-    held_out = count_of("validation", validation_images, 0, available["train"] - 1)
-    available["train"] -= held_out
-    asked = dict.fromkeys(available, test_images) | {"train": train_images}
-    counts = {split: count_of(split, asked[split], 1, most) for split, most in available.items()}
-    trained = counts.pop("train")
-    rows = source.read("train", trained + held_out)
-    splits = {"train": rows.first(trained), "validation": rows.select(slice(trained, None))}
-    splits |= {split: source.read(split, count) for split, count in counts.items()}
+    rows = source.read("train", counts["train"] + counts["validation"])
+    splits = {"train": rows.first(counts["train"]), "validation": rows.select(slice(counts["train"], None))}
+    splits |= {split: source.read(split, count) for split, count in counts.items() if split not in splits}
     mean, std = images.STATISTICS.get(name) or _channel_statistics(splits["train"].images)
     part_names = parts10.PART_NAMES if name == "parts10" else ()
     return Dataset(name, source.class_names, mean, std, part_names, source.description, splits)
@@ -66,7 +62,8 @@ def find_source(name: str, folder: str | os.PathLike | None = None, seed: int = 
     if name not in DATASETS:
         raise ValueError(f"unknown data set '{name}'; choose one of {', '.join(DATASETS)}")
     if name == "parts10":
-        return parts10.source(seed)
+        read = partial(parts10.generate, seed=seed)
+        return Source("generated", parts10.CLASS_NAMES, parts10.AVAILABLE, read)
     if name == "images" and not folder:
         raise ValueError(f"images of which folder? Name it; {images.LAYOUTS}")
     folder = Path(os.path.abspath(os.path.expanduser(folder or "data")))

@@ -18,8 +18,7 @@ from immunity_lib.recipe import Recipe
 MAXIMAL_SHIFT = 4  # pixels, as a random crop of 32x32 pixels out of an image padded by 4
 
 Device = torch.device | str | None
-# images (B, 3, 32, 32) float32 in [0, 1], channels_last; labels (B,)
-Batches = Iterator[tuple[Tensor, Tensor]]
+Batches = Iterator[tuple[Tensor, Tensor]]  # images (B, 3, 32, 32) float32 in [0, 1], channels_last; labels (B,)
 
 
 @dataclass(frozen=True, eq=False)

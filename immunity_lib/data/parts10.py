@@ -10,12 +10,10 @@ Pixels are the same on every machine: numpy freezes the streams of `RandomState`
 IEEE 754 fixes are used (+, -, *, /, sqrt, floor, comparisons).
 """
 
-from functools import partial
-
 import numpy as np
 import torch
 
-from immunity_lib.data.batches import ImageSet, Source
+from immunity_lib.data.batches import ImageSet
 
 CLASS_NAMES = (
     "ashwing", "bramblet", "cinderjay", "dunlark", "emberfinch",
@@ -46,11 +44,6 @@ HABITAT_STRIPES = np.float32([[4, 0, 3, 3, 5, 2, 5, 2, 0, 6], [0, 4, 3, -3, 2, 5
 LEAVES = ((7.0, -5.5, 5.0, 6.5), (-1.5, -1.5, 6.8, 5.2), (-9.5, -1.0, 5.2, 6.2), (0.0, 7.5, 6.6, 5.0))
 CHUNK = 250  # images drawn together, from one stream: the first k are the same for any count
 GRID_Y, GRID_X = np.mgrid[0:32, 0:32].astype(np.float32)
-
-
-def source(seed: int = 0) -> Source:
-    """Parts-10 of a seed, with the splits "train", "test" and "test-shifted"."""
-    return Source("generated", CLASS_NAMES, AVAILABLE, partial(generate, seed=seed))
 
 
 def generate(split: str, count: int, seed: int) -> ImageSet:

@@ -13,8 +13,9 @@ from threading import RLock
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
-from immunity_lib.attacks import attack_path, fold
+from immunity_lib.attacks import ascent_path, fold
 from immunity_lib.data import Dataset
 from immunity_lib.data.images import pixels
 from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
@@ -177,10 +178,14 @@ class Exploration:
         return fold(self.model(name))
 
     def _attack(self, model, images: Tensor, labels: int | Tensor, gate: Gate, eps: Tensor):
-        """Where PGD without a random start is, (B, S + 1, 3, 32, 32)."""
+        """Where PGD on the cross entropy is, from the images on, each with its own eps; (B, S + 1, 3, 32, 32)."""
         labels = torch.as_tensor(labels, device=images.device).expand(len(images))
-        steps = {"step_size": float(self.settings.recipe.step_size), "steps": self.settings.steps}
-        return attack_path(model, images, labels, gate, eps=eps.to(images.device), **steps).transpose(0, 1)
+        path = ascent_path(
+            lambda points: functional.cross_entropy(model(points, gate), labels, reduction="none"),
+            images, eps=eps.to(images.device).view(-1, 1, 1, 1), random_start=False,
+            step_size=float(self.settings.recipe.step_size), steps=self.settings.steps,
+        )  # fmt: skip
+        return torch.stack(list(path)).transpose(0, 1)
 
 
 def own_subject(content: bytes, name: str) -> Subject:

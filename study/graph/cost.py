@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from immunity_lib.data import Dataset
 from immunity_lib.evaluate import BATCH
-from immunity_lib.heatmaps import heatmaps_from_outputs
+from immunity_lib.heatmaps import grad_cam, normalise_maps
 from immunity_lib.moe import ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import build_model, training_loss
@@ -60,7 +60,7 @@ def _cost_of_measuring(plain: Recipe, classes: int) -> dict[str, int]:
             outputs = model.eval().expert_outputs(images)
             answers = outputs.mixture("uniform").sum()
         forward = counter.macs
-        heatmaps_from_outputs(outputs, labels)
+        normalise_maps(grad_cam(outputs, labels))
         maps = counter.macs
         torch.autograd.grad(answers, images)
     cost = {"forward": forward, "gradient": forward + counter.macs - maps, "maps": maps}

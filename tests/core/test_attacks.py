@@ -8,7 +8,6 @@ from itertools import permutations
 
 import pytest
 import torch
-import torchattacks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -29,9 +28,12 @@ def attack(model, images, labels, name, gate="trained", **changes):
     return attack_images(model, images, labels, name, gate, **BUDGET | changes)
 
 
-def path_of(model, images, labels, eps=EPS, steps=4):
-    eps = torch.as_tensor(eps, dtype=images.dtype).expand(len(images))
-    return attacks.attack_path(model, images, labels, "uniform", eps=eps, step_size=STEP, steps=steps)
+def path_of(model, images, labels, eps, steps=4):
+    """PGD on the cross entropy of the plain ensemble, without random start: its points, (steps + 1, B, 3, 32, 32)."""
+    raised = lambda points: functional.cross_entropy(model(points, "uniform"), labels, reduction="none")  # noqa: E731
+    eps = torch.tensor(eps, dtype=images.dtype).view(-1, 1, 1, 1)
+    path = attacks.ascent_path(raised, images, eps=eps, step_size=STEP, steps=steps, random_start=False)
+    return torch.stack(list(path))
 
 
 def assert_same_points(found, expected):
@@ -142,7 +144,6 @@ def test_images_that_are_misclassified_anyway_are_attacked_too(model, images, na
 
 
 OVER_ALL_GATES = {
-    "path": path_of,
     "exact": lambda *batch, steps: exact_pgd(*batch, **BUDGET | {"steps": steps}),
     "strongest": lambda *batch, steps: strongest_points(*batch, eps=EPS, steps=steps),
     "noise": lambda *batch, steps: attacks.random_noise(*batch, eps=EPS, draws=steps),
@@ -178,7 +179,6 @@ def test_an_attack_leaves_no_trace_in_the_model(model, images, labels, name):
 
 CALLS = {
     "attack_images": lambda *batch: attack(*batch, "pgd"),
-    "attack_path": path_of,
     "exact_pgd": lambda *batch: exact_pgd(*batch, **BUDGET),
     "strongest_points": lambda *batch: strongest_points(*batch, eps=EPS, steps=2),
     "auto_attack": lambda *batch: attacks.auto_attack(*batch, "uniform", eps=EPS),
@@ -233,17 +233,6 @@ def test_a_budget_that_no_attack_can_have_is_refused(model, images, labels, chan
 
 
 # PGD of our own: along a path, on the margin, and exact over the gate
-
-
-def test_to_the_last_step_exact_pgd_is_that_of_torchattacks(model, images, labels):
-    """Under a gate of equal weights, all of whose permutations are one. In float64, so that the
-    order of operations turns no sign of a gradient."""
-    model, images, model.gate = model.double(), images.double(), ConstantGate(3).double()
-    torch.manual_seed(0)
-    with model.evaluated_with("trained"):
-        expected = torchattacks.PGD(model, EPS, STEP, 10)(images, labels)
-    torch.manual_seed(0)
-    assert_same_points(exact_pgd(model, images, labels, **BUDGET), expected)
 
 
 def test_a_path_has_every_shorter_attack_and_each_image_its_own_budget(model, images, labels):
@@ -356,20 +345,6 @@ def test_folded_copy_is_the_same_function_with_fewer_norms(name, images):
     assert count_norms(folded) == stay < count_norms(model)
 
 
-def test_each_norm_is_folded_into_its_own_convolution_or_stays(images):
-    """A convolution that is used twice has two norms. What stays: a norm of the batch's own
-    statistics, one behind an activation, and one before the convolution."""
-    shared = nn.Conv2d(3, 3, 3, padding=1)
-    twice = nn.Sequential(shared, nn.BatchNorm2d(3), nn.ReLU(), shared, nn.BatchNorm2d(3))
-    staying = nn.Sequential(
-        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4),
-        nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False),
-    )  # fmt: skip
-    for network, norms in ((twice, 0), (staying, 3)):
-        assert count_norms(folded := fold(draw_norms(network))) == norms
-        torch.testing.assert_close(folded(images), network(images))
-
-
 class Residual(nn.Sequential):
     def forward(self, images):
         activations = self[0](images)
@@ -381,24 +356,25 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(images)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda convolution, norm: Residual(convolution, norm),
-        lambda convolution, norm: nn.Sequential(Doubled(3, 4, 3), norm),
-        lambda convolution, norm: nn.Sequential(nn.utils.spectral_norm(convolution), norm),
-        lambda convolution, norm: nn.Sequential(nn.utils.parametrizations.weight_norm(convolution), norm),
-        lambda convolution, norm: nn.Sequential(
-            torch.no_grad()(prune.l1_unstructured)(convolution, "weight", 0.5), norm
-        ),
-    ],
-    ids=["own forward", "own convolution", "hooks", "parametrized", "pruned"],
-)
-def test_what_is_more_than_convolution_and_norm_is_not_folded(images, make):
-    network = draw_norms(make(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    if hasattr(network[0], "parametrizations"):
-        network[0].parametrizations.weight.original0.data.mul_(3)  # else its weight is as without
-    torch.testing.assert_close(fold(network)(images), network(images), rtol=0, atol=0)
+PAIR = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+FOLDED = {  # and how many norms stay
+    "used twice": (lambda one, norm: nn.Sequential(one, norm, nn.ReLU(), one, nn.BatchNorm2d(3)), 0),
+    "norm first": (lambda one, norm: nn.Sequential(norm, one), 1),
+    "behind an activation": (lambda one, norm: nn.Sequential(one, nn.ReLU(), norm), 1),
+    "the batch's own": (lambda one, _: nn.Sequential(one, nn.BatchNorm2d(3, track_running_stats=False)), 1),
+    "own forward": (lambda one, norm: Residual(one, norm), 1),
+    "own convolution": (lambda _, norm: nn.Sequential(Doubled(3, 3, 3), norm), 1),
+    "hooks": (lambda one, norm: nn.Sequential(nn.utils.spectral_norm(one), norm), 1),
+    "parametrized": (lambda one, norm: nn.Sequential(nn.utils.parametrizations.weight_norm(one), norm), 1),
+    "pruned": (lambda one, norm: nn.Sequential(torch.no_grad()(prune.l1_unstructured)(one, "weight", 0.5), norm), 1),
+}
+
+
+@pytest.mark.parametrize(("make", "stay"), FOLDED.values(), ids=FOLDED)
+def test_a_norm_is_folded_into_its_own_plain_convolution_or_stays(images, make, stay):
+    network = draw_norms(make(*copy.deepcopy(PAIR)))
+    assert count_norms(folded := fold(network)) == stay
+    torch.testing.assert_close(folded(images), network(images))
 
 
 def test_a_folded_copy_is_its_own_and_for_evaluation_alone(model, images):

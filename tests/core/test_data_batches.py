@@ -76,15 +76,12 @@ def test_all_is_drawn_from_the_generator_by_the_call_and_in_this_order(image_set
     assert not torch.equal(next_epoch, labels)
 
 
-def test_evaluation_is_in_order_and_unchanged(image_set):
+def test_evaluation_is_in_order_and_unchanged_and_impossible_batch_sizes_are_named(image_set):
     images, labels = zip(*evaluation_batches(image_set, 50), strict=True)
     assert list(map(len, labels)) == [50, 50, 1]
     assert torch.equal(torch.cat(labels), image_set.labels)
     assert torch.equal(torch.cat(images), image_set.images / 255)
     assert images[0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_impossible_batch_sizes_are_named(image_set):
     with pytest.raises(ValueError, match="batch_size is 1;"):
         training_batches(image_set, 1, torch.Generator())
     with pytest.raises(ValueError, match="batch_size is 0;"):
@@ -97,11 +94,8 @@ def test_images_that_are_no_bytes_are_refused_with_what_makes_them_bytes(image_s
         with pytest.raises(ValueError, match=rf"images are {images.dtype}; .* torch.uint8: .*\(255 \* images\).round"):
             ImageSet(images, image_set.labels)
     again = ImageSet((255 * (image_set.images / 255)).round().to(torch.uint8), image_set.labels)
-    assert again.checksum == image_set.checksum
-
-
-def test_C2_of_fewer_images_than_a_notebook_shows_all_are_taken(image_set):
-    assert image_set.first(102).checksum == image_set.checksum and len(image_set.first(3)) == 3
+    # C2: of fewer images than a notebook shows, all are taken
+    assert again.checksum == image_set.first(102).checksum == image_set.checksum and len(image_set.first(3)) == 3
 
 
 def test_cutout_hides_a_square_in_the_given_colour_and_nothing_else():

@@ -16,7 +16,7 @@ from io import BytesIO
 import psutil
 import pytest
 from build_site import build_site
-from graph import wait_for
+from graph import free_ports, wait_for
 from PIL import Image
 
 from study.explorer.exploration import PRESET_BUDGET, Exploration
@@ -57,18 +57,12 @@ def server(command, port, state):
             process.wait(60)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def jupyterlab(folder, state):
     """JupyterLab on a folder; yields its address."""
     quiet = state / "JUPYTERLAB_SETTINGS/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     write_json(quiet, {"fetchNews": "false", "checkForUpdates": False})
-    port = free_port()
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "jupyterlab", str(folder), "--no-browser", "--allow-root", f"--port={port}"]
     command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
     with server(command, port, state):
@@ -271,7 +265,7 @@ def kernels(process):
 def test_B8_the_explorer_moves_on_voila_s_page_and_its_kernels_end(tmp_path, state):
     """As `make explorer` serves it, but that kernels end sooner after their page is closed."""
     notebook = written(tmp_path / "notebooks", "05_heatmaps", output_folder=str(tmp_path), **FEW)
-    port = free_port()
+    (port,) = free_ports(1)
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     recipe = re.search(r"voila notebooks/05_heatmaps.ipynb (.*)", makefile)
     options, changed = re.subn(r"(cull_(?:idle_timeout|interval)=\d+)0", r"\1", recipe[1])

@@ -94,7 +94,7 @@ def test_every_method_gives_distributions(model, images, labels, method):
 
 def test_nothing_is_computed_twice(exploration, monkeypatch):
     first = exploration.maps(IMMUNITY, exploration.gallery[1], "uniform")
-    for function in ("explanation_maps", "attack_path", "trained_model"):
+    for function in ("explanation_maps", "ascent_path", "trained_model"):
         monkeypatch.setattr(module, function, None)
     assert exploration.maps(IMMUNITY, exploration.gallery[1], "uniform") is first
 
