@@ -9,6 +9,7 @@ attacker's forward passes use, see `ImmunityMoE`; libraries call a bare `model(i
 import copy
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -43,9 +44,12 @@ ATTACKS: dict[str, Callable] = {
     "tpgd": lambda library, model, eps, step, steps: library.TPGD(model, eps, step, steps),
     # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
     "ffgsm": lambda library, model, eps, step, steps: library.FFGSM(model, eps, 1.25 * eps),
-    # PGD on the Carlini-Wagner margin, as Madry et al. (2018, arXiv 1706.06083) use it at a given eps; torchattacks'
-    # own CW is an l_2 attack without one
-    "cw": lambda library, model, *budget: partial(_margin_pgd, model, *budget),
+    # PGD on the Carlini-Wagner margin, as Madry et al. (2018, arXiv 1706.06083) use it; torchattacks' own CW is in l_2
+    "cw": lambda library, model, eps, step, steps: (
+        lambda images, labels: ascend(
+            lambda points: margin(model(points), labels), images, eps=eps, step_size=step, steps=steps
+        )
+    ),
     # Auto-PGD (Croce & Hein 2020, arXiv 2003.01690) on the cross entropy, from one start: each image's point of the
     # highest loss. A plain call would hand back unmoved what it did not fool or what was misclassified anyway: right
     # for one fixed gate, but too weak for the others.
@@ -106,9 +110,9 @@ def ascent_path(
         yield points
 
 
-def _margin_pgd(model: ImmunityMoE, eps: float, step: float, steps: int, images: Tensor, labels: Tensor) -> Tensor:
-    *_, last = ascent_path(lambda points: margin(model(points), labels), images, eps=eps, step_size=step, steps=steps)
-    return last
+def ascend(objective: Callable[[Tensor], Tensor], images: Tensor, **options) -> Tensor:
+    """Where an `ascent_path` ends."""
+    return deque(ascent_path(objective, images, **options), maxlen=1).pop()
 
 
 # What an attack on all gates raises for each image, from the experts' outputs and the labels, (B,): the mean over a
@@ -138,11 +142,10 @@ def exact_pgd(
     check_effort(eps, steps)
     check_batch(model, images, labels)
     with in_eval_mode(model):
-        *_, last = ascent_path(
+        return ascend(
             lambda points: AIMS[aim](model.expert_outputs(points), labels), images,
             eps=eps, step_size=step_size, steps=steps, random_start=random_start,
         )  # fmt: skip
-    return last
 
 
 @torch.no_grad()
@@ -168,8 +171,7 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
             left = (fooled < 1).nonzero().squeeze(1)
             if len(left):  # some networks cannot take a batch of no images
                 raised = partial(look_at, aim=aim, left=left)
-                *_, last = ascent_path(raised, images[left], eps=eps, step_size=eps, steps=steps, falling=True)
-                raised(last)
+                raised(ascend(raised, images[left], eps=eps, step_size=eps, steps=steps, falling=True))
     return best
 
 
@@ -210,6 +212,7 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     It uses no gradient: if it finds what gradients miss, they mislead (Carlini et al. 2019, arXiv 1902.06705,
     sections 4.3 and 4.11)."""
     check_effort(eps, draws, "draws")
+    check_batch(model, images, labels)
     best = images.clone()
     most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
     with in_eval_mode(model):

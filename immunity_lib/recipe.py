@@ -82,8 +82,8 @@ class Recipe:
         for name in ("auxiliary_weight", "drop_path"):
             if getattr(self, name) and self.expert not in BASELINES:
                 wrong.append(f"{name} is {getattr(self, name)}; it must be 0 for {self.expert}, which has no cells")
-        if self.auxiliary_weight and self.experts > 1:  # its loss is that of one network, without a gate
-            wrong.append(f"auxiliary_weight is {self.auxiliary_weight}; it must be 0 for {self.experts} experts")
+        if self.auxiliary_weight and (self.experts > 1 or self.beta or self.gamma):  # its loss is of one network alone
+            wrong.append(f"auxiliary_weight is {self.auxiliary_weight}; it must be 0, or experts 1, beta 0 and gamma 0")
         for name, value in vars(self).items():
             if value is None or isinstance(value, bool | str):
                 continue

@@ -113,7 +113,8 @@ def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name) -> dict[s
         next(model.parameters()).device, rotation=recipe.rotation, cutout=recipe.cutout,
         fill=dataset.mean if recipe.normalise else (0.0,) * 3,
     )  # fmt: skip
-    steps, sums = math.ceil(len(dataset.splits["train"]) / recipe.batch_size), defaultdict(float)
+    # But for a last batch of a single image, which is dropped
+    steps, sums = math.ceil((len(dataset.splits["train"]) - 1) / recipe.batch_size), defaultdict(float)
     remedy = "lower learning_rate, beta or gamma, or set gradient_clip"
     shown = tqdm(batches, f"{name} {epoch + 1}/{recipe.epochs}", steps, leave=False)
     for number, (images, labels) in enumerate(shown, start=1):

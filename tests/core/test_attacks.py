@@ -182,6 +182,7 @@ CALLS = {
     "exact_pgd": lambda *batch: exact_pgd(*batch, **BUDGET),
     "strongest_points": lambda *batch: strongest_points(*batch, eps=EPS, steps=2),
     "auto_attack": lambda *batch: attacks.auto_attack(*batch, "uniform", eps=EPS),
+    "random_noise": lambda *batch: attacks.random_noise(*batch, eps=EPS, draws=1),
     "expert_heatmaps": expert_heatmaps,
 }
 

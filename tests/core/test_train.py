@@ -46,8 +46,10 @@ def test_D16_what_no_training_can_have_is_refused_by_name(field, value, must):
 
 
 def test_every_name_is_taken_and_an_auxiliary_classifier_for_one_expert_alone():
-    with pytest.raises(ValueError, match="auxiliary_weight is 0.4; it must be 0 for 5 experts"):
+    with pytest.raises(ValueError, match="auxiliary_weight is 0.4; it must be 0, or experts 1"):
         replace(Recipe(), auxiliary_weight=0.4, expert="pdarts")
+    with pytest.raises(ValueError, match="auxiliary_weight is 0.4; it must be 0, or .* gamma 0"):
+        replace(Recipe(), auxiliary_weight=0.4, expert="pdarts", experts=1, beta=0.0, gamma=100.0)
     named = {name: valid for name, valid in CHOICES.items() if name not in ("dataset", "expert")}
     for name, valid in named.items():
         assert [getattr(replace(Recipe(), **{name: value}), name) for value in valid] == valid
