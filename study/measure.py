@@ -128,7 +128,7 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     attacks = adaptive_attacks(store.trained_model(settings, name, dataset), effort, surrogates)
     # Which attacks there are, and which weights the other models have, is part of the question
     further = {"attacks": [attack.name for attack in attacks]}
-    further["surrogates"] = {str(one): store.training_record(settings, one)["weights"] for one in others}
+    further["surrogates"] = {str(one): store.read_record(settings, one, "training")["weights"] for one in others}
     unfinished = store.record_path(settings, name, "adaptive").with_suffix(".unfinished")
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
@@ -206,14 +206,14 @@ def _question(kind: str, settings: Settings, name: ModelName, dataset: Dataset, 
 
 def _comes_with_the_project(kind: str, settings: Settings, name: ModelName, dataset: Dataset) -> bool:
     """Whether a record that answers the question came along; it needs no weights, of this model or others."""
-    found = store.find_record(settings, name, kind)
-    if found == store.record_path(settings, name, kind):
+    if store.find_record(settings, name, kind) == store.record_path(settings, name, kind):
         return False
     try:
-        known, _ = store.read_json(found), pd.read_parquet(found.with_suffix(".parquet"))
-        return known["data"] == _question(kind, settings, name, dataset, {})["data"]
-    except Exception as error:  # of a damaged file, which stays as it is
-        print(f"the {kind} of {name} that come with the project are not used: {error!r}")
+        store.read_frame(settings, [name], kind)
+        known = store.read_record(settings, name, kind)
+        return known.get("data") == _question(kind, settings, name, dataset, {})["data"]
+    except DamagedFile as error:  # which stays as it is
+        print(f"the {kind} of {name} that come with the project are not used: {error}")
         return False
 
 

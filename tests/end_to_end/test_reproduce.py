@@ -18,7 +18,7 @@ from immunity_lib.attacks import FAMILIES
 from immunity_lib.files import read_tensors
 from study.catalogue import adaptive_models, attacked_models, table1_models, table3_models, trained_models
 from study.settings import ROOT, load_preset
-from study.store import own_folder, read_frame, read_json, read_summary, record_path
+from study.store import own_folder, read_frame, read_json, read_record, record_path
 
 pytestmark = pytest.mark.slow
 EXECUTED_LIMIT = 2_000_000  # bytes; larger notebooks are not rendered by web viewers
@@ -65,7 +65,7 @@ def test_every_model_is_measured_as_its_tables_need(settings):
         assert set(of_model["family"]) == {"clean", *FAMILIES} - without
         assert set(of_model.groupby(["attack", "sees"]).size()) == {settings.adaptive_count}
     for name in adaptive_models(settings):
-        summary = read_summary(settings, name, "adaptive")
+        summary = read_record(settings, name, "adaptive")["summary"]
         assert len(summary["checks"]) == 8 and summary["by_budget"][-1][0] == 1
         assert not list(settings.runs.glob("records/*unfinished*"))
     scores = read_frame(settings, table1_models(settings) + table3_models(settings), "scores")

@@ -18,7 +18,7 @@ from immunity_lib.files import read_tensors, write_tensors
 from study import measure, store
 from study.catalogue import ModelName
 from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
-from study.store import question_of, read_frame, read_json, read_summary, record_path, trained_model, training_record
+from study.store import question_of, read_frame, read_json, read_record, record_path, trained_model
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 SMALL = {
@@ -60,7 +60,7 @@ def test_what_was_measured_is_used_again_and_its_record_says_what_of(settings, d
     make(settings, NAME, dataset)
     assert not measurement.called and path.read_bytes() == before
     assert (record["kind"], record["model"]) == (kind, str(NAME))
-    assert record["weights"] == [training_record(settings, NAME)["weights"]]
+    assert record["weights"] == [read_record(settings, NAME, "training")["weights"]]
     assert record["provenance"]["packages"] and record["provenance"]["library"]
 
 
@@ -198,7 +198,7 @@ def test_a_stand_alone_network_is_attacked_under_one_gate(settings, dataset):
 
 
 def test_scores_are_within_their_ranges(settings):
-    frame, summary = read_frame(settings, [NAME], "scores"), read_summary(settings, NAME, "scores")
+    frame, summary = read_frame(settings, [NAME], "scores"), read_record(settings, NAME, "scores")["summary"]
     assert frame["mutual_information"].between(-1e-6, np.log(2) + 1e-6).all()
     assert (frame[["independence_score", "causality_score"]] >= 0).all(axis=None)
     assert frame["empty_maps"].isin([0, 0.5, 1]).all()
@@ -245,7 +245,7 @@ def test_adaptive_attacks_that_were_stopped_go_on(settings, dataset, monkeypatch
     measure_adaptive(settings, name, dataset)
     assert made.count("fgsm") == 1 and made.count("pgd-trained") == 2
     assert not unfinished.exists()
-    resumed, summary = read_frame(settings, [name], "adaptive"), read_summary(settings, name, "adaptive")
+    resumed, summary = read_frame(settings, [name], "adaptive"), read_record(settings, name, "adaptive")["summary"]
     assert {one["attack"] for one in summary["attacks"]} == set(resumed["attack"]) - {"clean"}
     assert (resumed.groupby("attack").size() == 6).all()
 

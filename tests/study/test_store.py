@@ -14,7 +14,7 @@ from immunity_lib.files import DamagedFile, read_tensors, write_atomically, writ
 from study import store
 from study.catalogue import ModelName, explored_models, members, recipe_of
 from study.settings import ROOT, load_preset
-from study.store import model_folder, read_frame, read_json, trained_model, training_record, write_json
+from study.store import model_folder, read_frame, read_json, read_record, trained_model, write_json
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 PUBLISHED = [path.with_name("record.json") for path in sorted((ROOT / "pretrained").glob("*/*/model.safetensors"))]
@@ -95,7 +95,7 @@ def test_D4_a_lock_that_nobody_lets_go_is_named(settings, dataset, monkeypatch):
 
 
 def test_record_says_how_the_model_was_made(settings, dataset):
-    record, model = training_record(settings, NAME), trained_model(settings, NAME, dataset)
+    record, model = read_record(settings, NAME, "training"), trained_model(settings, NAME, dataset)
     assert record["model"] == str(NAME) and recipe_of(settings, NAME).is_that_of(record["recipe"])
     assert record["data"]["checksum"] == dataset.splits["train"].checksum
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
@@ -274,25 +274,25 @@ def test_what_was_trained_here_goes_first_and_what_is_published_answers_alike(
     record = read_json(published / "record.json")
     assert model_folder(settings, NAME) == settings.runs / "models" / str(NAME)
     own = trained_model(settings, NAME, dataset)
-    weights = training_record(settings, NAME)["weights"]
+    weights = read_record(settings, NAME, "training")["weights"]
     assert weights == record["rounding"]["from"] != record["weights"]
     shutil.rmtree(settings.runs)
     found = trained_model(settings, NAME, dataset)
     assert not training.called and next(found.parameters()).dtype == torch.float32
     torch.testing.assert_close(found(images, "uniform").exp(), own(images, "uniform").exp(), rtol=0, atol=5e-3)
-    assert training_record(settings, NAME) == record
+    assert read_record(settings, NAME, "training") == record
 
 
 def test_what_was_trained_here_with_other_settings_hides_nothing(published, settings, make_settings, dataset):
     """Neither is it shown for these."""
     other = make_settings(output_folder=settings.output_folder, epochs=1, learning_rate=0.01, pretrained=False)
     with pytest.raises(FileNotFoundError, match="is not trained with these settings yet.*OUTPUT="):
-        training_record(other, NAME)
+        read_record(other, NAME, "training")
     shutil.rmtree(settings.runs)
     trained_model(other, NAME, dataset)
-    assert training_record(other, NAME)["recipe"]["learning_rate"] == 0.01
+    assert read_record(other, NAME, "training")["recipe"]["learning_rate"] == 0.01
     assert model_folder(settings, NAME) == published
-    assert training_record(settings, NAME)["recipe"]["learning_rate"] != 0.01
+    assert read_record(settings, NAME, "training")["recipe"]["learning_rate"] != 0.01
 
 
 @pytest.mark.parametrize("changes", [{"pretrained": False}, {"learning_rate": 0.01}])
