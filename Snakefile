@@ -99,8 +99,8 @@ SCORED = catalogue.measured_models(settings, "scores")
 OF_TABLE1 = catalogue.table1_models(settings)
 OF_TABLE3 = catalogue.table3_models(settings)
 SCORED_ALONE = [name for name in SCORED if name not in OF_TABLE1]
-ATTACKED = catalogue.attacked_models(settings)
-ADAPTIVE = catalogue.adaptive_models(settings)
+ATTACKED = catalogue.measured_models(settings, "attacks")
+ADAPTIVE = catalogue.measured_models(settings, "adaptive")
 
 
 wildcard_constraints:

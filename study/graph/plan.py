@@ -42,7 +42,7 @@ def plan(settings: Settings) -> pd.DataFrame:
     """A row for each model that the preset trains, by its name: its `cost_of`, and the multiply-accumulates of all
     that is done with it in the notebooks of WORK; "scores" are heat maps and accuracy on all test images. Nothing is
     computed and no data are read, but for the names of the files of your own images."""
-    attacked, adaptive = catalogue.attacked_models(settings), catalogue.adaptive_models(settings)
+    attacked, adaptive = catalogue.measured_models(settings, "attacks"), catalogue.measured_models(settings, "adaptive")
     gradients, queries = adaptive_passes(settings)
     steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
     rows = {}

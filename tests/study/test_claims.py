@@ -124,7 +124,7 @@ def test_A6_C2_neighbours_a_single_image_tells_next_to_nothing(trainings, effect
 
 
 def test_switching_is_held_against_other_gates_of_the_same_model_and_images(world):
-    models = catalogue.adaptive_models(world.settings)
+    models = catalogue.measured_models(world.settings, "adaptive")
     name = next(one for one in models if (one.method, one.regime) == ("immunity", "adversarial"))
     verdicts_of = [world.verdicts[name, "adaptive", attack, sees] for attack, _, sees in ADAPTIVE]
     for which, title in (("switching-adversarial", "its plain ensemble"), ("switching-trained", "its trained gate")):

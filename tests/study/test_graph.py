@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 from graph import job_command, reproduce_command, wait_for
 
-from study.catalogue import adaptive_models, attacked_models, trained_models
+from study.catalogue import measured_models, trained_models
 from study.graph import checks, job, plan, run, status
 from study.settings import ROOT, load_preset
 from study.store import own_folder, read_json, write_atomically, write_json
@@ -369,7 +369,7 @@ def test_the_status_leaves_out_what_comes_with_the_project(tmp_path):
     own, now = load_preset("parts10", output_folder=str(tmp_path), pretrained=False), datetime.now(UTC)
     jobs = status.list_jobs(own, now)["notebook"].value_counts()
     assert jobs["02_training"] == len(trained_models(own)) and jobs["06_adaptive_attacks"] == 1 + len(
-        adaptive_models(own)
+        measured_models(own, "adaptive")
     )
     left = status.list_jobs(own.model_copy(update={"pretrained": True}), now)["notebook"]
     assert list(left) == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if "02" not in path.stem]
@@ -416,7 +416,8 @@ def put_log(settings, model, epochs, seconds):
 
 
 def test_before_anything_ran_every_job_waits(settings, capsys):
-    count = sum(len(names(settings)) for names in (trained_models, attacked_models, adaptive_models)) + 7
+    count = len(trained_models(settings)) + 7
+    count += sum(len(measured_models(settings, kind)) for kind in ("attacks", "adaptive"))
     for folder, told in (("elsewhere", "nothing was started"), ("", f"0 of {count} jobs done, {count} waiting\n")):
         assert status.main(["--preset=smoke", f"--output={settings.output_folder}/{folder}"]) == 0
         assert told in (said := capsys.readouterr().out)
