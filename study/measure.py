@@ -17,7 +17,6 @@ and made anew otherwise."""
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,17 +203,21 @@ def _question(kind: str, settings: Settings, name: ModelName, dataset: Dataset, 
     }
 
 
-def _comes_with_the_project(kind: str, settings: Settings, name: ModelName, dataset: Dataset) -> bool:
-    """Whether a record that answers the question came along; it needs no weights, of this model or others."""
-    if store.find_record(settings, name, kind) == store.record_path(settings, name, kind):
-        return False
+def _is_measured(kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict) -> bool:
+    """Whether there is a whole record of these settings and weights, of these images and with what is asked further."""
     try:
         store.read_frame(settings, [name], kind)
         known = store.read_record(settings, name, kind)
-        return known.get("data") == _question(kind, settings, name, dataset, {})["data"]
-    except DamagedFile as error:  # which stays as it is
-        print(f"the {kind} of {name} that come with the project are not used: {error}")
+    except (FileNotFoundError, DamagedFile):
         return False
+    question = _question(kind, settings, name, dataset, further)
+    return known.get("data") == question["data"] and further.items() <= known["asked"].items()
+
+
+def _comes_with_the_project(kind: str, settings: Settings, name: ModelName, dataset: Dataset) -> bool:
+    """Whether such a record came along; it needs no weights, of this model or others."""
+    shipped = store.find_record(settings, name, kind) != store.record_path(settings, name, kind)
+    return shipped and _is_measured(kind, settings, name, dataset, {})
 
 
 def _measure_once(
@@ -224,18 +227,15 @@ def _measure_once(
     """Leave a measurement of a trained model on disk, unless it is there. further: of the question, beside settings."""
     if _comes_with_the_project(kind, settings, name, dataset):
         return
-    path = store.record_path(settings, name, kind)
-    model = store.trained_model(settings, name, dataset)
-    question = _question(kind, settings, name, dataset, further)
+    model, path = store.trained_model(settings, name, dataset), store.record_path(settings, name, kind)
+    if _is_measured(kind, settings, name, dataset, further):
+        return
     if path.exists():
-        with suppress(DamagedFile, FileNotFoundError):  # damaged, and set aside, or of other settings
-            store.read_frame(settings, [name], kind)
-            if question.items() <= store.read_json(path).items():
-                return
         store.set_record_aside(path, "it is about other weights, data or settings")
     started = time.perf_counter()
     frame, summary = measure(model)
     write_atomically(path.with_suffix(".parquet"), frame.to_parquet(index=False))
-    content = {"kind": kind, "model": str(name), **question, "summary": summary, "data_source": dataset.source}
+    content = {"kind": kind, "model": str(name), **_question(kind, settings, name, dataset, further)}
+    content |= {"summary": summary, "data_source": dataset.source}
     took = round(time.perf_counter() - started, 1)
     store.write_json(path, content | {"seconds": took, "provenance": store.provenance()})

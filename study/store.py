@@ -337,11 +337,13 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
 
 
 def set_record_aside(path: Path, reason: str) -> DamagedFile:
-    """Rename a record and its frame, of which one cannot be used, but for what comes with the project; returns what to
-    raise where both are needed now."""
-    for file in (path, path.with_suffix(".parquet")):
-        if file.exists() and not file.is_relative_to(PRETRAINED):
-            set_aside(file, f"{reason}; it is made anew")
+    """Rename a record and its frame, of which one cannot be used; returns what to raise where both are needed now."""
+    if path.is_relative_to(PRETRAINED):  # which stays as it is
+        _say_once(f"measurements that come with the project are not used: {reason}")
+    else:
+        for file in (path, path.with_suffix(".parquet")):
+            if file.exists():
+                set_aside(file, f"{reason}; it is made anew")
     return DamagedFile(f"{reason}; the same command makes it anew")
 
 
