@@ -90,7 +90,7 @@ def publish_all_measurements(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    parser = preset_parser("pretrained/publish.py", __doc__, output=False)
+    parser = preset_parser("pretrained/publish.py", __doc__)
     parser.add_argument("--measurements", action="store_true", help="training records and measurements alone")
     parser.add_argument("--cards", action="store_true", help="the cards alone, of the weights that are there")
     options, settings = parse_options(parser)

@@ -176,7 +176,7 @@ def format_power(settings: Settings) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper", output=False)
+    parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper")
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="sustained speed (default: %(default)g)")
     parser.add_argument("--calibrate", action="store_true", help="measure it instead, some seconds for each network")
     options, settings = parse_options(parser, arguments)
