@@ -32,6 +32,12 @@ METHODS = {
     "immunity-literal": "with both losses on heat maps as the equations literally say",
 }
 SINGLE = ("standalone", "standalone-wide")  # of one expert
+CHANGES = {  # of a preset's recipe, by method
+    # One expert has nothing to be different from, and its own loss is the mixture's
+    **dict.fromkeys(SINGLE, {"experts": 1, "alpha": 0.0, "beta": 0.0, "gamma": 0.0}),
+    "moe": {"beta": 0.0, "gamma": 0.0}, "moe-mi": {"gamma": 0.0}, "moe-ps": {"beta": 0.0},
+    "immunity-literal": {"floor": 0.0, "warmup_epochs": 0.0},
+}  # fmt: skip
 
 # As readers call them: the mixtures of the ablation, data sets, networks, attacks
 MIXTURES = {"moe": "MoE", "moe-mi": "MoE+MI", "moe-ps": "MoE+PS", "immunity": "Immunity"}
@@ -91,17 +97,9 @@ def recipe_of(settings: Settings, name: ModelName) -> Recipe:
         changes |= {"layers": settings.baseline_layers, "width": settings.baseline_width or settings.recipe.width}
     if published := own_recipe(settings, name):
         changes |= published["fields"]
-    if name.method in SINGLE:
-        # One expert has nothing to be different from, and its own loss is the mixture's
-        changes |= {"experts": 1, "alpha": 0.0}
+    changes |= CHANGES.get(name.method, {})
     if name.method == "standalone-wide":
         changes["width"] = settings.recipe.width * settings.recipe.experts**0.5
-    if name.method in (*SINGLE, "moe", "moe-ps"):
-        changes["beta"] = 0.0
-    if name.method in (*SINGLE, "moe", "moe-mi"):
-        changes["gamma"] = 0.0
-    if name.method == "immunity-literal":
-        changes |= {"floor": 0.0, "warmup_epochs": 0.0}
     weights = {"trades": settings.trades_weight, "alp": settings.pairing_weight}
     if name.regime in weights:
         changes |= {"pairing": name.regime, "pairing_weight": weights[name.regime]}

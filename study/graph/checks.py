@@ -14,7 +14,7 @@ from immunity_lib.data import Dataset
 from study import catalogue
 from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
-from study.store import load_data, model_folder, names_gpus
+from study.store import find_record, load_data, names_gpus
 
 PROFILES = ROOT / "profiles"
 BYTES_ON_DISK = 12  # for each parameter: weights, and in training a checkpoint with momentum
@@ -45,7 +45,7 @@ def look_ahead(
         with noted():
             data[name] = load_data(settings, name)
     for name in catalogue.trained_models(settings):
-        if name.dataset in data and not (model_folder(settings, name) / "record.json").exists():
+        if name.dataset in data and not find_record(settings, name, "training").exists():
             with noted(f"{name.model_copy(update={'seed': 0})} cannot be trained: "):
                 costs[name] = cost_of(catalogue.recipe_of(settings, name), len(data[name.dataset].class_names))
     existing = next(path for path in (settings.runs, *settings.runs.parents) if path.exists())
