@@ -17,6 +17,8 @@ and made anew otherwise."""
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +134,11 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         question = _question("adaptive", settings, name, dataset, further)
-        done = _read_unfinished(unfinished, question, len(model.experts))
+        done = _read_unfinished(unfinished, question)
 
         def keep(attack: str, found: GateVerdicts, told: dict) -> None:
             done[attack] = found, told
-            right = {one: torch.column_stack(tuple(vars(found).values())) for one, (found, _) in done.items()}
+            right = {f"{one} {gate}": right for one, (found, _) in done.items() for gate, right in vars(found).items()}
             told = [[one, told] for one, (_, told) in done.items()]
             write_tensors(unfinished, right, {"question": question, "told": told})
 
@@ -158,18 +160,14 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     unfinished.unlink(missing_ok=True)
 
 
-def _read_unfinished(path: Path, question: dict, experts: int) -> dict[str, tuple[GateVerdicts, dict]]:
+def _read_unfinished(path: Path, question: dict) -> dict[str, tuple[GateVerdicts, dict]]:
     """Attacks that an earlier run of the same question had done."""
-    try:
-        tensors, notes = read_tensors(path)
-    except DamagedFile:
-        return {}
-    if notes.get("question") != question:
-        return {}
     done, device = {}, store.chosen_device()
-    for attack, told in notes["told"]:
-        right = tensors[attack].to(device)
-        done[attack] = GateVerdicts(right[:, 0], right[:, 1], right[:, 2:-experts], right[:, -experts:]), told
+    with suppress(DamagedFile, KeyError):  # or kept by an older version of the code
+        tensors, notes = read_tensors(path)
+        for attack, told in notes["told"] if notes["question"] == question else ():
+            right = {gate.name: tensors[f"{attack} {gate.name}"].to(device) for gate in fields(GateVerdicts)}
+            done[attack] = GateVerdicts(**right), told
     return done
 
 
