@@ -147,12 +147,18 @@ def test_a_job_ends_with_the_graph_that_started_it(training):
 
 @pytest.mark.parametrize(
     ("inherited", "count", "expected"),
-    [("7, GPU-d5b7a1cc,3", 2, ["7", "GPU-d5b7a1cc"]), (None, 2, ["0", "1"]), ("", 0, []), ("NoDevFiles", 0, [])],
-)
-def test_D2_G3_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
+    [("7, GPU-d5b7a1cc,3", 2, ["7", "GPU-d5b7a1cc"]), (None, 2, ["0", "1"]), ("", 0, []), ("NoDevFiles", 0, []),
+     *((named, 0, None) for named in ("0", "2,3", "GPU-d5b7a1cc", "MIG-GPU-d5b7a1cc/1/0"))],
+)  # fmt: skip
+def test_D2_G3_G5_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
+    """Those that are named and not found are told beforehand."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.setattr(os, "environ", {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited})
-    assert checks.visible_gpus() == expected
+    if expected is None:
+        with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES is '{inherited}', but PyTorch finds no GPU.*-1"):
+            checks.visible_gpus()
+    else:
+        assert checks.visible_gpus() == expected
 
 
 @pytest.mark.parametrize(
@@ -165,14 +171,6 @@ def test_G9_memory_of_a_gpu_is_not_asked_of_its_node_nor_more_cores_than_a_job_u
     assert checks.gives_gpus(tmp_path) == given
     assert checks.gives_gpus(ROOT / "profiles/slurm")
     assert job.SURROUNDINGS["OMP_NUM_THREADS"] == "1" and "threads:" not in (ROOT / "Snakefile").read_text()
-
-
-@pytest.mark.parametrize("named", ["0", "2,3", "GPU-d5b7a1cc", "MIG-GPU-d5b7a1cc/1/0"])
-def test_G5_gpus_that_are_named_and_not_found_are_told_beforehand(monkeypatch, named):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES is '{named}', but PyTorch finds no GPU.*by -1"):
-        checks.visible_gpus()
 
 
 HOLD = """

@@ -143,13 +143,17 @@ def test_attacks_of_another_question_are_made_anew(settings, dataset, measuremen
     assert measurement.called and len(frame) == change.get("attacked_images", 16)
 
 
-@pytest.mark.parametrize("change", [{"steps": 2}, {"learning_rate": 0.01}, {"width": 0.25}])
-def test_what_was_measured_with_other_settings_is_not_shown_for_these(settings, change):
-    recipe = {name: value for name, value in change.items() if name != "steps"}
-    other = settings.model_copy(update={"recipe": replace(settings.recipe, **recipe)} if recipe else change)
+@pytest.mark.parametrize(
+    ("kind", "own", "recipe"),
+    [("attacks", {"steps": 2}, {}), ("attacks", {"attack_gates": ["uniform"]}, {}), ("adaptive", {}, {}),
+     ("attacks", {}, {"learning_rate": 0.01}), ("attacks", {}, {"width": 0.25})],
+)  # fmt: skip
+def test_what_was_not_measured_or_with_other_settings_is_not_shown_for_these(settings, kind, own, recipe):
+    other = settings.model_copy(update=own | {"recipe": replace(settings.recipe, **recipe)})
     assert len(read_frame(settings, [NAME], "attacks"))
-    with pytest.raises(FileNotFoundError, match=f"{NAME} has no record of its attacks with these settings yet"):
-        read_frame(other, [NAME], "attacks")
+    told = f"{NAME} has no record of its {kind} with these settings yet.*; run: make reproduce PRESET=tiny"
+    with pytest.raises(FileNotFoundError, match=told):
+        read_frame(other, [NAME], kind)
 
 
 def test_each_setting_that_a_frame_depends_on_is_asked(settings):

@@ -14,7 +14,7 @@ from immunity_lib.files import DamagedFile, read_tensors, write_atomically, writ
 from study import store
 from study.catalogue import ModelName, explored_models, members, recipe_of
 from study.settings import ROOT, load_preset
-from study.store import model_folder, read_frame, read_json, read_record, trained_model, write_json
+from study.store import model_folder, read_json, read_record, trained_model, write_json
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 PUBLISHED = [path.with_name("record.json") for path in sorted((ROOT / "pretrained").glob("*/*/model.safetensors"))]
@@ -220,11 +220,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert (tmp_path / "deep" / "file").read_text() == "old"
 
 
-def test_a_record_that_is_missing_names_the_command_that_makes_it(settings):
-    with pytest.raises(FileNotFoundError, match=f"{NAME}.* run: make reproduce PRESET=tiny"):
-        read_frame(settings, [NAME], "attacks")
-
-
 def test_a_table_of_one_model_is_not_written(make_settings, tmp_path):
     one = make_settings(output_folder=str(tmp_path), model=str(NAME))
     assert store.write_artefact(one, "table9", {"csv": "a,b\n"}, "Caption.", []) == [] and not one.figures.exists()
@@ -302,20 +297,17 @@ def test_reproducing_and_other_settings_train_anew(published, settings, make_set
     assert training.call_count == 1
 
 
-def test_a_record_that_came_without_weights_is_no_model(published, settings, dataset, capsys, training):
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("model.safetensors", "truncated"), ("record.json", "truncated"), ("model.safetensors", "left out")],
+)
+def test_D8_damaged_ones_stay_and_are_not_used(published, settings, dataset, capsys, training, file, damage):
+    """A record that came without weights is no model, which is nothing to be told of."""
     shutil.rmtree(settings.runs)
-    (published / "model.safetensors").unlink()
+    (published / file).unlink() if damage == "left out" else spoil(published / file, damage)
     store._say_once.cache_clear()
     trained_model(settings, NAME, dataset)
-    assert training.call_count == 1 and "not used" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "record.json"])
-def test_D8_damaged_ones_stay_and_are_not_used(published, settings, dataset, capsys, training, file):
-    shutil.rmtree(settings.runs)
-    spoil(published / file, "truncated")
-    store._say_once.cache_clear()
-    trained_model(settings, NAME, dataset)
-    assert training.call_count == 1 and "come with the project are not used" in capsys.readouterr().out
-    assert (published / file).exists() and not list(published.glob("*.aside-*"))
+    told = "come with the project are not used" in capsys.readouterr().out
+    assert training.call_count == 1 and told == (published / file).exists() == (damage == "truncated")
+    assert not list(published.glob("*.aside-*"))
     assert model_folder(settings, NAME) == settings.runs / "models" / str(NAME)

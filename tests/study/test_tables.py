@@ -198,13 +198,6 @@ def test_written_files_hold_the_numbers_and_name_their_records(settings):
     assert [one["file"] for one in sidecar["records"]] == [f"records/{p.name}" for p in records]
 
 
-def test_a_record_of_other_attacks_is_not_taken_for_these(settings):
-    with pytest.raises(
-        FileNotFoundError, match="no record of its attacks with these settings yet.*; run: make reproduce"
-    ):
-        tables.table2(settings.model_copy(update={"attack_gates": ["trained"]}))
-
-
 def test_the_headline_is_the_worst_case_of_each_image(world, settings):
     """Oracle: loops over images and attacks."""
     table = tables.worth_of_the_gate(settings, catalogue.measured_models(settings, "adaptive"))
