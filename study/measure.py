@@ -52,18 +52,16 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
         # A single expert has one gate, whatever its name
         gates = settings.attack_gates if len(model.experts) > 1 else settings.attack_gates[:1]
         eps, step_size = float(settings.recipe.eps), float(settings.recipe.step_size)
-        wanted = [(attack, attack, gate, eps, step_size) for gate in gates for attack in settings.attacks]
-        # The step grows with the budget, so that every point of it can be reached
-        further = [(f"pgd at {one}", float(one)) for one in settings.magnitudes]
-        wanted += [(title, "pgd", gates[0], size, step_size * size / eps) for title, size in further]
-        for title, attack, gate, size, step in wanted:
+        wanted = [("paper", attack, attack, gate, eps, step_size) for gate in gates for attack in settings.attacks]
+        for one in settings.magnitudes:  # the step grows with the budget, so that every point of it can be reached
+            wanted.append(("magnitude", f"pgd at {one}", "pgd", gates[0], float(one), step_size * float(one) / eps))
+        for family, title, attack, gate, size, step in wanted:
             started = time.perf_counter()
             budget = {"eps": size, "step_size": step, "steps": settings.steps}
             found = evaluate.verdicts_under_attack(model, target, attack, gate, **budget, device=device)
             took = seconds[f"{title} on {gate}"] = round(time.perf_counter() - started, 1)
             told = f"{name}: {found.accuracy.switched:.1%} expected under {title} on the {gate} gate"
             print(f"{told} ({found.accuracy.worst:.1%} at the worst gate), {took:.0f} s", flush=True)
-            family = "paper" if title == attack else "magnitude"
             frames.append(_frame(found, rows, target.labels, title, family, gate))
         return pd.concat(frames, ignore_index=True), {"seconds": seconds}
 

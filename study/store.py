@@ -135,11 +135,6 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
     return PRETRAINED / settings.preset / str(name)
 
 
-def model_folder(settings: Settings, name: ModelName) -> Path:
-    """Where all about a model lies, as `find_record` finds its training."""
-    return find_record(settings, name, "training").parent
-
-
 def _remedy(settings: Settings) -> str:
     """The command that makes what is missing."""
     given = {"DATA": settings.data_folder, "OUTPUT": settings.output_folder}
@@ -191,7 +186,7 @@ def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         except DamagedFile as error:
             for path in files:
                 set_aside(path, f"{error}; the model is trained anew")
-    folder = model_folder(settings, name)
+    folder = find_record(settings, name, "training").parent
     if folder != own and (folder / WEIGHTS).exists():  # else its record came alone
         try:
             model = _load(folder, recipe, dataset)

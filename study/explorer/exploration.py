@@ -22,7 +22,7 @@ from immunity_lib.heatmaps import expert_heatmaps, normalise_maps
 from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
 from study.catalogue import ModelName, explored_models
 from study.settings import Settings, preset_names
-from study.store import WEIGHTS, chosen_device, model_folder, trained_model
+from study.store import WEIGHTS, chosen_device, find_record, trained_model
 
 LOCK = RLock()
 KEPT = 128  # results of each kind; the answers to an image take 2 MB
@@ -82,7 +82,7 @@ class Exploration:
         self._preset = preset or settings.preset
         self.budgets = [settings.recipe.eps * factor for factor in BUDGETS if settings.recipe.eps * factor <= 1]
         names = explored_models(settings)
-        self.models = [name for name in names if (model_folder(settings, name) / WEIGHTS).exists()]
+        self.models = [name for name in names if find_record(settings, name, "training").with_name(WEIGHTS).exists()]
         self.missing = [name for name in names if name not in self.models]
         if not self.models:
             told = f"no mixture of preset {settings.preset} is trained yet"

@@ -14,7 +14,7 @@ from immunity_lib.files import DamagedFile, read_tensors, write_atomically, writ
 from study import store
 from study.catalogue import ModelName, explored_models, members, recipe_of
 from study.settings import ROOT, load_preset
-from study.store import model_folder, read_json, read_record, trained_model, write_json
+from study.store import find_record, own_folder, read_json, read_record, trained_model, write_json
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 PUBLISHED = [path.with_name("record.json") for path in sorted((ROOT / "pretrained").glob("*/*/model.safetensors"))]
@@ -76,7 +76,7 @@ def test_D3_neighbours_the_commit_is_this_project_s_whatever_git_is_told(monkeyp
 
 def test_D6_a_model_is_loaded_where_nothing_may_be_written(settings, dataset, training, images, monkeypatch):
     monkeypatch.setattr(store, "FileLock", None)
-    folder = model_folder(settings, NAME)
+    folder = own_folder(settings, NAME)
     (folder / ".lock").unlink(missing_ok=True)
     folder.chmod(0o500)  # which root does not notice
     loaded, again = (trained_model(settings, NAME, dataset) for _ in range(2))
@@ -101,7 +101,7 @@ def test_record_says_how_the_model_was_made(settings, dataset):
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
     assert record["multiply_accumulates"] > 10**5 and [entry["epoch"] for entry in record["log"]] == [1]
     assert record["provenance"]["packages"] and record["provenance"]["library"]
-    assert not (model_folder(settings, NAME) / "checkpoint.safetensors").exists()
+    assert not (own_folder(settings, NAME) / "checkpoint.safetensors").exists()
 
 
 def test_other_settings_train_anew_and_keep_the_old_model(settings, make_settings, dataset, training, capsys):
@@ -111,7 +111,7 @@ def test_other_settings_train_anew_and_keep_the_old_model(settings, make_setting
     assert [call.args[0].learning_rate for call in training.call_args_list] == [0.01]
     assert not old.gate.linear.weight.equal(new.gate.linear.weight)
     for file in ("model.safetensors", "record.json"):
-        assert len(list(model_folder(settings, NAME).glob(f"{file}.aside-*"))) == 1
+        assert len(list(own_folder(settings, NAME).glob(f"{file}.aside-*"))) == 1
     assert "trained with other settings or other data" in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def rename_a_weight(folder):
 )  # fmt: skip
 def test_D7_damaged_model_is_set_aside_and_trained_anew(settings, dataset, training, capsys, damage):
     expected = trained_model(settings, NAME, dataset).state_dict()
-    folder = model_folder(settings, NAME)
+    folder = own_folder(settings, NAME)
     damage(folder)
     damaged = (folder / "model.safetensors").read_bytes()
     torch.testing.assert_close(trained_model(settings, NAME, dataset).state_dict(), expected, rtol=0, atol=0)
@@ -267,7 +267,7 @@ def test_what_was_trained_here_goes_first_and_what_is_published_answers_alike(
     published, settings, dataset, images, training
 ):
     record = read_json(published / "record.json")
-    assert model_folder(settings, NAME) == settings.runs / "models" / str(NAME)
+    assert find_record(settings, NAME, "training").parent == settings.runs / "models" / str(NAME)
     own = trained_model(settings, NAME, dataset)
     weights = read_record(settings, NAME, "training")["weights"]
     assert weights == record["rounding"]["from"] != record["weights"]
@@ -286,7 +286,7 @@ def test_what_was_trained_here_with_other_settings_hides_nothing(published, sett
     shutil.rmtree(settings.runs)
     trained_model(other, NAME, dataset)
     assert read_record(other, NAME, "training")["recipe"]["learning_rate"] == 0.01
-    assert model_folder(settings, NAME) == published
+    assert find_record(settings, NAME, "training").parent == published
     assert read_record(settings, NAME, "training")["recipe"]["learning_rate"] != 0.01
 
 
@@ -310,4 +310,4 @@ def test_D8_damaged_ones_stay_and_are_not_used(published, settings, dataset, cap
     told = "come with the project are not used" in capsys.readouterr().out
     assert training.call_count == 1 and told == (published / file).exists() == (damage == "truncated")
     assert not list(published.glob("*.aside-*"))
-    assert model_folder(settings, NAME) == settings.runs / "models" / str(NAME)
+    assert find_record(settings, NAME, "training").parent == settings.runs / "models" / str(NAME)
