@@ -177,8 +177,8 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
         if isinstance(folder, str) and "://" in folder:
             ask = "name a folder of this machine, on which a remote storage may be mounted"
             raise ValueError(f"{field} = {folder!r} is an address; {ask}")
-        if isinstance(folder, str) and folder.startswith("~"):
-            content = {**content, field: os.path.expanduser(folder)}
+        if isinstance(folder, str) and folder:  # absolute, since kernels are started elsewhere than commands
+            content = {**content, field: os.path.abspath(os.path.expanduser(folder))}
     recipe = {"adversary": "pgd"} | {  # what regimes under attack use
         name: _exactly(value) if name in ("eps", "step_size") or isinstance(value, bool) else value
         for name, value in content.items()

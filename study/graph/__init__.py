@@ -19,21 +19,17 @@ def preset_parser(command: str, description: str, default: str = "demo") -> Argu
 
 
 def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Namespace, Settings]:
-    """The options and the settings of their preset; one that cannot be used ends the command with status 2 and words.
-    Paths become absolute: kernels are started elsewhere than the command."""
+    """The options and the settings of their preset. What cannot be used ends the command in words, with status 2."""
     options = parser.parse_args(arguments)
     if options.preset not in preset_names() and os.path.isfile(options.preset):
         options.preset = os.path.abspath(options.preset)
-    for name in ("data", "output"):
-        folder = os.path.expanduser(getattr(options, name))
-        is_path = folder and "://" not in folder  # an address is refused with the preset
-        setattr(options, name, os.path.abspath(folder) if is_path else folder)
     try:
         for name in ("jobs", "tflops"):
             if (number := getattr(options, name, None)) is not None and not number > 0:
                 raise ValueError(f"--{name} is {number}; it must be above 0")
         changes = {"data_folder": options.data, "output_folder": options.output}
-        changes |= {name: value for name, value in vars(options).items() if name == "pretrained"}
+        if "pretrained" in options:
+            changes["pretrained"] = options.pretrained
         settings = load_preset(options.preset, **changes)
     except (ValueError, OSError) as error:
         parser.error(str(error))
