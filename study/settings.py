@@ -204,8 +204,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
         valid = sorted((Settings.model_fields.keys() - {"recipe"}) | TRAINING)
         return f"unknown parameter {name!r}; valid names: {', '.join(valid)}"
     if problem["type"] == "missing":
-        field = Settings.model_fields.get(name)
-        return f"{name} is missing: {field.description if field else 'give a value'}"
+        return f"{name} is missing: {Settings.model_fields[name].description}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
         message = "give it letters, digits, '.', '_' and '-' alone, 100 at most, the first a letter or digit"
