@@ -6,7 +6,7 @@ import sys
 
 from study import catalogue
 from study.settings import NOT_OF_THE_RESULT, ROOT, load_preset
-from study.store import WEIGHTS, find_record, model_folder, own_folder, question_of
+from study.store import WEIGHTS, find_record, question_of
 
 settings = load_preset(
     config["preset"],
@@ -72,8 +72,8 @@ def request(resource, name):
 
 def trained(names):
     """Weights and records of the trained models behind these names; of what comes with the project, what there is."""
-    folders = [model_folder(settings, name) for name in catalogue.single(settings, names)]
-    files = [folder / file for folder in folders for file in (WEIGHTS, "record.json")]
+    records = [find_record(settings, name, "training") for name in catalogue.single(settings, names)]
+    files = [file for record in records for file in (record.with_name(WEIGHTS), record)]
     return [path for path in files if path.is_relative_to(RUNS) or path.exists()]
 
 
@@ -99,8 +99,8 @@ SCORED = catalogue.measured_models(settings, "scores")
 OF_TABLE1 = catalogue.table1_models(settings)
 OF_TABLE3 = catalogue.table3_models(settings)
 SCORED_ALONE = [name for name in SCORED if name not in OF_TABLE1]
-ATTACKED = catalogue.attacked_models(settings)
-ADAPTIVE = catalogue.adaptive_models(settings)
+ATTACKED = catalogue.measured_models(settings, "attacks")
+ADAPTIVE = catalogue.measured_models(settings, "adaptive")
 
 
 wildcard_constraints:

@@ -25,9 +25,9 @@ from study.store import (
     load_data,
     own_folder,
     pretrained_folder,
+    read_record,
     record_path,
     trained_model,
-    training_record,
     write_json,
 )
 
@@ -53,7 +53,7 @@ def publish_weights(settings: Settings, name: ModelName, dataset: Dataset) -> No
         print(f"{name} is not trained and was left out")
         return
     own = settings.model_copy(update={"pretrained": False})
-    model, record = trained_model(own, name, dataset), training_record(own, name)
+    model, record = trained_model(own, name, dataset), read_record(own, name, "training")
     tensors, notes = read_tensors(source / WEIGHTS)
     halves = {k: one.half() if one.is_floating_point() else one for k, one in tensors.items()}
     write_tensors(folder / WEIGHTS, halves, notes)
@@ -90,7 +90,7 @@ def publish_all_measurements(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    parser = preset_parser("pretrained/publish.py", __doc__, output=False)
+    parser = preset_parser("pretrained/publish.py", __doc__)
     parser.add_argument("--measurements", action="store_true", help="training records and measurements alone")
     parser.add_argument("--cards", action="store_true", help="the cards alone, of the weights that are there")
     options, settings = parse_options(parser)

@@ -32,6 +32,12 @@ METHODS = {
     "immunity-literal": "with both losses on heat maps as the equations literally say",
 }
 SINGLE = ("standalone", "standalone-wide")  # of one expert
+CHANGES = {  # of a preset's recipe, by method
+    # One expert has nothing to be different from, and its own loss is the mixture's
+    **dict.fromkeys(SINGLE, {"experts": 1, "alpha": 0.0, "beta": 0.0, "gamma": 0.0}),
+    "moe": {"beta": 0.0, "gamma": 0.0}, "moe-mi": {"gamma": 0.0}, "moe-ps": {"beta": 0.0},
+    "immunity-literal": {"floor": 0.0, "warmup_epochs": 0.0},
+}  # fmt: skip
 
 # As readers call them: the mixtures of the ablation, data sets, networks, attacks
 MIXTURES = {"moe": "MoE", "moe-mi": "MoE+MI", "moe-ps": "MoE+PS", "immunity": "Immunity"}
@@ -91,17 +97,9 @@ def recipe_of(settings: Settings, name: ModelName) -> Recipe:
         changes |= {"layers": settings.baseline_layers, "width": settings.baseline_width or settings.recipe.width}
     if published := own_recipe(settings, name):
         changes |= published["fields"]
-    if name.method in SINGLE:
-        # One expert has nothing to be different from, and its own loss is the mixture's
-        changes |= {"experts": 1, "alpha": 0.0}
+    changes |= CHANGES.get(name.method, {})
     if name.method == "standalone-wide":
         changes["width"] = settings.recipe.width * settings.recipe.experts**0.5
-    if name.method in (*SINGLE, "moe", "moe-ps"):
-        changes["beta"] = 0.0
-    if name.method in (*SINGLE, "moe", "moe-mi"):
-        changes["gamma"] = 0.0
-    if name.method == "immunity-literal":
-        changes |= {"floor": 0.0, "warmup_epochs": 0.0}
     weights = {"trades": settings.trades_weight, "alp": settings.pairing_weight}
     if name.regime in weights:
         changes |= {"pairing": name.regime, "pairing_weight": weights[name.regime]}
@@ -160,30 +158,22 @@ def literal_model(settings: Settings) -> ModelName:
     return _models(settings, "immunity-literal")[0]
 
 
-def attacked_models(settings: Settings) -> list[ModelName]:
-    """Every model of Tables 2 and 3, once."""
-    return list(dict.fromkeys(table2_models(settings) + table3_models(settings)))
-
-
-def adaptive_models(settings: Settings) -> list[ModelName]:
-    """Those of Table 2, on the first data set, that the preset's `adaptive` names."""
-    found = []
-    for name in table2_models(settings):
-        kind = "baselines" if name.method == "standalone" and name.expert in settings.baselines else name.method
-        found += [name] * (kind in settings.adaptive and name.dataset == settings.recipe.dataset)
-    return found
-
-
 def measured_models(settings: Settings, kind: str) -> list[ModelName]:
-    """Every model that has a frame of this kind."""
-    if kind == "scores":
-        return list(dict.fromkeys(table1_models(settings) + table3_models(settings)))
-    return attacked_models(settings) if kind == "attacks" else adaptive_models(settings)
+    """Every model that has a frame of this kind, once: "attacks" those of Tables 2 and 3, "scores" of Tables 1 and 3,
+    "adaptive" those of Table 2, on the first data set, that the preset's `adaptive` names."""
+    if kind == "adaptive":
+        names = [name for name in table2_models(settings) if name.dataset == settings.recipe.dataset]
+        baselines = [name for name in names if name.method == "standalone" and name.expert in settings.baselines]
+        kinds = {name: "baselines" if name in baselines else name.method for name in names}
+        return [name for name in names if kinds[name] in settings.adaptive]
+    tables = [table1_models if kind == "scores" else table2_models, table3_models]
+    return list(dict.fromkeys(name for table in tables for name in table(settings)))
 
 
-def asked_models(settings: Settings, names: Sequence[ModelName]) -> list[ModelName]:
-    """These, or the one of them that `model` names; raises ValueError for one that is not among them."""
-    chosen = [name for name in names if str(name) == settings.model] if settings.model else list(names)
+def asked_models(settings: Settings, kind: str) -> list[ModelName]:
+    """Those that have a frame of this kind, or the one of them that `model` names; raises ValueError for any other."""
+    names = measured_models(settings, kind)
+    chosen = [name for name in names if settings.model in ("", str(name))]
     if not chosen:
         listed = "\n".join(map(str, names))
         raise ValueError(f"{settings.model} is none of preset {settings.preset}'s models here; those are:\n{listed}")
@@ -198,12 +188,12 @@ def explored_models(settings: Settings) -> list[ModelName]:
 def surrogates(settings: Settings, attacked: ModelName) -> list[ModelName]:
     """The other mixtures that were trained like this one, to attack it through."""
     others = [attacked.model_copy(update={"method": method}) for method in MIXTURES if method != attacked.method]
-    return [name for name in attacked_models(settings) if name in others]
+    return [name for name in measured_models(settings, "attacks") if name in others]
 
 
 def trained_models(settings: Settings) -> list[ModelName]:
     """Every model that the preset trains, once."""
-    named = [*attacked_models(settings), literal_model(settings), *table1_models(settings)]
+    named = [*measured_models(settings, "attacks"), literal_model(settings), *table1_models(settings)]
     return list(dict.fromkeys(single(settings, named)))
 
 

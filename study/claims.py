@@ -10,7 +10,7 @@ from typing import Literal, Self
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 from scipy import stats
 
 from study import catalogue
@@ -19,7 +19,7 @@ from study.settings import Settings
 from study.tables import SCORES, read_rows, right_experts
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
-VERDICTS = ("holds", "does not hold", "no effect", "undecided", "one training: no verdict", "not testable")
+NOT_TESTABLE = "not testable"  # the verdict on what a preset cannot say anything about
 FEWEST_TRAININGS = 3  # of each side, for a verdict
 FEWEST_IMAGES = 30  # likewise; of fewer, chance shows too little of itself to be reckoned with
 MARGIN = 1.0  # points, or %: what lies within is no effect
@@ -107,16 +107,16 @@ class Claim(BaseModel, extra="forbid", frozen=True):
 
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
     """The claims of the file; raises ValueError that names what is wrong in which claim."""
-    claims: dict[str, Claim] = {}
-    for number, content in enumerate(yaml.safe_load(path.read_bytes()), start=1):
-        try:
-            claim = Claim.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{path}, claim {number}, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        if claims.setdefault(claim.id, claim) is not claim:
-            raise ValueError(f"{path}: two claims are called {claim.id}; give each its own id")
-    return list(claims.values())
+    try:
+        claims = TypeAdapter(list[Claim]).validate_python(yaml.safe_load(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        number, *field = first["loc"]
+        raise ValueError(f"{path}, claim {number + 1}, {'.'.join(map(str, field))}: {first['msg']}") from None
+    ids = [claim.id for claim in claims]
+    if repeated := {one for one in ids if ids.count(one) > 1}:
+        raise ValueError(f"{path}: several claims are called {', '.join(repeated)}; give each its own id")
+    return claims
 
 
 def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
@@ -132,7 +132,7 @@ def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
                 raise NotTestable(claim.untestable)
             line |= {"unit": claim.measure.unit} | _judge(claim, paired_effects(settings, claim.measure))
         except NotTestable as reason:
-            line |= {"verdict": VERDICTS[-1], "reason": str(reason)}
+            line |= {"verdict": NOT_TESTABLE, "reason": str(reason)}
         lines.append(line)
     return pd.DataFrame(lines).reindex(columns=[*columns.split(), "verdict", "reason"])
 

@@ -18,6 +18,7 @@ and made anew otherwise."""
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,16 @@ def measure_attacks(settings: Settings, name: ModelName, dataset: Dataset) -> No
         # A single expert has one gate, whatever its name
         gates = settings.attack_gates if len(model.experts) > 1 else settings.attack_gates[:1]
         eps, step_size = float(settings.recipe.eps), float(settings.recipe.step_size)
-        wanted = [(attack, attack, gate, eps, step_size) for gate in gates for attack in settings.attacks]
-        # The step grows with the budget, so that every point of it can be reached
-        further = [(f"pgd at {one}", float(one)) for one in settings.magnitudes]
-        wanted += [(title, "pgd", gates[0], size, step_size * size / eps) for title, size in further]
-        for title, attack, gate, size, step in wanted:
+        wanted = [("paper", attack, attack, gate, eps, step_size) for gate in gates for attack in settings.attacks]
+        for one in settings.magnitudes:  # the step grows with the budget, so that every point of it can be reached
+            wanted.append(("magnitude", f"pgd at {one}", "pgd", gates[0], float(one), step_size * float(one) / eps))
+        for family, title, attack, gate, size, step in wanted:
             started = time.perf_counter()
             budget = {"eps": size, "step_size": step, "steps": settings.steps}
             found = evaluate.verdicts_under_attack(model, target, attack, gate, **budget, device=device)
             took = seconds[f"{title} on {gate}"] = round(time.perf_counter() - started, 1)
             told = f"{name}: {found.accuracy.switched:.1%} expected under {title} on the {gate} gate"
             print(f"{told} ({found.accuracy.worst:.1%} at the worst gate), {took:.0f} s", flush=True)
-            family = "paper" if title == attack else "magnitude"
             frames.append(_frame(found, rows, target.labels, title, family, gate))
         return pd.concat(frames, ignore_index=True), {"seconds": seconds}
 
@@ -128,16 +127,16 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     attacks = adaptive_attacks(store.trained_model(settings, name, dataset), effort, surrogates)
     # Which attacks there are, and which weights the other models have, is part of the question
     further = {"attacks": [attack.name for attack in attacks]}
-    further["surrogates"] = {str(one): store.training_record(settings, one)["weights"] for one in others}
+    further["surrogates"] = {str(one): store.read_record(settings, one, "training")["weights"] for one in others}
     unfinished = store.record_path(settings, name, "adaptive").with_suffix(".unfinished")
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
         question = _question("adaptive", settings, name, dataset, further)
-        done = _read_unfinished(unfinished, question, len(model.experts))
+        done = _read_unfinished(unfinished, question)
 
         def keep(attack: str, found: GateVerdicts, told: dict) -> None:
             done[attack] = found, told
-            right = {one: torch.column_stack(tuple(vars(found).values())) for one, (found, _) in done.items()}
+            right = {f"{one} {gate}": right for one, (found, _) in done.items() for gate, right in vars(found).items()}
             told = [[one, told] for one, (_, told) in done.items()]
             write_tensors(unfinished, right, {"question": question, "told": told})
 
@@ -159,18 +158,14 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     unfinished.unlink(missing_ok=True)
 
 
-def _read_unfinished(path: Path, question: dict, experts: int) -> dict[str, tuple[GateVerdicts, dict]]:
+def _read_unfinished(path: Path, question: dict) -> dict[str, tuple[GateVerdicts, dict]]:
     """Attacks that an earlier run of the same question had done."""
-    try:
-        tensors, notes = read_tensors(path)
-    except DamagedFile:
-        return {}
-    if notes.get("question") != question:
-        return {}
     done, device = {}, store.chosen_device()
-    for attack, told in notes["told"]:
-        right = tensors[attack].to(device)
-        done[attack] = GateVerdicts(right[:, 0], right[:, 1], right[:, 2:-experts], right[:, -experts:]), told
+    with suppress(DamagedFile, KeyError):  # or kept by an older version of the code
+        tensors, notes = read_tensors(path)
+        for attack, told in notes["told"] if notes["question"] == question else ():
+            right = {gate.name: tensors[f"{attack} {gate.name}"].to(device) for gate in fields(GateVerdicts)}
+            done[attack] = GateVerdicts(**right), told
     return done
 
 
@@ -204,17 +199,21 @@ def _question(kind: str, settings: Settings, name: ModelName, dataset: Dataset, 
     }
 
 
-def _comes_with_the_project(kind: str, settings: Settings, name: ModelName, dataset: Dataset) -> bool:
-    """Whether a record that answers the question came along; it needs no weights, of this model or others."""
-    found = store.find_record(settings, name, kind)
-    if found == store.record_path(settings, name, kind):
-        return False
+def _is_measured(kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict) -> bool:
+    """Whether there is a whole record of these settings and weights, of these images and with what is asked further."""
     try:
-        known, _ = store.read_json(found), pd.read_parquet(found.with_suffix(".parquet"))
-        return known["data"] == _question(kind, settings, name, dataset, {})["data"]
-    except Exception as error:  # of a damaged file, which stays as it is
-        print(f"the {kind} of {name} that come with the project are not used: {error!r}")
+        store.read_frame(settings, [name], kind)
+        known = store.read_record(settings, name, kind)
+    except (FileNotFoundError, DamagedFile):
         return False
+    question = _question(kind, settings, name, dataset, further)
+    return known.get("data") == question["data"] and further.items() <= known["asked"].items()
+
+
+def _comes_with_the_project(kind: str, settings: Settings, name: ModelName, dataset: Dataset) -> bool:
+    """Whether such a record came along; it needs no weights, of this model or others."""
+    shipped = store.find_record(settings, name, kind) != store.record_path(settings, name, kind)
+    return shipped and _is_measured(kind, settings, name, dataset, {})
 
 
 def _measure_once(
@@ -224,18 +223,15 @@ def _measure_once(
     """Leave a measurement of a trained model on disk, unless it is there. further: of the question, beside settings."""
     if _comes_with_the_project(kind, settings, name, dataset):
         return
-    path = store.record_path(settings, name, kind)
-    model = store.trained_model(settings, name, dataset)
-    question = _question(kind, settings, name, dataset, further)
+    model, path = store.trained_model(settings, name, dataset), store.record_path(settings, name, kind)
+    if _is_measured(kind, settings, name, dataset, further):
+        return
     if path.exists():
-        with suppress(DamagedFile, FileNotFoundError):  # damaged, and set aside, or of other settings
-            store.read_frame(settings, [name], kind)
-            if question.items() <= store.read_json(path).items():
-                return
         store.set_record_aside(path, "it is about other weights, data or settings")
     started = time.perf_counter()
     frame, summary = measure(model)
     write_atomically(path.with_suffix(".parquet"), frame.to_parquet(index=False))
-    content = {"kind": kind, "model": str(name), **question, "summary": summary, "data_source": dataset.source}
+    content = {"kind": kind, "model": str(name), **_question(kind, settings, name, dataset, further)}
+    content |= {"summary": summary, "data_source": dataset.source}
     took = round(time.perf_counter() - started, 1)
     store.write_json(path, content | {"seconds": took, "provenance": store.provenance()})

@@ -177,8 +177,8 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
         if isinstance(folder, str) and "://" in folder:
             ask = "name a folder of this machine, on which a remote storage may be mounted"
             raise ValueError(f"{field} = {folder!r} is an address; {ask}")
-        if isinstance(folder, str) and folder.startswith("~"):
-            content = {**content, field: os.path.expanduser(folder)}
+        if isinstance(folder, str) and folder:  # absolute, since kernels are started elsewhere than commands
+            content = {**content, field: os.path.abspath(os.path.expanduser(folder))}
     recipe = {"adversary": "pgd"} | {  # what regimes under attack use
         name: _exactly(value) if name in ("eps", "step_size") or isinstance(value, bool) else value
         for name, value in content.items()
@@ -204,8 +204,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
         valid = sorted((Settings.model_fields.keys() - {"recipe"}) | TRAINING)
         return f"unknown parameter {name!r}; valid names: {', '.join(valid)}"
     if problem["type"] == "missing":
-        field = Settings.model_fields.get(name)
-        return f"{name} is missing: {field.description if field else 'give a value'}"
+        return f"{name} is missing: {Settings.model_fields[name].description}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
         message = "give it letters, digits, '.', '_' and '-' alone, 100 at most, the first a letter or digit"

@@ -135,30 +135,6 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
     return PRETRAINED / settings.preset / str(name)
 
 
-def model_folder(settings: Settings, name: ModelName) -> Path:
-    """Where all about a model lies: what was trained here, else what came with the project, each if with these
-    settings; if there is neither, where it will be."""
-    own, shipped = own_folder(settings, name), pretrained_folder(settings, name)
-    for folder in (own, shipped)[: 1 + settings.pretrained]:
-        if (folder / "record.json").exists():
-            try:
-                if recipe_of(settings, name).is_that_of(read_json(folder / "record.json").get("recipe")):
-                    return folder
-            except (DamagedFile, OSError) as error:  # its own is set aside by who needs it
-                if folder == shipped:
-                    _say_once(f"the weights of {name} that come with the project are not used: {error!r}")
-    return own
-
-
-def training_record(settings: Settings, name: ModelName) -> dict[str, Any]:
-    """The record that the training of a model left beside its weights; FileNotFoundError where there is none with these
-    settings yet."""
-    path = model_folder(settings, name) / "record.json"
-    if path.exists() and recipe_of(settings, name).is_that_of((known := read_json(path)).get("recipe")):
-        return known
-    raise FileNotFoundError(f"{name} is not trained with these settings yet ({path}); {_remedy(settings)}")
-
-
 def _remedy(settings: Settings) -> str:
     """The command that makes what is missing."""
     given = {"DATA": settings.data_folder, "OUTPUT": settings.output_folder}
@@ -210,7 +186,7 @@ def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> Im
         except DamagedFile as error:
             for path in files:
                 set_aside(path, f"{error}; the model is trained anew")
-    folder = model_folder(settings, name)
+    folder = find_record(settings, name, "training").parent
     if folder != own and (folder / WEIGHTS).exists():  # else its record came alone
         try:
             model = _load(folder, recipe, dataset)
@@ -268,8 +244,58 @@ def _train_and_save(settings: Settings, name: ModelName, dataset: Dataset) -> Im
 
 
 def record_path(settings: Settings, name: ModelName, kind: str) -> Path:
-    """Where the record of a kind, "attacks", "scores" or "adaptive", lies; its frame beside it."""
+    """Where a record lies that was made here: that of a "training" beside the weights, those of "attacks", "scores" and
+    "adaptive" each beside its frame."""
+    if kind == "training":
+        return own_folder(settings, name) / "record.json"
     return settings.runs / "records" / f"{name}.{kind}.json"
+
+
+def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
+    """Where a record is: what was made here, else what came with the project, each if it is whole and of these
+    settings; if there is neither, where it will be."""
+    own = record_path(settings, name, kind)
+    shipped = pretrained_folder(settings, name) / ("record.json" if kind == "training" else f"{kind}.json")
+    for path in (own, shipped)[: 1 + settings.pretrained]:
+        try:
+            if _read_if_answered(path, settings, name, kind):
+                return path
+        except (DamagedFile, OSError) as error:
+            if path == shipped:  # one's own is set aside by who needs it
+                _say_once(f"the {kind} of {name} that come with the project are not used: {error}")
+    return own
+
+
+def read_record(settings: Settings, name: ModelName, kind: str) -> dict[str, Any]:
+    """The record that `find_record` finds. Raises FileNotFoundError, with the command that makes it, where there is
+    none of these settings yet, and DamagedFile, which sets a measurement aside, to be made anew by the graph."""
+    path = find_record(settings, name, kind)
+    try:
+        if known := _read_if_answered(path, settings, name, kind):
+            return known
+    except DamagedFile as error:
+        if kind == "training":  # set aside by `trained_model`, with the weights
+            raise
+        raise set_record_aside(path, str(error)) from error
+    told = "is not trained" if kind == "training" else f"has no record of its {kind}"
+    raise FileNotFoundError(f"{name} {told} with these settings yet ({path}); {_remedy(settings)}")
+
+
+def _read_if_answered(path: Path, settings: Settings, name: ModelName, kind: str) -> dict[str, Any] | None:
+    """A record, if it is there, and about these settings and the training that is there."""
+    if not path.exists():
+        return None
+    known = read_json(path)
+    if kind == "training":
+        return known if recipe_of(settings, name).is_that_of(known.get("recipe")) else None
+    try:
+        asked, weights, _ = known["asked"].items(), known["weights"], known["summary"]
+    except (KeyError, AttributeError) as error:
+        raise DamagedFile(f"{path} cannot be read ({error!r})") from error
+    with suppress(FileNotFoundError, DamagedFile):  # of the training
+        if question_of(settings, kind).items() <= asked and weights == weights_of(settings, name):
+            return known
+    return None
 
 
 def question_of(settings: Settings, kind: str) -> dict[str, Any]:
@@ -283,42 +309,18 @@ def question_of(settings: Settings, kind: str) -> dict[str, Any]:
 
 def weights_of(settings: Settings, name: ModelName) -> list[str]:
     """Checksums of the weights behind a model, as its training left them, whatever became of them when they were
-    rounded to come with the project. Raises FileNotFoundError as `training_record`."""
-    known = [training_record(settings, one) for one in single(settings, [name])]
+    rounded to come with the project."""
+    known = [read_record(settings, one, "training") for one in single(settings, [name])]
     return [one.get("rounding", {}).get("from", one.get("weights")) for one in known]
-
-
-def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
-    """Where a record is: what was measured here, else what came with the project, each if with these settings; if there
-    is neither, where it will be."""
-    own, shipped = record_path(settings, name, kind), pretrained_folder(settings, name) / f"{kind}.json"
-    for path in (own, shipped)[: 1 + settings.pretrained]:
-        try:
-            if path.exists() and _is_answered(settings, name, kind, read_json(path)):
-                return path
-        except (DamagedFile, KeyError, TypeError, AttributeError) as error:
-            if path == own:  # which who reads it sets aside
-                return own
-            _say_once(f"the {kind} of {name} that come with the project are not used: {error!r}")
-    return own
-
-
-def _is_answered(settings: Settings, name: ModelName, kind: str, known: dict[str, Any]) -> bool:
-    """Whether a record is about these settings, and about the training that is there."""
-    asked, weights = known["asked"], known["weights"]
-    with suppress(FileNotFoundError, DamagedFile):  # of the training
-        return question_of(settings, kind).items() <= asked.items() and weights == weights_of(settings, name)
-    return False
 
 
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
     """The frames of a kind of these models, one under the other (see `measure`), and what each model is: "data",
-    "method", "expert", "regime" and "seed". Raises FileNotFoundError, with the command that makes it, where a model has
-    none of these settings yet. One that is damaged is set aside, to be made anew by the graph, and is a DamagedFile."""
+    "method", "expert", "regime" and "seed". Raises as `read_record`, also for a frame that is damaged."""
     frames = []
     for name in names:
+        read_record(settings, name, kind)  # says what is missing
         path = find_record(settings, name, kind).with_suffix(".parquet")
-        read_summary(settings, name, kind)  # says what is missing
         try:
             frame = pd.read_parquet(path)
             if lacking := COLUMNS - set(frame):
@@ -329,23 +331,14 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
     return pd.concat(frames, ignore_index=True)
 
 
-def read_summary(settings: Settings, name: ModelName, kind: str) -> dict[str, Any]:
-    """What a record says beside its frame; raises FileNotFoundError as `read_frame`."""
-    path = find_record(settings, name, kind)
-    try:
-        if path.exists() and _is_answered(settings, name, kind, known := read_json(path)):
-            return known["summary"]
-    except (DamagedFile, KeyError, TypeError, AttributeError) as error:
-        raise set_record_aside(path, f"{path} cannot be read ({error!r})") from error
-    told = f"{name} has no record of its {kind} with these settings yet ({path})"
-    raise FileNotFoundError(f"{told}; {_remedy(settings)}")
-
-
 def set_record_aside(path: Path, reason: str) -> DamagedFile:
     """Rename a record and its frame, of which one cannot be used; returns what to raise where both are needed now."""
-    for file in (path, path.with_suffix(".parquet")):
-        if file.exists():
-            set_aside(file, f"{reason}; it is made anew")
+    if path.is_relative_to(PRETRAINED):  # which stays as it is
+        _say_once(f"measurements that come with the project are not used: {reason}")
+    else:
+        for file in (path, path.with_suffix(".parquet")):
+            if file.exists():
+                set_aside(file, f"{reason}; it is made anew")
     return DamagedFile(f"{reason}; the same command makes it anew")
 
 

@@ -18,7 +18,7 @@ from immunity_lib.moe import DRAWN
 from study import catalogue
 from study.catalogue import ATTACK_TITLES, DATA, MIXTURES, NETWORKS, ModelName
 from study.settings import Settings
-from study.store import read_frame, read_summary, training_record, write_artefact
+from study.store import read_frame, read_record, write_artefact
 
 FIELDS = ["column", "unit", "value", "standard_deviation", "count", "images", "paper"]
 DECIMALS = {"%": 1, "points": 1, "1e-3": 2, "pixels": 1, "pixels^4": 0, "nats": 3, "M": 2}
@@ -115,7 +115,7 @@ def table1(settings: Settings) -> pd.DataFrame:
     for name in catalogue.table1_models(settings):
         mixture = gate_cells(settings, [name], "scores").set_index("header")["value"]
         scores = score_cells(settings, [name])
-        alone = 100 * np.array(read_summary(settings, name, "scores")["test"]["expert_accuracy"])
+        alone = 100 * np.array(read_record(settings, name, "scores")["summary"]["test"]["expert_accuracy"])
         independent, network = name.method == "ensemble", NETWORKS[name.expert]
         columns = {
             "accuracy (%)": alone if independent else [mixture[DEFENCES["switched"]]],
@@ -135,7 +135,7 @@ def table2(settings: Settings) -> pd.DataFrame:
     cells, sizes = attack_cells(settings, catalogue.table2_models(settings)), []
     for cell in cells.drop_duplicates("name").to_dict("records"):
         trained = catalogue.single(settings, [ModelName.parse(cell["name"])])
-        records = [training_record(settings, one) for one in trained]
+        records = [read_record(settings, one, "training") for one in trained]
         for header, field in (("parameters (M)", "parameters"), ("multiply-adds (M)", "multiply_accumulates")):
             sizes.append(cell | {"header": header, "value": sum(one[field] for one in records) / 1e6, "images": np.nan})
     table = summarise(pd.concat([pd.DataFrame(sizes), cells], ignore_index=True), labels)
@@ -191,7 +191,7 @@ def worth_of_the_gate(settings: Settings, names: Names) -> pd.DataFrame:
     1 - (1 - q)^k where a try fools with probability q."""
     rows, by = read_rows(settings, names, "adaptive"), ["training", "model", "name"]
     left = worst_case(rows)
-    same = {str(one): read_summary(settings, one, "adaptive")["agreement"] for one in names}
+    same = {str(one): read_record(settings, one, "adaptive")["summary"]["agreement"] for one in names}
     found = pd.DataFrame({
         "same answer (%)": [same[name]["unanimous"] for _, _, name, _ in left.index],
         "unattacked (%)": worst_case(rows, ["clean"])["switched"],
@@ -218,7 +218,7 @@ def suite_table(settings: Settings, names: Names) -> pd.DataFrame:
 
 def checks_table(settings: Settings, names: Names) -> pd.DataFrame:
     """One line a check: how many models pass, evidence of those that fail (or of the first), its reason and source."""
-    told, lines = [read_summary(settings, name, "adaptive")["checks"] for name in names], []
+    told, lines = [read_record(settings, name, "adaptive")["summary"]["checks"] for name in names], []
     for found in zip(*told, strict=True):  # one check of all models
         failed = [f"{name}: {one['evidence']}" for name, one in zip(names, found, strict=True) if not one["passed"]]
         evidence = "; ".join(failed) or f"for example {found[0]['evidence']}"
@@ -230,7 +230,7 @@ def budget_curves(settings: Settings, names: Names) -> pd.DataFrame:
     """Accuracy in % by eps: training, model, eps, value; means over seeds."""
     by, lines = ["training", "model", "eps"], []
     for name in names:
-        for eps, accuracy in read_summary(settings, name, "adaptive")["by_budget"]:
+        for eps, accuracy in read_record(settings, name, "adaptive")["summary"]["by_budget"]:
             lines.append([name.regime, catalogue.method_title(name.method, name.expert), eps, 100 * accuracy])
     return pd.DataFrame(lines, columns=[*by, "value"]).groupby(by, sort=False, as_index=False).mean()
 

@@ -3,10 +3,11 @@
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, wraps
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from threading import RLock
 
@@ -18,17 +19,21 @@ from torch.nn import functional
 from immunity_lib.attacks import ascent_path, fold
 from immunity_lib.data import Dataset
 from immunity_lib.data.images import pixels
+from immunity_lib.heatmaps import expert_heatmaps, normalise_maps
 from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
 from study.catalogue import ModelName, explored_models
-from study.explorer.cam_methods import OURS, explanation_maps
 from study.settings import Settings, preset_names
-from study.store import WEIGHTS, chosen_device, model_folder, trained_model
+from study.store import WEIGHTS, chosen_device, find_record, trained_model
 
 LOCK = RLock()
 KEPT = 128  # results of each kind; the answers to an image take 2 MB
 GALLERY = 30  # images to choose from, as many of each class as there is room for
 BUDGETS = (0, Fraction(1, 4), Fraction(1, 2), 1, Fraction(3, 2), 2)  # times the preset's eps
 PRESET_BUDGET = BUDGETS.index(1)
+OURS = "Grad-CAM, eq (3)"
+KIN = ("Grad-CAM++", "XGrad-CAM", "Layer-CAM", "HiRes-CAM", "Eigen-CAM", "EigenGrad-CAM", "Score-CAM", "Ablation-CAM")
+CAM_METHODS = (OURS, *KIN)  # the paper's, and its kin from pytorch-grad-cam
+BATCH = 64  # images at a time, also of the masked ones that Score-CAM and Ablation-CAM ask for
 TRUE_CLASS, ANSWER = "its true class", "what the plain ensemble answers"
 
 
@@ -78,7 +83,7 @@ class Exploration:
         self._preset = preset or settings.preset
         self.budgets = [settings.recipe.eps * factor for factor in BUDGETS if settings.recipe.eps * factor <= 1]
         names = explored_models(settings)
-        self.models = [name for name in names if (model_folder(settings, name) / WEIGHTS).exists()]
+        self.models = [name for name in names if find_record(settings, name, "training").with_name(WEIGHTS).exists()]
         self.missing = [name for name in names if name not in self.models]
         if not self.models:
             told = f"no mixture of preset {settings.preset} is trained yet"
@@ -186,6 +191,29 @@ class Exploration:
             step_size=float(self.settings.recipe.step_size), steps=self.settings.steps,
         )  # fmt: skip
         return torch.stack(list(path)).transpose(0, 1)
+
+
+def explanation_maps(model: ImmunityMoE, images: Tensor, labels: Tensor, method: str) -> Tensor:
+    """Heat maps (B, N, 32, 32) of every expert for the labels, each summing to 1.
+    images: (B, 3, 32, 32) in [0, 1]; labels: (B,). method: one of CAM_METHODS; ValueError for another. pytorch-grad-cam
+    stretches each map to 0 .. 1, so its least heated pixel is 0. Eigen-CAM looks at activations, whatever the class."""
+    if method == OURS:
+        return expert_heatmaps(model, images, labels)
+    if method not in CAM_METHODS:
+        raise ValueError(f"unknown CAM method {method!r}; valid names: {', '.join(CAM_METHODS)}")
+    import pytorch_grad_cam as library  # costs a second, which only those who ask for it should pay
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    kin = getattr(library, method.replace("-", "").replace("+", "Plus"))
+    by_expert = []
+    for expert in model.experts:
+        # Score-CAM prints a progress bar for each image
+        with redirect_stderr(StringIO()), kin(expert, [expert.stages[expert.head_stages - 1]]) as cam:
+            cam.batch_size = BATCH
+            batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+            maps = [cam(few, list(map(ClassifierOutputTarget, theirs.tolist()))) for few, theirs in batches]
+        by_expert.append(torch.cat(list(map(torch.from_numpy, maps))))
+    return normalise_maps(torch.stack(by_expert, dim=1).float()).to(images.device)
 
 
 def own_subject(content: bytes, name: str) -> Subject:

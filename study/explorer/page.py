@@ -21,8 +21,7 @@ from torch import Tensor
 from immunity_lib.heatmaps import GRID, is_empty
 from immunity_lib.moe import permutations
 from study.catalogue import DATA, ModelName
-from study.explorer.cam_methods import OURS
-from study.explorer.exploration import TRUE_CLASS, Answers, Exploration, Subject
+from study.explorer.exploration import OURS, TRUE_CLASS, Answers, Exploration, Subject
 from study.figures import BARE, COLOURS, literal, make_grid, make_panels
 from study.tables import budget_text
 

@@ -8,8 +8,7 @@ from html import escape
 import ipywidgets as widgets
 
 from immunity_lib.files import write_atomically
-from study.explorer.cam_methods import CAM_METHODS
-from study.explorer.exploration import ANSWER, PRESET_BUDGET, TRUE_CLASS, Exploration, Subject, own_subject
+from study.explorer.exploration import ANSWER, CAM_METHODS, PRESET_BUDGET, TRUE_CLASS, Exploration, Subject, own_subject
 from study.explorer.page import ATTACKED_GATES, colours, data_address, explorer_page
 from study.tables import budget_text
 

@@ -8,33 +8,28 @@ from collections.abc import Sequence
 from study.settings import Settings, load_preset, preset_names
 
 
-def preset_parser(command: str, description: str, *, default: str = "demo", output: bool = True) -> ArgumentParser:
-    """A parser of `python <command>` with --preset, --data and, where it reads or writes results, --output."""
+def preset_parser(command: str, description: str, default: str = "demo") -> ArgumentParser:
+    """A parser of `python <command>` with --preset, --data and --output."""
     parser = ArgumentParser(prog=f"python {command}", description=description)
     told = f"one of {', '.join(preset_names())}, or the path of a YAML file (default: {default})"
     parser.add_argument("--preset", default=default, help=told)
     parser.add_argument("--data", default="", help="folder of CIFAR (default: data/) or of your own images")
-    if output:
-        parser.add_argument("--output", default="", help="where runs/ and figures/ are (default: the project)")
+    parser.add_argument("--output", default="", help="where runs/ and figures/ are (default: the project)")
     return parser
 
 
 def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Namespace, Settings]:
-    """The options and the settings of their preset; one that cannot be used ends the command with status 2 and words.
-    Paths become absolute: kernels are started elsewhere than the command."""
+    """The options and the settings of their preset. What cannot be used ends the command in words, with status 2."""
     options = parser.parse_args(arguments)
     if options.preset not in preset_names() and os.path.isfile(options.preset):
         options.preset = os.path.abspath(options.preset)
-    for name in ("data", "output"):
-        folder = os.path.expanduser(getattr(options, name, ""))
-        is_path = folder and "://" not in folder  # an address is refused with the preset
-        setattr(options, name, os.path.abspath(folder) if is_path else folder)
     try:
         for name in ("jobs", "tflops"):
             if (number := getattr(options, name, None)) is not None and not number > 0:
                 raise ValueError(f"--{name} is {number}; it must be above 0")
-        changes = {"data_folder": options.data, "output_folder": getattr(options, "output", "")}
-        changes |= {name: value for name, value in vars(options).items() if name == "pretrained"}
+        changes = {"data_folder": options.data, "output_folder": options.output}
+        if "pretrained" in options:
+            changes["pretrained"] = options.pretrained
         settings = load_preset(options.preset, **changes)
     except (ValueError, OSError) as error:
         parser.error(str(error))

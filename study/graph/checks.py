@@ -14,7 +14,7 @@ from immunity_lib.data import Dataset
 from study import catalogue
 from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
-from study.store import load_data, model_folder, names_gpus
+from study.store import find_record, load_data, names_gpus
 
 PROFILES = ROOT / "profiles"
 BYTES_ON_DISK = 12  # for each parameter: weights, and in training a checkpoint with momentum
@@ -26,48 +26,47 @@ def look_ahead(
 ) -> tuple[Path | None, dict[str, Dataset], list[str] | None]:
     """The folder of the profile, the data sets by name, and the GPUs of this machine (None where a scheduler has the
     jobs). Raises ValueError with all that stands in the way, as far as it can be known before anything is computed."""
-    wrong: dict[str, None] = {}  # each once, in this order
-    data, costs, folder = {}, {}, None
+    wrong, data, costs, folder = [], {}, {}, None
 
     @contextmanager
     def noted(about: str = "") -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError) as error:
-            wrong[about + str(error)] = None
+            wrong.append(about + str(error))
 
     if set(settings.output_folder) & set("{}"):
-        stands = "which stands for a wildcard in the graph; choose another"
-        wrong[f"output folder {settings.output_folder!r} has a brace in its name, {stands}"] = None
+        told = f"output folder {settings.output_folder!r} has a brace in its name, which stands for a wildcard"
+        wrong.append(f"{told} in the graph; choose another")
     with noted():
         folder = profile_folder(profile) if profile else None
     for name in settings.datasets:  # downloaded once, before models train beside each other
         with noted():
             data[name] = load_data(settings, name)
     for name in catalogue.trained_models(settings):
-        if name.dataset in data and not (model_folder(settings, name) / "record.json").exists():
+        if name.dataset in data and not find_record(settings, name, "training").exists():
             with noted(f"{name.model_copy(update={'seed': 0})} cannot be trained: "):
                 costs[name] = cost_of(catalogue.recipe_of(settings, name), len(data[name.dataset].class_names))
     existing = next(path for path in (settings.runs, *settings.runs.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        wrong[f"{existing} is no folder that can be written to; choose another output folder"] = None
+        wrong.append(f"{existing} is no folder that can be written to; choose another output folder")
     needed = sum(BYTES_ON_DISK * cost["parameters"] for cost in costs.values())
     if (free := disk_usage(existing).free) < needed:
         told = f"{existing} has {free / 1e9:.1f} GB left, and the models need {needed / 1e9:.1f} GB"
-        wrong[f"{told}; make room, or choose another output folder"] = None
+        wrong.append(f"{told}; make room, or choose another output folder")
     gpus = None if folder and submits(folder) else visible_gpus()
     if gpus is not None:
-        wrong |= dict.fromkeys(missing_kernels())
+        wrong += missing_kernels()
         largest = max(costs, key=lambda name: costs[name]["memory"], default=None)
         room, where = memory(bool(gpus))
         if largest and (needed := costs[largest]["memory"] + BYTES_OF_LIBRARIES) > room:
             told = f"{largest} takes {needed / 1e9:.1f} GB of memory, but {where} has {room / 1e9:.1f} GB"
-            wrong[f"{told}; lower width, experts or batch_size, or take a larger machine"] = None
+            wrong.append(f"{told}; lower width, experts or batch_size, or take a larger machine")
         elif largest and not gpus and needed * (beside := min(jobs or os.cpu_count() or 1, len(costs))) > room:
             told = f"{beside} jobs beside each other may take {needed * beside / 1e9:.1f} GB of memory"
             print(f"{told} of {room / 1e9:.1f} GB; JOBS={int(room // needed)} surely fits", file=sys.stderr)
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise ValueError("\n".join(dict.fromkeys(wrong)))  # each once
     return folder, data, gpus
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -23,60 +22,55 @@ CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
 
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
     """Of a recipe's experts, from shapes alone: "parameters", bytes of "memory", and the multiply-accumulates of one
-    image's "forward" pass, "gradient" by the image, heat "maps" and training "step" without its attack."""
-    plain = Recipe(  # what shapes depend on; one expert
-        experts=1, gate_network="constant", alpha=0.0, beta=0.0, gamma=0.0, warmup_epochs=0.0, expert=recipe.expert,
-        width=recipe.width, layers=recipe.layers, heatmap_layer=recipe.heatmap_layer,
-        auxiliary_weight=float(recipe.auxiliary_weight > 0),
+    image's "forward" pass, "gradient" by the image, heat "maps" and training "step" without its attack. What a pass of
+    two images keeps for its backward pass is told too."""
+    with_maps = recipe.beta + recipe.gamma > 0
+    one = Recipe(  # what shapes depend on; one expert
+        experts=1, gate_network="constant", alpha=0.0, beta=float(with_maps), gamma=0.0, warmup_epochs=0.0,
+        expert=recipe.expert, width=recipe.width, layers=recipe.layers, heatmap_layer=recipe.heatmap_layer,
+        auxiliary_weight=float(recipe.auxiliary_weight > 0), pairing=recipe.pairing,
+        explained=recipe.explained if with_maps else "logit",
     )  # fmt: skip
-    with_maps = float(recipe.beta + recipe.gamma > 0)
-    step = replace(plain, beta=with_maps, pairing=recipe.pairing, explained=recipe.explained if with_maps else "logit")
-    cost = _cost_of_step(step, plain, classes) | _cost_of_measuring(plain, classes)
+    cost = _cost_of_one(one, classes)
     weights = 4 * cost["parameters"]
     training = 3 * weights + recipe.batch_size * cost["kept by a step"] // 2
-    cost["memory"] = max(training, weights + BATCH * cost["kept by a gradient"] // 2)
-    shown = ("parameters", "memory", "forward", "gradient", "maps", "step")
-    return {what: recipe.experts * cost[what] for what in shown}
+    measuring = weights + BATCH * cost["kept by a gradient"] // 2
+    return {what: recipe.experts * number for what, number in (cost | {"memory": max(training, measuring)}).items()}
 
 
 @cache
-def _cost_of_step(recipe: Recipe, plain: Recipe, classes: int) -> dict[str, int]:
-    model, pair, labels = _without_contents(plain, classes)
-    with _Counter() as counter:
-        with _kept_for_backward(model) as kept:
-            other = None if recipe.pairing == "none" else pair
-            loss = training_loss(model.train(), pair, labels, recipe, 1.0, other).total
+def _cost_of_one(recipe: Recipe, classes: int) -> dict[str, int]:
+    """On two images, the fewest that batch norms take."""
+    with torch.device("meta"), _Counter():  # it measures itself, too
+        model, images = build_model(recipe, without_images(classes)), torch.zeros(2, 3, 32, 32)
+        labels = torch.zeros(2, dtype=torch.long)
+    with _Counter() as step:
+        with _kept_for_backward(model) as kept_by_step:
+            other = None if recipe.pairing == "none" else images
+            loss = training_loss(model.train(), images, labels, recipe, 1.0, other).total
         loss.backward()
-    parameters = sum(one.numel() for one in model.experts.parameters())
-    return {"parameters": parameters, "step": counter.macs, "kept by a step": sum(one.nbytes() for one in kept)}
-
-
-@cache
-def _cost_of_measuring(plain: Recipe, classes: int) -> dict[str, int]:
-    model, pair, labels = _without_contents(plain, classes)
-    images = pair.clone().requires_grad_()
-    with _Counter() as counter:
-        with _kept_for_backward(model) as kept:
-            outputs = model.eval().expert_outputs(images)
-            answers = outputs.mixture("uniform").sum()
-        forward = counter.macs
+    images.requires_grad_()
+    with _Counter() as forward, _kept_for_backward(model) as kept_by_gradient:
+        outputs = model.eval().expert_outputs(images)
+        answers = outputs.mixture("uniform").sum()
+    with _Counter() as maps:
         normalise_maps(grad_cam(outputs, labels))
-        maps = counter.macs
+    with _Counter() as gradient:
         torch.autograd.grad(answers, images)
-    cost = {"forward": forward, "gradient": forward + counter.macs - maps, "maps": maps}
-    return cost | {"kept by a gradient": sum(one.nbytes() for one in kept)}
+    return {
+        "parameters": sum(one.numel() for one in model.experts.parameters()),
+        "forward": forward.macs,
+        "gradient": forward.macs + gradient.macs,
+        "maps": forward.macs + maps.macs,
+        "step": step.macs,
+        "kept by a step": sum(one.nbytes() for one in kept_by_step),
+        "kept by a gradient": sum(one.nbytes() for one in kept_by_gradient),
+    }
 
 
 def without_images(classes: int) -> Dataset:
     """What a model must know of its data to be built."""
     return Dataset("", ("",) * classes, (0.5,) * 3, (0.25,) * 3, (), "none", {})
-
-
-@cache
-def _without_contents(recipe: Recipe, classes: int) -> tuple[ImmunityMoE, torch.Tensor, torch.Tensor]:
-    """A model, two images, the fewest that batch norms take, and their labels."""
-    with torch.device("meta"), _Counter():  # it measures itself, too
-        return build_model(recipe, without_images(classes)), torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
 
 
 class _Counter(TorchDispatchMode):

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, settings = parse_options(parser, arguments)
     job = f"{options.notebook}-{options.model}" if options.model else options.notebook
     executed, log = (settings.runs / "notebooks" / f"{job}.{ending}" for ending in ("ipynb", "log"))
-    parameters = {"preset": options.preset, "data_folder": options.data, "output_folder": options.output}
+    parameters = {"preset": options.preset, **settings.model_dump(include={"data_folder", "output_folder"})}
     parameters |= {"model": str(options.model or ""), "interactive": False, "pretrained": options.pretrained}
 
     def report(state: str, error: str = "") -> None:

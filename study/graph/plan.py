@@ -42,7 +42,7 @@ def plan(settings: Settings) -> pd.DataFrame:
     """A row for each model that the preset trains, by its name: its `cost_of`, and the multiply-accumulates of all
     that is done with it in the notebooks of WORK; "scores" are heat maps and accuracy on all test images. Nothing is
     computed and no data are read, but for the names of the files of your own images."""
-    attacked, adaptive = catalogue.attacked_models(settings), catalogue.adaptive_models(settings)
+    attacked, adaptive = catalogue.measured_models(settings, "attacks"), catalogue.measured_models(settings, "adaptive")
     gradients, queries = adaptive_passes(settings)
     steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
     rows = {}
@@ -176,7 +176,7 @@ def format_power(settings: Settings) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper", output=False)
+    parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper")
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="sustained speed (default: %(default)g)")
     parser.add_argument("--calibrate", action="store_true", help="measure it instead, some seconds for each network")
     options, settings = parse_options(parser, arguments)

@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, Field, create_model
 from study import catalogue
 from study.graph import parse_options, preset_parser
 from study.settings import ROOT, Settings, read_yaml
-from study.store import find_record, model_folder, own_folder, read_json, record_path
+from study.store import ASKED, find_record, own_folder, read_json, record_path
 
 LOST = 120.0  # seconds without a sign of life, behind which a job counts as killed
 TOLD = ["running", "failed", "stopped", "lost", "waiting"]  # states beside "done"
@@ -29,10 +29,10 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
     """A row for each job of the graph, by its name: "notebook", "state", and what its record says (see `job`); of a
     training also the "network", "epochs" in all, those "trained", and their mean time, "epoch", in seconds. A job
     that says it runs but was not seen for `lost_after` seconds was killed: "lost"."""
-    jobs = [("02_training", model) for model in catalogue.trained_models(settings)]
-    jobs = [(job, model) for job, model in jobs if model_folder(settings, model) == own_folder(settings, model)]
-    for job, kind in (("03_attacks", "attacks"), ("06_adaptive_attacks", "adaptive")):
-        models = catalogue.measured_models(settings, kind)  # but for what comes with the project
+    jobs = []
+    for job, kind in (("02_training", "training"), ("03_attacks", "attacks"), ("06_adaptive_attacks", "adaptive")):
+        models = catalogue.measured_models(settings, kind) if kind in ASKED else catalogue.trained_models(settings)
+        # But for what comes with the project
         jobs += [(job, one) for one in models if find_record(settings, one, kind) == record_path(settings, one, kind)]
     jobs += [(path.stem, None) for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem != "02_training"]
     rows = {}

@@ -16,9 +16,9 @@ from spoiling import spoil
 
 from immunity_lib.attacks import FAMILIES
 from immunity_lib.files import read_tensors
-from study.catalogue import adaptive_models, attacked_models, table1_models, table3_models, trained_models
+from study.catalogue import measured_models, table1_models, table3_models, trained_models
 from study.settings import ROOT, load_preset
-from study.store import own_folder, read_frame, read_json, read_summary, record_path
+from study.store import own_folder, read_frame, read_json, read_record, record_path
 
 pytestmark = pytest.mark.slow
 EXECUTED_LIMIT = 2_000_000  # bytes; larger notebooks are not rendered by web viewers
@@ -56,16 +56,16 @@ def test_every_model_is_trained_in_a_job_of_its_own_that_shows_its_progress(smok
 
 
 def test_every_model_is_measured_as_its_tables_need(settings):
-    attacks = read_frame(settings, attacked_models(settings), "attacks")
+    attacks = read_frame(settings, measured_models(settings, "attacks"), "attacks")
     for _, of_model in attacks.groupby("model"):
         assert set(of_model["attack"]) == {"clean", *settings.attacks, "pgd at 4/255"}
-    adaptive = read_frame(settings, adaptive_models(settings), "adaptive")
+    adaptive = read_frame(settings, measured_models(settings, "adaptive"), "adaptive")
     for name, of_model in adaptive.groupby("model"):
         without = {"sampled"} if "standalone" in name else set()  # its gate has nothing to sample
         assert set(of_model["family"]) == {"clean", *FAMILIES} - without
         assert set(of_model.groupby(["attack", "sees"]).size()) == {settings.adaptive_count}
-    for name in adaptive_models(settings):
-        summary = read_summary(settings, name, "adaptive")
+    for name in measured_models(settings, "adaptive"):
+        summary = read_record(settings, name, "adaptive")["summary"]
         assert len(summary["checks"]) == 8 and summary["by_budget"][-1][0] == 1
         assert not list(settings.runs.glob("records/*unfinished*"))
     scores = read_frame(settings, table1_models(settings) + table3_models(settings), "scores")
@@ -131,7 +131,7 @@ def test_a_preset_that_says_something_else_is_drawn_anew(smoke, settings, tmp_pa
 
 def test_what_was_damaged_is_set_aside_and_made_again(smoke, settings):
     """When it is used: at the latest by the second run of the same command."""
-    name = attacked_models(settings)[0]
+    name = measured_models(settings, "attacks")[0]
     record = record_path(settings, name, "attacks")
     scores = record_path(settings, table3_models(settings)[0], "scores").with_suffix(".parquet")
     weights = own_folder(settings, name) / "model.safetensors"

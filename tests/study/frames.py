@@ -31,7 +31,7 @@ class World:
         attacked, experts = settings.attacked_images, settings.recipe.experts
         for name in catalogue.trained_models(settings):
             self.write_training(name)
-        for name in catalogue.attacked_models(settings):
+        for name in catalogue.measured_models(settings, "attacks"):
             gates = settings.attack_gates[: 1 if name.method in catalogue.SINGLE else None]
             rows = [self.rows(name, "attacks", settings.test_images)]
             rows.append(self.rows(name, "attacks", 7, split="test-shifted"))
@@ -50,7 +50,7 @@ class World:
             background = {"background": 0.8, "background_heat": 0.5}
             self.write(name, "scores", [rows.assign(**self.scores[name], **background)], {"test": test})
         told = [{"attack": a, "family": f, "sees": s, "seconds": 2.0} for a, f, s in ADAPTIVE]
-        for name in catalogue.adaptive_models(settings):
+        for name in catalogue.measured_models(settings, "adaptive"):
             rows = [self.rows(name, "adaptive", settings.adaptive_count)]
             for attack in ADAPTIVE:
                 few = settings.auto_attack_images if attack[1] in ("judges", "black box") else None

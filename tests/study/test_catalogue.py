@@ -78,7 +78,7 @@ def test_every_model_of_every_table_is_trained_once(make_settings):
         needed |= set(members(settings, name) if name.method == "ensemble" else [name])
     trained = catalogue.trained_models(settings)
     assert set(trained) == needed and len(trained) == len(needed)
-    assert set(catalogue.attacked_models(settings)) == attacked
+    assert set(catalogue.measured_models(settings, "attacks")) == attacked
 
 
 def test_table_2_crosses_data_sets_regimes_and_what_is_compared(make_settings):
@@ -94,16 +94,16 @@ def test_table_2_crosses_data_sets_regimes_and_what_is_compared(make_settings):
 
 
 def test_a_notebook_is_of_all_models_or_of_the_one_that_is_asked_for(make_settings):
-    names = catalogue.adaptive_models(settings := make_settings())
-    assert catalogue.asked_models(settings, names) == names
-    assert catalogue.asked_models(make_settings(model=str(names[1])), names) == [names[1]]
+    names = catalogue.measured_models(settings := make_settings(), "adaptive")
+    assert catalogue.asked_models(settings, "adaptive") == names
+    assert catalogue.asked_models(make_settings(model=str(names[1])), "adaptive") == [names[1]]
     with pytest.raises(ValueError, match=f"none of preset tiny's models here; those are:\n{names[0]}\n"):
-        catalogue.asked_models(make_settings(model="cifar10-moe"), names)
+        catalogue.asked_models(make_settings(model="cifar10-moe"), "adaptive")
 
 
 def test_who_meets_adaptive_attacks_and_through_whom(make_settings):
     settings = make_settings()
-    assert len(catalogue.adaptive_models(settings)) == 4
+    assert len(catalogue.measured_models(settings, "adaptive")) == 4
     through = {named("immunity"): ["moe", "moe-mi", "moe-ps"], named("moe", regime="adversarial"): ["immunity"]}
     for attacked, methods in through.items():
         assert [one.method for one in catalogue.surrogates(settings, attacked)] == methods

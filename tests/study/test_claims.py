@@ -7,8 +7,8 @@ import yaml
 from frames import ADAPTIVE, World
 from scipy import stats
 
-from study import catalogue, claims
-from study.claims import VERDICTS, Claim, count_by_luck, estimate, paired_effects, read_claims, verdicts
+from study import catalogue, claims, figures
+from study.claims import NOT_TESTABLE, Claim, count_by_luck, estimate, paired_effects, read_claims, verdicts
 from study.settings import ROOT, load_preset
 
 EDGES = {"immunity": 0.3, "moe-mi": 0.1, "moe": 0.0, "moe-ps": 0.0, "standalone": -0.3}
@@ -56,14 +56,14 @@ def ablated(settings, method):
 
 def test_verdicts_of_a_world_that_is_known(three_trainings):
     found = verdicts(three_trainings.settings, read_claims()).set_index("claim")
-    assert set(found["verdict"]) <= set(VERDICTS)
+    assert set(found["verdict"]) <= {*figures.VERDICTS, NOT_TESTABLE}
     holding = ["standard-attacked", "adversarial-attacked", "mutual-information-attacked", "magnitudes", "weak-spots",
                "experts-on-parts", "both-losses-adversarial", "adaptive-baselines"]  # fmt: skip
     assert (found.loc[holding, "verdict"] == "holds").all(), found.loc[holding]
     assert (found.loc[holding, "stays"].str.match(r"(\d+) of \1$")).all()
     assert found.loc["noise", "verdict"] == "does not hold"  # it takes 30 points here
     assert found.loc["position-stability-attacked", "verdict"] in ("undecided", "no effect")  # it adds nothing
-    untestable = found[found["verdict"] == VERDICTS[-1]]
+    untestable = found[found["verdict"] == NOT_TESTABLE]
     assert set(untestable.index) == UNTESTABLE
     assert untestable["effect"].isna().all() and untestable["reason"].notna().all()
     tested = found[found["effect"].notna()]
@@ -75,7 +75,7 @@ def test_verdicts_of_a_world_that_is_known(three_trainings):
 
 def test_A1_one_training_is_no_verdict_however_large_the_effect(one_training):
     found = verdicts(one_training.settings, read_claims()).set_index("claim")
-    assert set(found["verdict"]) == {"one training: no verdict", VERDICTS[-1]}
+    assert set(found["verdict"]) == {"one training: no verdict", NOT_TESTABLE}
     assert found.loc["standard-attacked", "low"] > 5 and found["stays"].isna().all()
     assert count_by_luck(found).startswith("0 of 0 claims")
 
@@ -113,7 +113,7 @@ def test_A5_neighbours_a_score_of_zero_has_no_ratio(world, monkeypatch):
     scores = {method: pd.DataFrame(np.full((2, 5), float(method == "moe"))) for method in ("moe", "moe-mi")}
     monkeypatch.setattr(claims, "by_image", lambda *_, method, **__: scores[method])
     (line,) = verdicts(world.settings, [claim("experts-differ")]).to_dict("records")
-    assert line["verdict"] == VERDICTS[-1] and "mutual information is 0 on all images" in line["reason"]
+    assert line["verdict"] == NOT_TESTABLE and "mutual information is 0 on all images" in line["reason"]
 
 
 @pytest.mark.parametrize("trainings", [1, 3])
@@ -124,7 +124,7 @@ def test_A6_C2_neighbours_a_single_image_tells_next_to_nothing(trainings, effect
 
 
 def test_switching_is_held_against_other_gates_of_the_same_model_and_images(world):
-    models = catalogue.adaptive_models(world.settings)
+    models = catalogue.measured_models(world.settings, "adaptive")
     name = next(one for one in models if (one.method, one.regime) == ("immunity", "adversarial"))
     verdicts_of = [world.verdicts[name, "adaptive", attack, sees] for attack, _, sees in ADAPTIVE]
     for which, title in (("switching-adversarial", "its plain ensemble"), ("switching-trained", "its trained gate")):
@@ -329,7 +329,7 @@ def test_text_has_a_line_for_every_claim_and_a_reason_where_none_was_tested(one_
     every = read_claims()
     text = claims.verdict_text(verdicts(one_training.settings, every))
     assert list(text["title"]) == [one.title for one in every]
-    assert text["verdict"].iloc[-1].startswith(f"{VERDICTS[-1]}: the paper shows no")
+    assert text["verdict"].iloc[-1].startswith(f"{NOT_TESTABLE}: the paper shows no")
     one = verdicts(one_training.settings, every[:1])  # all reasons empty, which pandas takes for numbers
     assert claims.verdict_text(one)["verdict"].item() == one["verdict"].item()
 

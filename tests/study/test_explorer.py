@@ -23,7 +23,6 @@ from immunity_lib.moe import GateVerdicts, switched_probabilities
 from study.catalogue import ModelName, explored_models
 from study.explorer import exploration as module
 from study.explorer import panel as widgets
-from study.explorer.cam_methods import CAM_METHODS, OURS, explanation_maps
 from study.explorer.exploration import ANSWER, PRESET_BUDGET, TRUE_CLASS, Exploration, Subject, own_subject
 from study.explorer.page import attack_figure, explorer_page
 from study.explorer.panel import Explorer
@@ -80,14 +79,14 @@ def test_maps_are_those_of_eq_3_for_the_class_that_is_asked(exploration, subject
     answered = answers.experts[3].mean(1).argmax(-1)
     true = torch.full_like(answered, subject.label)
     for explained, labels in ((TRUE_CLASS, true), (7, torch.full_like(answered, 7)), (ANSWER, answered)):
-        maps = exploration.maps(IMMUNITY, subject, "uniform", 3, OURS, explained)
+        maps = exploration.maps(IMMUNITY, subject, "uniform", 3, module.OURS, explained)
         expected = expert_heatmaps(exploration.model(IMMUNITY), answers.frames[3], labels)
         torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", CAM_METHODS)
+@pytest.mark.parametrize("method", module.CAM_METHODS)
 def test_every_method_gives_distributions(model, images, labels, method):
-    maps = explanation_maps(model, images[:2], labels[:2], method)
+    maps = module.explanation_maps(model, images[:2], labels[:2], method)
     assert maps.shape == (2, 3, 32, 32) and (maps >= 0).all()
     torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 3), rtol=0, atol=1e-4)
 
@@ -200,7 +199,7 @@ def test_own_images_are_led_away_from_what_each_model_answers(exploration, subje
 def test_C7_class_names_of_any_folder_stay_text(exploration, closing_figures):
     names = (HOSTILE, "US$ and A$", "</script>", TRUE_CLASS, *exploration.dataset.class_names[4:])
     hostile = Exploration(exploration.settings, replace(exploration.dataset, class_names=names))
-    page = explorer_page(hostile, NAMES, hostile.gallery[:8], "uniform", 2, OURS, 0)
+    page = explorer_page(hostile, NAMES, hostile.gallery[:8], "uniform", 2, module.OURS, 0)
     assert HOSTILE not in page and "</script>" not in content_of(page)["classes"]
     assert html.unescape(content_of(page)["classes"][0]) == HOSTILE
     assert f"for {html.escape(HOSTILE)}" in page

@@ -259,7 +259,7 @@ def test_records_of_trainings(folder, record, own):
         write_atomically(place / store.WEIGHTS, weights)
         store._load_if_usable(here, NAME, data)
         with refused_by_name("record.json"):
-            assert isinstance(store.training_record(here, NAME), dict)
+            assert isinstance(store.read_record(here, NAME, "training"), dict)
 
 
 FRAME = pd.DataFrame({"split": "test", "image": [0, 1], "gates": [b"a", b"b"], "uniform": [True, False]}).to_parquet()
@@ -271,7 +271,7 @@ def test_records_of_measurements(folder, record, frame):
     path = store.record_path(here, NAME, "attacks")
     write_atomically(path, record)
     write_atomically(path.with_suffix(".parquet"), frame)
-    for read, names in ((store.read_summary, NAME), (store.read_frame, [NAME])):
+    for read, names in ((store.read_record, NAME), (store.read_frame, [NAME])):
         with refused_by_name(path.stem):
             read(here, names, "attacks")
 

@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 from graph import job_command, reproduce_command, wait_for
 
-from study.catalogue import adaptive_models, attacked_models, trained_models
+from study.catalogue import measured_models, trained_models
 from study.graph import checks, job, plan, run, status
 from study.settings import ROOT, load_preset
 from study.store import own_folder, read_json, write_atomically, write_json
@@ -147,12 +147,18 @@ def test_a_job_ends_with_the_graph_that_started_it(training):
 
 @pytest.mark.parametrize(
     ("inherited", "count", "expected"),
-    [("7, GPU-d5b7a1cc,3", 2, ["7", "GPU-d5b7a1cc"]), (None, 2, ["0", "1"]), ("", 0, []), ("NoDevFiles", 0, [])],
-)
-def test_D2_G3_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
+    [("7, GPU-d5b7a1cc,3", 2, ["7", "GPU-d5b7a1cc"]), (None, 2, ["0", "1"]), ("", 0, []), ("NoDevFiles", 0, []),
+     *((named, 0, None) for named in ("0", "2,3", "GPU-d5b7a1cc", "MIG-GPU-d5b7a1cc/1/0"))],
+)  # fmt: skip
+def test_D2_G3_G5_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
+    """Those that are named and not found are told beforehand."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.setattr(os, "environ", {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited})
-    assert checks.visible_gpus() == expected
+    if expected is None:
+        with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES is '{inherited}', but PyTorch finds no GPU.*-1"):
+            checks.visible_gpus()
+    else:
+        assert checks.visible_gpus() == expected
 
 
 @pytest.mark.parametrize(
@@ -165,14 +171,6 @@ def test_G9_memory_of_a_gpu_is_not_asked_of_its_node_nor_more_cores_than_a_job_u
     assert checks.gives_gpus(tmp_path) == given
     assert checks.gives_gpus(ROOT / "profiles/slurm")
     assert job.SURROUNDINGS["OMP_NUM_THREADS"] == "1" and "threads:" not in (ROOT / "Snakefile").read_text()
-
-
-@pytest.mark.parametrize("named", ["0", "2,3", "GPU-d5b7a1cc", "MIG-GPU-d5b7a1cc/1/0"])
-def test_G5_gpus_that_are_named_and_not_found_are_told_beforehand(monkeypatch, named):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES is '{named}', but PyTorch finds no GPU.*by -1"):
-        checks.visible_gpus()
 
 
 HOLD = """
@@ -369,7 +367,7 @@ def test_the_status_leaves_out_what_comes_with_the_project(tmp_path):
     own, now = load_preset("parts10", output_folder=str(tmp_path), pretrained=False), datetime.now(UTC)
     jobs = status.list_jobs(own, now)["notebook"].value_counts()
     assert jobs["02_training"] == len(trained_models(own)) and jobs["06_adaptive_attacks"] == 1 + len(
-        adaptive_models(own)
+        measured_models(own, "adaptive")
     )
     left = status.list_jobs(own.model_copy(update={"pretrained": True}), now)["notebook"]
     assert list(left) == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if "02" not in path.stem]
@@ -416,7 +414,8 @@ def put_log(settings, model, epochs, seconds):
 
 
 def test_before_anything_ran_every_job_waits(settings, capsys):
-    count = sum(len(names(settings)) for names in (trained_models, attacked_models, adaptive_models)) + 7
+    count = len(trained_models(settings)) + 7
+    count += sum(len(measured_models(settings, kind)) for kind in ("attacks", "adaptive"))
     for folder, told in (("elsewhere", "nothing was started"), ("", f"0 of {count} jobs done, {count} waiting\n")):
         assert status.main(["--preset=smoke", f"--output={settings.output_folder}/{folder}"]) == 0
         assert told in (said := capsys.readouterr().out)

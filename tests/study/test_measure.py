@@ -18,7 +18,7 @@ from immunity_lib.files import read_tensors, write_tensors
 from study import measure, store
 from study.catalogue import ModelName
 from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
-from study.store import question_of, read_frame, read_json, read_summary, record_path, trained_model, training_record
+from study.store import question_of, read_frame, read_json, read_record, record_path, trained_model
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 SMALL = {
@@ -60,7 +60,7 @@ def test_what_was_measured_is_used_again_and_its_record_says_what_of(settings, d
     make(settings, NAME, dataset)
     assert not measurement.called and path.read_bytes() == before
     assert (record["kind"], record["model"]) == (kind, str(NAME))
-    assert record["weights"] == [training_record(settings, NAME)["weights"]]
+    assert record["weights"] == [read_record(settings, NAME, "training")["weights"]]
     assert record["provenance"]["packages"] and record["provenance"]["library"]
 
 
@@ -143,13 +143,17 @@ def test_attacks_of_another_question_are_made_anew(settings, dataset, measuremen
     assert measurement.called and len(frame) == change.get("attacked_images", 16)
 
 
-@pytest.mark.parametrize("change", [{"steps": 2}, {"learning_rate": 0.01}, {"width": 0.25}])
-def test_what_was_measured_with_other_settings_is_not_shown_for_these(settings, change):
-    recipe = {name: value for name, value in change.items() if name != "steps"}
-    other = settings.model_copy(update={"recipe": replace(settings.recipe, **recipe)} if recipe else change)
+@pytest.mark.parametrize(
+    ("kind", "own", "recipe"),
+    [("attacks", {"steps": 2}, {}), ("attacks", {"attack_gates": ["uniform"]}, {}), ("adaptive", {}, {}),
+     ("attacks", {}, {"learning_rate": 0.01}), ("attacks", {}, {"width": 0.25})],
+)  # fmt: skip
+def test_what_was_not_measured_or_with_other_settings_is_not_shown_for_these(settings, kind, own, recipe):
+    other = settings.model_copy(update=own | {"recipe": replace(settings.recipe, **recipe)})
     assert len(read_frame(settings, [NAME], "attacks"))
-    with pytest.raises(FileNotFoundError, match=f"{NAME} has no record of its attacks with these settings yet"):
-        read_frame(other, [NAME], "attacks")
+    told = f"{NAME} has no record of its {kind} with these settings yet.*; run: make reproduce PRESET=tiny"
+    with pytest.raises(FileNotFoundError, match=told):
+        read_frame(other, [NAME], kind)
 
 
 def test_each_setting_that_a_frame_depends_on_is_asked(settings):
@@ -198,7 +202,7 @@ def test_a_stand_alone_network_is_attacked_under_one_gate(settings, dataset):
 
 
 def test_scores_are_within_their_ranges(settings):
-    frame, summary = read_frame(settings, [NAME], "scores"), read_summary(settings, NAME, "scores")
+    frame, summary = read_frame(settings, [NAME], "scores"), read_record(settings, NAME, "scores")["summary"]
     assert frame["mutual_information"].between(-1e-6, np.log(2) + 1e-6).all()
     assert (frame[["independence_score", "causality_score"]] >= 0).all(axis=None)
     assert frame["empty_maps"].isin([0, 0.5, 1]).all()
@@ -245,7 +249,7 @@ def test_adaptive_attacks_that_were_stopped_go_on(settings, dataset, monkeypatch
     measure_adaptive(settings, name, dataset)
     assert made.count("fgsm") == 1 and made.count("pgd-trained") == 2
     assert not unfinished.exists()
-    resumed, summary = read_frame(settings, [name], "adaptive"), read_summary(settings, name, "adaptive")
+    resumed, summary = read_frame(settings, [name], "adaptive"), read_record(settings, name, "adaptive")["summary"]
     assert {one["attack"] for one in summary["attacks"]} == set(resumed["attack"]) - {"clean"}
     assert (resumed.groupby("attack").size() == 6).all()
 

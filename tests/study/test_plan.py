@@ -12,7 +12,7 @@ from immunity_lib.attacks import attack_images
 from immunity_lib.data import load_dataset
 from immunity_lib.heatmaps import expert_heatmaps
 from immunity_lib.train import build_model, make_optimiser, training_loss
-from study.catalogue import ModelName, adaptive_models, attacked_models, recipe_of, trained_models
+from study.catalogue import ModelName, measured_models, recipe_of, trained_models
 from study.graph import plan
 from study.graph.cost import cost_of
 from study.settings import ROOT, load_preset
@@ -108,8 +108,8 @@ def test_every_model_is_billed_once_and_for_what_is_done_with_it(make_settings):
     settings = make_settings(baselines=["pdarts"], baseline_layers=3, seeds=[0, 1])
     frame, trained = plan.plan(settings), trained_models(settings)
     assert list(frame.index) == [str(name) for name in trained]
-    for column, models in (("03_attacks", attacked_models), ("06_adaptive_attacks", adaptive_models)):
-        billed = [str(name) for name in trained if name in models(settings)]
+    for column, kind in (("03_attacks", "attacks"), ("06_adaptive_attacks", "adaptive")):
+        billed = [str(name) for name in trained if name in measured_models(settings, kind)]
         assert list(frame.index[frame[column] > 0]) == billed
     macs, text = frame[plan.WORK].to_numpy().sum(), plan.format_plan(settings, 0.5)
     assert plan.hours(macs, 0.5) == pytest.approx(2 * macs / 0.5e12 / 3600)

@@ -73,7 +73,8 @@ def test_a_preset_of_one_s_own_finds_its_folder_from_where_it_lies(mine, tmp_pat
     for unsaid in ({}, {"data_folder": ""}):
         assert load_preset(path, **unsaid).data_folder == str(tmp_path / "flowers")
     settings = load_preset(path, data_folder="elsewhere", epochs=7)
-    assert (settings.preset, settings.data_folder, settings.recipe.epochs) == ("mine", "elsewhere", 7)
+    given = "mine", str(Path("elsewhere").absolute()), 7
+    assert (settings.preset, settings.data_folder, settings.recipe.epochs) == given
     assert all(ModelName.parse(str(name)) == name for name in trained_models(settings))
 
 

@@ -14,7 +14,7 @@ from immunity_lib.files import DamagedFile, read_tensors, write_atomically, writ
 from study import store
 from study.catalogue import ModelName, explored_models, members, recipe_of
 from study.settings import ROOT, load_preset
-from study.store import model_folder, read_frame, read_json, trained_model, training_record, write_json
+from study.store import find_record, own_folder, read_json, read_record, trained_model, write_json
 
 NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 PUBLISHED = [path.with_name("record.json") for path in sorted((ROOT / "pretrained").glob("*/*/model.safetensors"))]
@@ -76,7 +76,7 @@ def test_D3_neighbours_the_commit_is_this_project_s_whatever_git_is_told(monkeyp
 
 def test_D6_a_model_is_loaded_where_nothing_may_be_written(settings, dataset, training, images, monkeypatch):
     monkeypatch.setattr(store, "FileLock", None)
-    folder = model_folder(settings, NAME)
+    folder = own_folder(settings, NAME)
     (folder / ".lock").unlink(missing_ok=True)
     folder.chmod(0o500)  # which root does not notice
     loaded, again = (trained_model(settings, NAME, dataset) for _ in range(2))
@@ -95,13 +95,13 @@ def test_D4_a_lock_that_nobody_lets_go_is_named(settings, dataset, monkeypatch):
 
 
 def test_record_says_how_the_model_was_made(settings, dataset):
-    record, model = training_record(settings, NAME), trained_model(settings, NAME, dataset)
+    record, model = read_record(settings, NAME, "training"), trained_model(settings, NAME, dataset)
     assert record["model"] == str(NAME) and recipe_of(settings, NAME).is_that_of(record["recipe"])
     assert record["data"]["checksum"] == dataset.splits["train"].checksum
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
     assert record["multiply_accumulates"] > 10**5 and [entry["epoch"] for entry in record["log"]] == [1]
     assert record["provenance"]["packages"] and record["provenance"]["library"]
-    assert not (model_folder(settings, NAME) / "checkpoint.safetensors").exists()
+    assert not (own_folder(settings, NAME) / "checkpoint.safetensors").exists()
 
 
 def test_other_settings_train_anew_and_keep_the_old_model(settings, make_settings, dataset, training, capsys):
@@ -111,7 +111,7 @@ def test_other_settings_train_anew_and_keep_the_old_model(settings, make_setting
     assert [call.args[0].learning_rate for call in training.call_args_list] == [0.01]
     assert not old.gate.linear.weight.equal(new.gate.linear.weight)
     for file in ("model.safetensors", "record.json"):
-        assert len(list(model_folder(settings, NAME).glob(f"{file}.aside-*"))) == 1
+        assert len(list(own_folder(settings, NAME).glob(f"{file}.aside-*"))) == 1
     assert "trained with other settings or other data" in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def rename_a_weight(folder):
 )  # fmt: skip
 def test_D7_damaged_model_is_set_aside_and_trained_anew(settings, dataset, training, capsys, damage):
     expected = trained_model(settings, NAME, dataset).state_dict()
-    folder = model_folder(settings, NAME)
+    folder = own_folder(settings, NAME)
     damage(folder)
     damaged = (folder / "model.safetensors").read_bytes()
     torch.testing.assert_close(trained_model(settings, NAME, dataset).state_dict(), expected, rtol=0, atol=0)
@@ -220,11 +220,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert (tmp_path / "deep" / "file").read_text() == "old"
 
 
-def test_a_record_that_is_missing_names_the_command_that_makes_it(settings):
-    with pytest.raises(FileNotFoundError, match=f"{NAME}.* run: make reproduce PRESET=tiny"):
-        read_frame(settings, [NAME], "attacks")
-
-
 def test_a_table_of_one_model_is_not_written(make_settings, tmp_path):
     one = make_settings(output_folder=str(tmp_path), model=str(NAME))
     assert store.write_artefact(one, "table9", {"csv": "a,b\n"}, "Caption.", []) == [] and not one.figures.exists()
@@ -272,50 +267,43 @@ def test_what_was_trained_here_goes_first_and_what_is_published_answers_alike(
     published, settings, dataset, images, training
 ):
     record = read_json(published / "record.json")
-    assert model_folder(settings, NAME) == settings.runs / "models" / str(NAME)
+    assert find_record(settings, NAME, "training").parent == settings.runs / "models" / str(NAME)
     own = trained_model(settings, NAME, dataset)
-    weights = training_record(settings, NAME)["weights"]
+    weights = read_record(settings, NAME, "training")["weights"]
     assert weights == record["rounding"]["from"] != record["weights"]
     shutil.rmtree(settings.runs)
     found = trained_model(settings, NAME, dataset)
     assert not training.called and next(found.parameters()).dtype == torch.float32
     torch.testing.assert_close(found(images, "uniform").exp(), own(images, "uniform").exp(), rtol=0, atol=5e-3)
-    assert training_record(settings, NAME) == record
-
-
-def test_what_was_trained_here_with_other_settings_hides_nothing(published, settings, make_settings, dataset):
-    """Neither is it shown for these."""
-    other = make_settings(output_folder=settings.output_folder, epochs=1, learning_rate=0.01, pretrained=False)
-    with pytest.raises(FileNotFoundError, match="is not trained with these settings yet.*OUTPUT="):
-        training_record(other, NAME)
-    shutil.rmtree(settings.runs)
-    trained_model(other, NAME, dataset)
-    assert training_record(other, NAME)["recipe"]["learning_rate"] == 0.01
-    assert model_folder(settings, NAME) == published
-    assert training_record(settings, NAME)["recipe"]["learning_rate"] != 0.01
+    assert read_record(settings, NAME, "training") == record
 
 
 @pytest.mark.parametrize("changes", [{"pretrained": False}, {"learning_rate": 0.01}])
-def test_reproducing_and_other_settings_train_anew(published, settings, make_settings, dataset, changes, training):
+def test_reproducing_and_other_settings_train_anew_which_hides_nothing(
+    published, settings, make_settings, dataset, changes, training
+):
+    other = make_settings(output_folder=settings.output_folder, epochs=1, **changes)
     shutil.rmtree(settings.runs)
-    trained_model(make_settings(output_folder=settings.output_folder, epochs=1, **changes), NAME, dataset)
+    with pytest.raises(FileNotFoundError, match="is not trained with these settings yet.*OUTPUT="):
+        read_record(other, NAME, "training")
+    trained_model(other, NAME, dataset)
     assert training.call_count == 1
+    assert recipe_of(other, NAME).is_that_of(read_record(other, NAME, "training")["recipe"])
+    same_recipe = recipe_of(other, NAME) == recipe_of(settings, NAME)
+    assert (find_record(settings, NAME, "training").parent != published) == same_recipe
 
 
-def test_a_record_that_came_without_weights_is_no_model(published, settings, dataset, capsys, training):
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("model.safetensors", "truncated"), ("record.json", "truncated"), ("model.safetensors", "left out")],
+)
+def test_D8_damaged_ones_stay_and_are_not_used(published, settings, dataset, capsys, training, file, damage):
+    """A record that came without weights is no model, which is nothing to be told of."""
     shutil.rmtree(settings.runs)
-    (published / "model.safetensors").unlink()
+    (published / file).unlink() if damage == "left out" else spoil(published / file, damage)
     store._say_once.cache_clear()
     trained_model(settings, NAME, dataset)
-    assert training.call_count == 1 and "not used" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "record.json"])
-def test_D8_damaged_ones_stay_and_are_not_used(published, settings, dataset, capsys, training, file):
-    shutil.rmtree(settings.runs)
-    spoil(published / file, "truncated")
-    store._say_once.cache_clear()
-    trained_model(settings, NAME, dataset)
-    assert training.call_count == 1 and "come with the project are not used" in capsys.readouterr().out
-    assert (published / file).exists() and not list(published.glob("*.aside-*"))
-    assert model_folder(settings, NAME) == settings.runs / "models" / str(NAME)
+    told = "come with the project are not used" in capsys.readouterr().out
+    assert training.call_count == 1 and told == (published / file).exists() == (damage == "truncated")
+    assert not list(published.glob("*.aside-*"))
+    assert find_record(settings, NAME, "training").parent == settings.runs / "models" / str(NAME)

@@ -198,18 +198,11 @@ def test_written_files_hold_the_numbers_and_name_their_records(settings):
     assert [one["file"] for one in sidecar["records"]] == [f"records/{p.name}" for p in records]
 
 
-def test_a_record_of_other_attacks_is_not_taken_for_these(settings):
-    with pytest.raises(
-        FileNotFoundError, match="no record of its attacks with these settings yet.*; run: make reproduce"
-    ):
-        tables.table2(settings.model_copy(update={"attack_gates": ["trained"]}))
-
-
 def test_the_headline_is_the_worst_case_of_each_image(world, settings):
     """Oracle: loops over images and attacks."""
-    table = tables.worth_of_the_gate(settings, catalogue.adaptive_models(settings))
+    table = tables.worth_of_the_gate(settings, catalogue.measured_models(settings, "adaptive"))
     expected = {}
-    for name in models(catalogue.adaptive_models(settings), "immunity"):
+    for name in models(catalogue.measured_models(settings, "adaptive"), "immunity"):
         found = [world.verdicts[name, "adaptive", a, sees] for a, _, sees in ADAPTIVE]
         left = [min(sum(g[image]) / 6 for g, _, _ in found) for image in range(12)]
         paper = [min(sum(g[image]) / 6 for g, _, _ in found[:2]) for image in range(12)]
@@ -231,7 +224,7 @@ def test_the_headline_is_the_worst_case_of_each_image(world, settings):
 
 
 def test_the_suite_has_a_row_for_every_attack_and_a_column_for_every_defence(world, settings):
-    names = catalogue.adaptive_models(settings)
+    names = catalogue.measured_models(settings, "adaptive")
     suite = tables.suite_table(settings, names)
     own = suite[(suite["training"] == "adversarial") & (suite["model"] == "MoE")]
     assert list(own["attack"].unique()) == [attack for attack, _, _ in ADAPTIVE]
@@ -245,7 +238,7 @@ def test_the_suite_has_a_row_for_every_attack_and_a_column_for_every_defence(wor
 
 
 def test_checks_and_budgets_are_those_of_the_summaries(settings):
-    names = catalogue.adaptive_models(settings)
+    names = catalogue.measured_models(settings, "adaptive")
     (line,) = tables.checks_table(settings, names).to_dict("records")
     assert line["passed"] == f"{len(names) // 2} of {len(names)}"
     assert line["evidence"].startswith(f"{models(names, 'immunity')[0]}: so much; ")
