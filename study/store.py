@@ -335,10 +335,10 @@ def set_record_aside(path: Path, reason: str) -> DamagedFile:
     """Rename a record and its frame, of which one cannot be used; returns what to raise where both are needed now."""
     if path.is_relative_to(PRETRAINED):  # which stays as it is
         _say_once(f"measurements that come with the project are not used: {reason}")
-    else:
-        for file in (path, path.with_suffix(".parquet")):
-            if file.exists():
-                set_aside(file, f"{reason}; it is made anew")
+        return DamagedFile(f"{reason}; restore it (git checkout pretrained), or set pretrained to false")
+    for file in (path, path.with_suffix(".parquet")):
+        if file.exists():
+            set_aside(file, f"{reason}; it is made anew")
     return DamagedFile(f"{reason}; the same command makes it anew")
 
 

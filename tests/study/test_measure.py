@@ -14,7 +14,7 @@ from spoiling import spoil
 from immunity_lib import evaluate
 from immunity_lib.attacks import Effort, adaptive_attacks
 from immunity_lib.evaluate import verdicts_over_gates, verdicts_under_attack
-from immunity_lib.files import read_tensors, write_tensors
+from immunity_lib.files import DamagedFile, read_tensors, write_tensors
 from study import measure, store
 from study.catalogue import ModelName
 from study.measure import measure_adaptive, measure_attacks, measure_scores, part_coverage
@@ -130,6 +130,8 @@ def test_D8_neighbours_a_damaged_record_of_the_project_stays_and_is_measured_her
     record_path(settings, NAME, "attacks").unlink()
     spoil(shipped, how)
     damaged = shipped.read_bytes()
+    with pytest.raises(FileNotFoundError if ending == ".json" else DamagedFile, match="make reproduce|git checkout"):
+        read_frame(settings, [NAME], "attacks")
     measure_attacks(settings, NAME, dataset)
     assert measurement.called and "come with the project are not used" in capsys.readouterr().out
     assert shipped.read_bytes() == damaged and len(read_frame(settings, [NAME], "attacks"))
