@@ -38,7 +38,7 @@ from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
 from study.catalogue import ModelName, members, own_recipe, recipe_of, single
-from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, validate
+from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, preset_names, validate
 
 PRETRAINED = ROOT / "pretrained"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
@@ -137,9 +137,10 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
 
 def _remedy(settings: Settings) -> str:
     """The command that makes what is missing."""
-    given = {"DATA": settings.data_folder, "OUTPUT": settings.output_folder}
-    command = ["make reproduce", f"PRESET={settings.preset}", *(f"{key}={one}" for key, one in given.items() if one)]
-    return f"run: {' '.join(command)} (settings that differ from that preset's need a preset of their own)"
+    preset = settings.preset if settings.preset in preset_names() else f"<the file of {settings.preset}>"
+    given = {"PRESET": preset, "DATA": settings.data_folder, "OUTPUT": settings.output_folder}
+    command = " ".join(["make reproduce", *(f"{key}={one}" for key, one in given.items() if one)])
+    return f"run: {command} (settings that differ from that preset's need a preset of their own)"
 
 
 def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:

@@ -153,7 +153,7 @@ def test_attacks_of_another_question_are_made_anew(settings, dataset, measuremen
 def test_what_was_not_measured_or_with_other_settings_is_not_shown_for_these(settings, kind, own, recipe):
     other = settings.model_copy(update=own | {"recipe": replace(settings.recipe, **recipe)})
     assert len(read_frame(settings, [NAME], "attacks"))
-    told = f"{NAME} has no record of its {kind} with these settings yet.*; run: make reproduce PRESET=tiny"
+    told = f"{NAME} has no record of its {kind} with these.* yet.*; run: make reproduce PRESET=<the file of tiny>"
     with pytest.raises(FileNotFoundError, match=told):
         read_frame(other, [NAME], kind)
 
