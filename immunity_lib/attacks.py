@@ -2,8 +2,7 @@
 
 An attack takes a model, images (B, 3, 32, 32) in [0, 1] and labels (B,), raises ValueError on others, and gives
 adversarial images, each pixel within eps of its image's. eps and step sizes are in units of [0, 1]. gate: what the
-attacker's forward passes use, see `ImmunityMoE`; libraries call a bare `model(images)`, so it is the
-`evaluation_gate` of what they get.
+attacker's forward passes use, see `ImmunityMoE`; libraries call a bare `model(images)`, whose gate it then is.
 """
 
 import copy
@@ -71,11 +70,12 @@ def attack_images(
     check_batch(model, images, labels)
     import torchattacks  # costs a second, which only attackers should pay
 
-    # torchattacks would leave some of the model in train mode
-    with in_eval_mode(model), torch.enable_grad():
-        seen = copy.copy(model)  # of the same weights, with a gate of its own
-        seen.evaluation_gate = gate
-        adversarial = ATTACKS[attack](torchattacks, seen, eps, step_size, steps)(images, labels)
+    before, model.evaluation_gate = model.evaluation_gate, gate
+    try:
+        with in_eval_mode(model), torch.enable_grad():  # torchattacks would leave some of the model in train mode
+            adversarial = ATTACKS[attack](torchattacks, model, eps, step_size, steps)(images, labels)
+    finally:
+        model.evaluation_gate = before
     check_budget(images, adversarial, eps)
     return adversarial
 

@@ -151,6 +151,15 @@ OVER_ALL_GATES = {
 }
 
 
+def test_a_compiled_model_keeps_its_gate(model, images, labels):
+    """Whatever is set of a compiled model is set of the one behind it."""
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(
+        attack(compiled, images, labels, "bim", "uniform"), attack(model, images, labels, "bim", "uniform")
+    )
+    assert model.evaluation_gate == compiled.evaluation_gate == "switch"
+
+
 @pytest.mark.parametrize("name", [*ATTACKS, *OVER_ALL_GATES, "that fails"])
 def test_an_attack_leaves_no_trace_in_the_model(model, images, labels, name):
     """Some modules are in train mode, some in eval mode: what a fine-tuning caller may have."""
