@@ -49,7 +49,7 @@ reproduce smoke: $(INSTALLED)
 		$(if $(PROFILE),--profile "$$PROFILE") $(if $(filter-out 0,$(PRETRAINED)),--pretrained)
 
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
-	.venv/bin/python -m study.graph.plan $(WHAT) $(if $(filter-out 0,$(CALIBRATE)),--calibrate)
+	.venv/bin/python -m study.graph.plan $(WHAT) $(WHERE) $(if $(filter-out 0,$(CALIBRATE)),--calibrate)
 
 status: $(INSTALLED)  ## how far PRESET is, and when it will be done; from any machine
 	.venv/bin/python -m study.graph.status $(WHAT) $(WHERE)

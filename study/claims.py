@@ -111,11 +111,12 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
         claims = TypeAdapter(list[Claim]).validate_python(yaml.safe_load(path.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
-        number, *field = first["loc"]
-        raise ValueError(f"{path}, claim {number + 1}, {'.'.join(map(str, field))}: {first['msg']}") from None
+        number, *field = first["loc"] or [None]
+        place = "" if number is None else f", claim {number + 1}, {'.'.join(map(str, field))}"
+        raise ValueError(f"{path}{place}: {first['msg']}") from None
     ids = [claim.id for claim in claims]
     if repeated := {one for one in ids if ids.count(one) > 1}:
-        raise ValueError(f"{path}: several claims are called {', '.join(repeated)}; give each its own id")
+        raise ValueError(f"{path}: several claims are called {', '.join(sorted(repeated))}; give each its own id")
     return claims
 
 

@@ -194,7 +194,7 @@ def _load_if_usable(settings: Settings, name: ModelName, dataset: Dataset) -> Im
             _say_once(f"{name}: weights that come with the project")
             return model
         except (DamagedFile, OSError) as error:
-            _say_once(f"the weights of {name} that come with the project are not used: {error}")
+            _say_once(f"{folder} comes with the project and is not used: {error}")
     return None
 
 
@@ -262,8 +262,8 @@ def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
             if _read_if_answered(path, settings, name, kind):
                 return path
         except (DamagedFile, OSError) as error:
-            if path == shipped:  # one's own is set aside by who needs it
-                _say_once(f"the {kind} of {name} that come with the project are not used: {error}")
+            remedy = "" if path == own else "; it comes with the project: git checkout pretrained restores it"
+            _say_once(f"{path} is not used: {error}{remedy}")  # one's own is set aside by who needs it
     return own
 
 
@@ -288,6 +288,8 @@ def _read_if_answered(path: Path, settings: Settings, name: ModelName, kind: str
         return None
     known = read_json(path)
     if kind == "training":
+        if not isinstance(known.get("rounding", {}), dict):
+            raise DamagedFile(f"{path} is no whole record of a training")
         return known if recipe_of(settings, name).is_that_of(known.get("recipe")) else None
     try:
         asked, weights, _ = known["asked"].items(), known["weights"], known["summary"]
@@ -335,8 +337,9 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
 def set_record_aside(path: Path, reason: str) -> DamagedFile:
     """Rename a record and its frame, of which one cannot be used; returns what to raise where both are needed now."""
     if path.is_relative_to(PRETRAINED):  # which stays as it is
-        _say_once(f"measurements that come with the project are not used: {reason}")
-        return DamagedFile(f"{reason}; restore it (git checkout pretrained), or set pretrained to false")
+        told = f"{reason}; it comes with the project: git checkout pretrained restores it"
+        _say_once(f"{path} is not used: {told}")
+        return DamagedFile(told)
     for file in (path, path.with_suffix(".parquet")):
         if file.exists():
             set_aside(file, f"{reason}; it is made anew")

@@ -1,4 +1,4 @@
-"""What happens to files: a full disk, a failing one, a wrong copy."""
+"""What happens to files: cut short, emptied, altered, replaced."""
 
 from pathlib import Path
 

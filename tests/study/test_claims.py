@@ -248,6 +248,10 @@ def test_a_faulty_claim_is_named(tmp_path, change, told):
     path.write_text(yaml.safe_dump([content[0], content[0]]))
     with pytest.raises(ValueError, match="its own id"):
         read_claims(path)
+    for not_claims in ("", "claims: 1", "text"):
+        path.write_text(not_claims)
+        with pytest.raises(ValueError, match="claims.yaml: .*list"):
+            read_claims(path)
 
 
 def test_with_one_training_the_interval_is_that_of_a_paired_t_test_and_trainings_that_differ_widen_it():

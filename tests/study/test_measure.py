@@ -133,7 +133,7 @@ def test_D8_neighbours_a_damaged_record_of_the_project_stays_and_is_measured_her
     with pytest.raises(FileNotFoundError if ending == ".json" else DamagedFile, match="make reproduce|git checkout"):
         read_frame(settings, [NAME], "attacks")
     measure_attacks(settings, NAME, dataset)
-    assert measurement.called and "come with the project are not used" in capsys.readouterr().out
+    assert measurement.called and "is not used" in capsys.readouterr().out
     assert shipped.read_bytes() == damaged and len(read_frame(settings, [NAME], "attacks"))
 
 

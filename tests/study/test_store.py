@@ -295,15 +295,21 @@ def test_reproducing_and_other_settings_train_anew_which_hides_nothing(
 
 @pytest.mark.parametrize(
     ("file", "damage"),
-    [("model.safetensors", "truncated"), ("record.json", "truncated"), ("model.safetensors", "left out")],
-)
+    [("model.safetensors", "truncated"), ("record.json", "truncated"), ("record.json", "roundings"),
+     ("model.safetensors", "left out")],
+)  # fmt: skip
 def test_D8_damaged_ones_stay_and_are_not_used(published, settings, dataset, capsys, training, file, damage):
     """A record that came without weights is no model, which is nothing to be told of."""
     shutil.rmtree(settings.runs)
-    (published / file).unlink() if damage == "left out" else spoil(published / file, damage)
+    if damage == "roundings":  # a name where fields should be
+        write_json(published / file, read_json(published / file) | {"rounding": "float16"})
+    elif damage == "left out":
+        (published / file).unlink()
+    else:
+        spoil(published / file, damage)
     store._say_once.cache_clear()
     trained_model(settings, NAME, dataset)
-    told = "come with the project are not used" in capsys.readouterr().out
-    assert training.call_count == 1 and told == (published / file).exists() == (damage == "truncated")
+    told = "is not used" in capsys.readouterr().out
+    assert training.call_count == 1 and told == (published / file).exists() == (damage != "left out")
     assert not list(published.glob("*.aside-*"))
     assert find_record(settings, NAME, "training").parent == settings.runs / "models" / str(NAME)
