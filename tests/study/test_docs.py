@@ -9,6 +9,7 @@ import sys
 from fractions import Fraction
 from typing import get_args
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -100,6 +101,16 @@ def test_the_findings_on_generated_images_are_those_of_their_tables():
     named = "".join((ROOT / f"figures/parts10/{name}.md").read_text() for name in ("claims", "gate_worth"))
     numbers = set(re.findall(r"\d+\.\d+", found))
     assert len(numbers) > 20 and numbers <= set(re.findall(r"\d+\.\d+", named))
+
+
+def test_what_is_told_of_real_images_is_what_their_frames_have():
+    told = (ROOT / "docs/findings.md").read_text().partition("The preset `cifar10`, ")[2].partition("\n## ")[0]
+    for path in (ROOT / "pretrained/cifar10").glob("*/attacks.parquet"):
+        frame = pd.read_parquet(path).query("split == 'test'")
+        right = 100 * frame.groupby("attack")["switched"].mean()
+        assert right.pop("pgd") == 0 and f"{(frame['attack'] == 'clean').sum():,} test images" in told
+        for attack in ("clean", "fgsm", "pgd at 2/255", "pgd at 4/255"):
+            assert re.search(rf"\b{right[attack]:.1f}\b", told), (path, attack)
 
 
 def test_what_the_docs_name_exists_and_the_other_way_round():
