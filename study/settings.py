@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -40,6 +41,7 @@ Count = Annotated[int, _exact, Field(gt=0, lt=2**31)]
 Magnitude = Annotated[Fraction, _exact, Field(ge=SMALLEST_EPS, le=1)]
 Weight = Annotated[float, _exact, Field(ge=0)]
 Checked = TypeVar("Checked")
+_adapter = cache(TypeAdapter)  # it takes milliseconds to build, and each record's recipe is checked
 Seed = Annotated[int, _exact, Field(ge=0, lt=2**32)]
 
 # Of a recipe, what the study itself sets for each model
@@ -193,7 +195,7 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
 def validate(kind: type[Checked], content: Mapping[str, Any]) -> Checked:
     """Settings or a recipe of these fields; raises ValueError with all that is wrong with them."""
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return _adapter(kind).validate_python(content)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
 
