@@ -41,6 +41,7 @@ from study.catalogue import ModelName, members, own_recipe, recipe_of, single
 from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, preset_names, validate
 
 PRETRAINED = ROOT / "pretrained"
+RESTORED = "it comes with the project: git checkout pretrained restores it"  # what of it is damaged
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 WEIGHTS = "model.safetensors"
 LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
@@ -262,7 +263,7 @@ def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
             if _read_if_answered(path, settings, name, kind):
                 return path
         except (DamagedFile, OSError) as error:
-            remedy = "" if path == own else "; it comes with the project: git checkout pretrained restores it"
+            remedy = "" if path == own else f"; {RESTORED}"
             _say_once(f"{path} is not used: {error}{remedy}")  # one's own is set aside by who needs it
     return own
 
@@ -337,7 +338,7 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
 def set_record_aside(path: Path, reason: str) -> DamagedFile:
     """Rename a record and its frame, of which one cannot be used; returns what to raise where both are needed now."""
     if path.is_relative_to(PRETRAINED):  # which stays as it is
-        told = f"{reason}; it comes with the project: git checkout pretrained restores it"
+        told = f"{reason}; {RESTORED}"
         _say_once(f"{path} is not used: {told}")
         return DamagedFile(told)
     for file in (path, path.with_suffix(".parquet")):

@@ -105,7 +105,9 @@ def test_the_findings_on_generated_images_are_those_of_their_tables():
 
 def test_what_is_told_of_real_images_is_what_their_frames_have():
     told = (ROOT / "docs/findings.md").read_text().partition("The preset `cifar10`, ")[2].partition("\n## ")[0]
-    for path in (ROOT / "pretrained/cifar10").glob("*/attacks.parquet"):
+    paths = list((ROOT / "pretrained/cifar10").glob("*/attacks.parquet"))
+    assert len(paths) == 2
+    for path in paths:
         frame = pd.read_parquet(path).query("split == 'test'")
         right = 100 * frame.groupby("attack")["switched"].mean()
         assert right.pop("pgd") == 0 and f"{(frame['attack'] == 'clean').sum():,} test images" in told
