@@ -1,10 +1,8 @@
 # The paper as a graph: trained models -> measurements -> tables and figures. Every node is a
 # notebook that papermill runs; a preset says how large. `make reproduce` starts it.
 
-import shlex
-import sys
-
 from study import catalogue
+from study.graph import job_command
 from study.settings import NOT_OF_THE_RESULT, ROOT, load_preset
 from study.store import WEIGHTS, find_record, question_of
 
@@ -39,15 +37,8 @@ GPU = int(bool(REQUESTS or config.get("gpus")))
 def run_notebook(name, model="", on_gpu=False):
     """The command that runs a notebook. What it prints is shown; what its kernel says beside that
     goes to the log, with the traceback of a cell that fails."""
-    given = {
-        "preset": config["preset"],
-        "data": settings.data_folder,
-        "output": settings.output_folder,
-        "gpus": config.get("gpus", "") if on_gpu else "",
-    }
-    options = [f"--{option}={value}" for option, value in given.items() if value]
-    options += ["--pretrained"] * settings.pretrained
-    command = shlex.join([sys.executable, "-m", "study.graph.job", name, *options])
+    gpus = config.get("gpus", "") if on_gpu else ""
+    command = job_command(name, config["preset"], settings, gpus=gpus) + " --pretrained" * settings.pretrained
     # exec: the job ends with the graph that started it. Braces would be wildcards
     return "exec " + command.replace("{", "{{").replace("}", "}}") + model
 
@@ -60,14 +51,17 @@ def images_of(wildcards):
     return DATA.get(catalogue.ModelName.parse(wildcards.model).dataset)
 
 
-def request(resource, name):
-    """How much of a resource a job that computes asks a cluster for: more with every attempt."""
+def requests(name):
+    """What a job that computes asks for: a GPU and, of a cluster, memory and time, more with every attempt."""
 
-    def of_attempt(wildcards, attempt):
-        job = f"{name}-{wildcards.model}" if hasattr(wildcards, "model") else name
-        return attempt * REQUESTS.get(job, {}).get(resource, 0)
+    def of(resource):
+        def of_attempt(wildcards, attempt):
+            job = f"{name}-{wildcards.model}" if hasattr(wildcards, "model") else name
+            return attempt * REQUESTS.get(job, {}).get(resource, 0)
 
-    return of_attempt
+        return of_attempt
+
+    return {"gpu": GPU, "mem_mb": of("mem_mb"), "runtime": of("runtime")}
 
 
 def trained(names):
@@ -122,9 +116,7 @@ rule train:
     log:
         RUNS / "notebooks/02_training-{model}.log",
     resources:
-        gpu=GPU,
-        mem_mb=request("mem_mb", "02_training"),
-        runtime=request("runtime", "02_training"),
+        **requests("02_training"),
     shell:
         run_notebook("02_training", MODEL, on_gpu=True)
 
@@ -142,9 +134,7 @@ rule measure_attacks:
     log:
         RUNS / "notebooks/03_attacks-{model}.log",
     resources:
-        gpu=GPU,
-        mem_mb=request("mem_mb", "03_attacks"),
-        runtime=request("runtime", "03_attacks"),
+        **requests("03_attacks"),
     shell:
         run_notebook("03_attacks", MODEL, on_gpu=True)
 
@@ -167,9 +157,7 @@ rule measure_adaptive:
     log:
         RUNS / "notebooks/06_adaptive_attacks-{model}.log",
     resources:
-        gpu=GPU,
-        mem_mb=request("mem_mb", "06_adaptive_attacks"),
-        runtime=request("runtime", "06_adaptive_attacks"),
+        **requests("06_adaptive_attacks"),
     shell:
         run_notebook("06_adaptive_attacks", MODEL, on_gpu=True)
 
@@ -204,9 +192,7 @@ rule expert_selection:
     log:
         RUNS / "notebooks/01_expert_selection.log",
     resources:
-        gpu=GPU,
-        mem_mb=request("mem_mb", "01_expert_selection"),
-        runtime=request("runtime", "01_expert_selection"),
+        **requests("01_expert_selection"),
     shell:
         run_notebook("01_expert_selection", on_gpu=True)
 
@@ -246,9 +232,7 @@ rule ablation:
     log:
         RUNS / "notebooks/04_ablation.log",
     resources:
-        gpu=GPU,
-        mem_mb=request("mem_mb", "04_ablation"),
-        runtime=request("runtime", "04_ablation"),
+        **requests("04_ablation"),
     shell:
         run_notebook("04_ablation", on_gpu=True)
 
@@ -270,9 +254,7 @@ rule heatmaps:
     log:
         RUNS / "notebooks/05_heatmaps.log",
     resources:
-        gpu=GPU,
-        mem_mb=request("mem_mb", "05_heatmaps"),
-        runtime=request("runtime", "05_heatmaps"),
+        **requests("05_heatmaps"),
     shell:
         run_notebook("05_heatmaps", on_gpu=True)
 

@@ -1,7 +1,5 @@
 """What the explorer shows, computed once and kept: attack paths, answers and heat maps."""
 
-import shlex
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from immunity_lib.data.images import pixels
 from immunity_lib.heatmaps import expert_heatmaps, normalise_maps
 from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, switched_probabilities, verdicts
 from study.catalogue import ModelName, explored_models
+from study.graph import job_command
 from study.settings import Settings, preset_names
 from study.store import WEIGHTS, chosen_device, find_record, trained_model
 
@@ -98,10 +97,7 @@ class Exploration:
     def training_command(self) -> str:
         """The shell command that trains the first model that is missing."""
         preset = self._preset if self._preset in preset_names() else Path(self._preset).expanduser().resolve()
-        given = {"preset": preset, "model": self.missing[0]}
-        given |= {"data": self.settings.data_folder, "output": self.settings.output_folder}
-        options = [f"--{option}={value}" for option, value in given.items() if value]
-        return shlex.join([sys.executable, "-m", "study.graph.job", "02_training", *options])
+        return job_command("02_training", preset, self.settings, model=self.missing[0])
 
     @_kept
     def model(self, name: ModelName) -> ImmunityMoE:

@@ -2,8 +2,11 @@
 far it is, and `plan` what it costs. What they share is about a preset."""
 
 import os
+import shlex
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from study.settings import Settings, load_preset, preset_names
 
@@ -34,3 +37,11 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None = None
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return options, settings
+
+
+def job_command(notebook: str, preset: str | Path, settings: Settings, **further: object) -> str:
+    """The shell command that runs one notebook of a preset, by its name or path, as the graph does. further: options of
+    `job` that have values."""
+    given = {"preset": preset, "data": settings.data_folder, "output": settings.output_folder, **further}
+    options = [f"--{option}={value}" for option, value in given.items() if value]
+    return shlex.join([sys.executable, "-m", "study.graph.job", notebook, *options])
