@@ -3,6 +3,8 @@
 from argparse import ArgumentParser
 from importlib import import_module
 
+import torch
+
 NAMES = ("input_pipeline", "heatmaps", "exact", "attacks", "regularised_step", "cells", "plan", "memory")
 
 parser = ArgumentParser(prog="python -m benchmarks", description="Time the library beside its peers.")
@@ -10,6 +12,7 @@ parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAM
 names = parser.parse_args().names or NAMES
 if unknown := sorted(set(names) - set(NAMES)):
     parser.error(f"unknown benchmark {unknown[0]!r}; valid names: {', '.join(NAMES)}")
+torch.set_num_threads(1)
 for name in names:
     benchmark = import_module(f"benchmarks.{name}")
     print(f"\n{benchmark.__doc__.splitlines()[0]}", flush=True)

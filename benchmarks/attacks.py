@@ -1,14 +1,14 @@
 """The paper's PGD and AutoAttack on the demo's MoE, ours against the libraries' own loops over the model as it is.
 
 Goals: PGD of 20 steps twice as fast as torchattacks, AutoAttack on the uniform gate 1.5 times as fast as pyautoattack,
-with as many images right. Run with `python -m benchmarks.attacks`.
+with as many images right.
 """
 
 import torch
 import torchattacks
 from pyautoattack import AutoAttack
 
-from benchmarks.timing import ratios, take_turns
+from benchmarks.sides import ratios, take_turns
 from immunity_lib.attacks import attack_images, auto_attack, fold
 from immunity_lib.data.batches import evaluation_batches
 from study.catalogue import ModelName
@@ -21,7 +21,6 @@ IMAGES, ROUNDS, EPS, STEP, STEPS = 100, 3, 8 / 255, 2 / 255, 20
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     dataset = load_data(SETTINGS)
     model = trained_model(SETTINGS, NAME, dataset)
     model.evaluation_gate = "uniform"
@@ -51,7 +50,3 @@ def main() -> None:
             f"{title}: {ratios(seconds['theirs'], seconds['ours'])} our time; "
             f"of {IMAGES} images {right[0]} right under ours, {right[1]} under theirs"
         )
-
-
-if __name__ == "__main__":
-    main()

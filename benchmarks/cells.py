@@ -1,14 +1,14 @@
 """The networks of cells, ours against their graph evaluated edge by edge, as it is published.
 
 Goal: no slower. There, every edge has a ReLU of its own, and the RobNets compute their absent
-edges as zeros. Run with `python -m benchmarks.cells`.
+edges as zeros.
 """
 
 from unittest.mock import patch
 
 import torch
 
-from benchmarks.timing import ratios, take_turns
+from benchmarks.sides import ratios, take_turns
 from immunity_lib import build_expert
 from immunity_lib.cells import UNRECTIFIED, Cell
 
@@ -36,7 +36,6 @@ def edge_by_edge(cell: Cell, outputs, absent_edges: bool):
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     for name in ("pdarts", "advrush", "robnet-free", "robnet-large-v1"):
         torch.manual_seed(0)
         network = build_expert(name, 10, WIDTH, layers=LAYERS)
@@ -68,7 +67,3 @@ def main() -> None:
         found = [ratios(seconds[f"published {what}"], seconds[what]) for what in ("forward", "step")]
         print(f"{name}, width {WIDTH}, {LAYERS} cells: edge by edge, a forward pass takes {found[0]}")
         print(f"    our time, a training step {found[1]}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,7 @@
 Goals: accuracy over all gates at most 1.1 times a plain pass of the experts, and 50 times faster
 than a pass for each gate; PGD on the exact expectation at most 1.15 times PGD on the fixed gate,
 and a tenth of torchattacks' EOTPGD with 10 samples a step, which it is at least as strong as
-(tests/core/test_attacks.py). Run with `python -m benchmarks.exact`.
+(tests/core/test_attacks.py).
 """
 
 from itertools import permutations
@@ -11,25 +11,19 @@ from itertools import permutations
 import torch
 import torchattacks
 
-from benchmarks.timing import ratios, take_turns
-from immunity_lib import ImmunityMoE, build_expert
+from benchmarks.sides import random_mixture, ratios, take_turns
 from immunity_lib.attacks import attack_images, exact_pgd, fold
 from immunity_lib.moe import verdicts
 
-EXPERTS, IMAGES, WIDTH, ROUNDS, STEPS = 5, 64, 0.125, 5, 5
+IMAGES, WIDTH, ROUNDS, STEPS = 64, 0.125, 5, 5
 EPS, STEP = 8 / 255, 2 / 255
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    experts = [build_expert("googlenet", 10, WIDTH) for _ in range(EXPERTS)]
-    model = ImmunityMoE(experts).to(memory_format=torch.channels_last).eval()
+    model, images, labels = random_mixture("googlenet", WIDTH, IMAGES)
     with torch.no_grad():
         model.gate.linear.bias.copy_(torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0]))
-    images = torch.rand(IMAGES, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (IMAGES,))
-    model = fold(model)
+    model = fold(model.eval())
 
     @torch.no_grad()
     def plain_pass() -> None:
@@ -41,7 +35,7 @@ def main() -> None:
 
     @torch.no_grad()
     def gate_by_gate() -> None:
-        for gate in permutations(range(EXPERTS)):
+        for gate in permutations(range(len(model.experts))):
             model(images, gate)
 
     seconds = take_turns({"all": all_gates, "plain": plain_pass}, ROUNDS)
@@ -69,7 +63,3 @@ def main() -> None:
         f"of PGD on the trained gate, EOTPGD with 10 samples "
         f"{ratios(seconds['sampled'], seconds['exact'])} that of the exact one"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 Both crop (4 pixels of padding), flip and rotate (up to 15 degrees) the same images in random
 order. Everything runs on one thread, as the DataLoader's workers do.
-Run with `python -m benchmarks.input_pipeline`.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from benchmarks.timing import ratios, take_turns
+from benchmarks.sides import ratios, take_turns
 from immunity_lib.data import ImageSet, load_dataset
 from immunity_lib.data.batches import training_batches
 
@@ -46,7 +45,6 @@ class TransformedImages(torch.utils.data.Dataset):
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     image_set = load_dataset("parts10", train_images=IMAGES, test_images=1).splits["train"]
     generator = torch.Generator().manual_seed(0)
     transformed = TransformedImages(image_set)
@@ -69,7 +67,3 @@ def main() -> None:
     for name, measured in seconds.items():
         ratio = ratios(measured, seconds[ours])
         print(f"{name:24}{IMAGES / median(measured):10,.0f} images/s, {ratio} our time")
-
-
-if __name__ == "__main__":
-    main()

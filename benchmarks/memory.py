@@ -1,14 +1,11 @@
-"""Resident memory over 500 regularised training steps: it must not grow.
-
-Run with `python -m benchmarks.memory`.
-"""
+"""Resident memory over 500 regularised training steps: it must not grow."""
 
 import gc
 import resource
 
 import torch
 
-from immunity_lib import ImmunityMoE, build_expert
+from benchmarks.sides import random_mixture
 from immunity_lib.train import training_loss
 from study.catalogue import ModelName, recipe_of
 from study.settings import load_preset
@@ -26,11 +23,8 @@ def resident_megabytes() -> float:
 
 def growth(steps: int = STEPS) -> tuple[float, float]:
     """Megabytes after the warm-up, and by how many they grew over the steps after it."""
-    torch.manual_seed(0)
-    experts = [build_expert("resnet18", 10, 0.0625) for _ in range(2)]
-    model = ImmunityMoE(experts).to(memory_format=torch.channels_last).train()
+    model, images, labels = random_mixture("resnet18", 0.0625, 16, experts=2)
     optimiser = torch.optim.SGD(model.parameters(), 0.01, 0.9)
-    images, labels = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
     before = 0.0
     for step in range(WARM_UP + steps):
         loss = training_loss(model, images, labels, WANTED, epochs_done=10.0)
@@ -45,10 +39,5 @@ def growth(steps: int = STEPS) -> tuple[float, float]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     before, grown = growth()
     print(f"{STEPS} regularised steps: resident memory {before:.0f} MB, grown by {grown:+.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

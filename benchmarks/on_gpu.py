@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import platform
+import runpy
 import signal
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -48,7 +48,6 @@ from immunity_lib.recipe import Recipe
 
 STARTED = time.monotonic() - time.process_time()  # with what it took to load all this
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("part1", "part2", "part3")
 METHODS = ("moe", "immunity")
 PAPER = ("fgsm", "bim", "mim", "pgd")
 EPS, STEP = 8 / 255, 2 / 255
@@ -188,11 +187,11 @@ def without_contents() -> Dataset:
     return Dataset("cifar10", images.CLASS_NAMES["cifar10"], *images.STATISTICS["cifar10"], (), "shapes alone", {})
 
 
-def some_images(count: int, precision: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def some_images(count: int) -> tuple[Tensor, Tensor]:
     """Images of Parts-10 and their labels, on the CPU."""
     parts = load_dataset("parts10", train_images=count, validation_images=0, test_images=1).splits["train"]
     ((batch, labels),) = evaluation_batches(parts, count)
-    return batch.to(precision), labels
+    return batch, labels
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -315,11 +314,8 @@ def compare_resumed(count: int, experts: int) -> dict[str, Any]:
 
 def cost_of(recipe: Recipe) -> dict[str, int]:
     """Of the plan; read from its file, since the study's package needs more than the library."""
-    about = spec_from_file_location("cost", ROOT / "study" / "graph" / "cost.py")
-    assert about and about.loader
-    module = module_from_spec(about)
-    about.loader.exec_module(module)
-    return module.cost_of(recipe, len(images.CLASS_NAMES["cifar10"]))
+    plan = runpy.run_path(str(ROOT / "study" / "graph" / "cost.py"))
+    return plan["cost_of"](recipe, len(images.CLASS_NAMES["cifar10"]))
 
 
 def peak(work: Callable[[], object]) -> float | None:
@@ -715,6 +711,9 @@ def measure_adaptively(
     return {"images": len(batch), "effort": vars(effort)} | summary
 
 
+PARTS = {part.__name__: part for part in (part1, part2, part3)}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python benchmarks/on_gpu.py", description="What a GPU says of the library.")
     parser.add_argument("part", choices=PARTS, nargs="?", help="which: numbers and speed, training, attacks")
@@ -745,7 +744,7 @@ def main(arguments: list[str] | None = None) -> int:
     findings = Findings(options.out / f"{options.part}.json", options.minutes, asked)
     findings.tell("machine", machine())
     try:
-        {"part1": part1, "part2": part2, "part3": part3}[options.part](findings, options)
+        PARTS[options.part](findings, options)
     finally:
         for job in list(Job.running):
             job.end()

@@ -3,13 +3,10 @@
 A ratio of 1 means that the bill is right in proportion. What it leaves out (batch norms, memory
 traffic, the price of small operations) shows as ratios above 1, most of all for networks of cells,
 whose depthwise convolutions are little arithmetic and much traffic.
-Run with `python -m benchmarks.plan`.
 """
 
 import tempfile
 from pathlib import Path
-
-import torch
 
 from immunity_lib.train import train
 from study.catalogue import ModelName, recipe_of
@@ -31,7 +28,6 @@ MODELS = (
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     dataset = load_data(SETTINGS)
     reference = None
     for model in MODELS:
@@ -48,7 +44,3 @@ def main() -> None:
             f"{model}: {billed / 1e9:.0f} GMAC billed, {seconds:.1f} s measured, "
             f"{seconds / billed / reference:.2f} times the proportion of the first"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,7 @@
 
 The arithmetic limit is 1 + T, with T the share of multiply-accumulates behind the Grad-CAM layer:
 the maps cost one more backward pass of that tail and its second derivative, three tails on top of
-three whole passes. Run with `python -m benchmarks.regularised_step`.
+three whole passes.
 """
 
 from dataclasses import replace
@@ -11,13 +11,12 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import take_turns
-from immunity_lib import ImmunityMoE, build_expert
+from benchmarks.sides import random_mixture, take_turns
 from immunity_lib.experts import Expert
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import training_loss
 
-EXPERTS, IMAGES, ROUNDS = 5, 32, 7
+IMAGES, ROUNDS = 32, 7
 CASES = (("googlenet", 0.25), ("googlenet-kuangliu", 0.125))
 REGULARISED = Recipe()
 PLAIN = replace(REGULARISED, beta=0.0, gamma=0.0)
@@ -34,14 +33,10 @@ def tail_share(expert: Expert) -> float:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     for name, width in CASES:
-        torch.manual_seed(0)
-        experts = [build_expert(name, 10, width) for _ in range(EXPERTS)]
-        limit = 1 + tail_share(experts[0].eval())
-        model = ImmunityMoE(experts).to(memory_format=torch.channels_last).train()
-        images = torch.rand(IMAGES, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-        labels = torch.randint(0, 10, (IMAGES,))
+        model, images, labels = random_mixture(name, width, IMAGES)
+        limit = 1 + tail_share(model.eval().experts[0])
+        model.train()
 
         def step(recipe: Recipe, model=model, images=images, labels=labels) -> None:
             model.zero_grad()
@@ -59,7 +54,3 @@ def main() -> None:
             f"{name}, width {width}: regularised over plain step {found:.2f}, limit {limit:.2f}, "
             f"so {found / limit:.2f} times the limit"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,23 @@
-"""Times that compare: the sides take turns, so that a busy machine slows them alike."""
+"""What benchmarks share: what they time, and times that compare, as the sides take turns, so that a busy machine slows
+them alike."""
 
 import time
 from collections.abc import Callable
 from statistics import median
+
+import torch
+
+from immunity_lib import ImmunityMoE, build_expert
+
+
+def random_mixture(
+    network: str, width: float, images: int, experts: int = 5
+) -> tuple[ImmunityMoE, torch.Tensor, torch.Tensor]:
+    """A mixture before any training, and noise (images, 3, 32, 32) with labels for it; all in channels last."""
+    torch.manual_seed(0)
+    model = ImmunityMoE([build_expert(network, 10, width) for _ in range(experts)])
+    noise = torch.rand(images, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last), noise, torch.randint(0, 10, (images,))
 
 
 def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
