@@ -8,25 +8,18 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from scipy.stats import norm
 
 from immunity_lib.files import read_json, write_atomically
 from study import store
 from study.catalogue import ATTACK_TITLES, DATA, METHODS, MIXTURES, NETWORKS, REGIMES, ModelName
 from study.settings import Settings
+from study.tables import wilson_interval
 
 RECORD = "record.json"
 ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 # A table's columns of accuracies, by the kind of record that they come from
 TABLES = {"table2": "attacks", "table3": "attacks", "gate_worth": "adaptive"}
 WORTH = {"all attacks": "all adaptive attacks", "plain ensemble": "all adaptive attacks, plain ensemble"}
-
-
-def interval(percent: float, images: float) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share of so many images, in %."""
-    share, z2 = percent / 100, norm.ppf(0.975) ** 2 / images
-    half = (z2 * share * (1 - share) + z2**2 / 4) ** 0.5
-    return tuple(100 * (share + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
 
 
 def accuracies(settings: Settings, name: ModelName) -> list[dict[str, Any]]:
@@ -79,7 +72,7 @@ def accuracy_table(measured: list[dict[str, Any]]) -> str:
     """Accuracies with their intervals, in Markdown."""
     lines = ["| images | accuracy (%) | interval | rests on |", "|:--|:--|:--|:--|"]
     for one in measured:
-        low, high = interval(one["value"], one["images"])
+        low, high = wilson_interval(one["value"], one["images"])
         several = f", mean of {one['trainings']} trainings" * (one["trainings"] > 1)
         rests = f"{one['images']} images{several}, {one['source']}"
         lines.append(f"| {one['what']} | {one['value']:.1f} | {low:.1f} to {high:.1f} | {rests} |")

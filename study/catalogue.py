@@ -39,7 +39,7 @@ CHANGES = {  # of a preset's recipe, by method
     "immunity-literal": {"floor": 0.0, "warmup_epochs": 0.0},
 }  # fmt: skip
 
-# As readers call them: the mixtures of the ablation, data sets, networks, attacks
+# As readers call them: the mixtures of the ablation, data sets, networks, attacks (the weakest first)
 MIXTURES = {"moe": "MoE", "moe-mi": "MoE+MI", "moe-ps": "MoE+PS", "immunity": "Immunity"}
 DATA = {"parts10": "Parts-10", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "images": "own images"}
 NETWORKS = {
@@ -47,7 +47,7 @@ NETWORKS = {
     "googlenet-kuangliu": "GoogLeNet-kuangliu", "pdarts": "P-DARTS", "advrush": "AdvRush",
     "robnet-free": "RobNet-free", "robnet-large-v1": "RobNet-large-v1", "robnet-large-v2": "RobNet-large-v2",
 }  # fmt: skip
-ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD", "cw": "C&W", "apgd": "APGD"}
+ATTACK_TITLES = {"fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "cw": "C&W", "apgd": "APGD", "pgd": "PGD"}
 
 PARTS = {"dataset": DATASETS, "method": METHODS, "expert": EXPERT_NAMES, "regime": REGIMES}  # of a name
 _NAME = "-".join(f"(?P<{part}>{'|'.join(names)})" for part, names in PARTS.items())
@@ -162,10 +162,9 @@ def measured_models(settings: Settings, kind: str) -> list[ModelName]:
     """Every model that has a frame of this kind, once: "attacks" those of Tables 2 and 3, "scores" of Tables 1 and 3,
     "adaptive" those of Table 2, on the first data set, that the preset's `adaptive` names."""
     if kind == "adaptive":
-        names = [name for name in table2_models(settings) if name.dataset == settings.recipe.dataset]
-        baselines = [name for name in names if name.method == "standalone" and name.expert in settings.baselines]
-        kinds = {name: "baselines" if name in baselines else name.method for name in names}
-        return [name for name in names if kinds[name] in settings.adaptive]
+        here = [name for name in table2_models(settings) if name.dataset == settings.recipe.dataset]
+        kinds = ["baselines" if name.expert in settings.baselines else name.method for name in here]
+        return [name for name, kind in zip(here, kinds, strict=True) if kind in settings.adaptive]
     tables = [table1_models if kind == "scores" else table2_models, table3_models]
     return list(dict.fromkeys(name for table in tables for name in table(settings)))
 

@@ -23,7 +23,6 @@ from study.store import read_frame, read_record, write_artefact
 FIELDS = ["column", "unit", "value", "standard_deviation", "count", "images", "paper"]
 DECIMALS = {"%": 1, "points": 1, "1e-3": 2, "pixels": 1, "pixels^4": 0, "nats": 3, "M": 2}
 REPORTED = Path(__file__).with_name("reported.csv")
-STRONGEST_FIRST = ("pgd", "apgd", "cw", "mim", "bim", "fgsm")
 DEFENCES = {
     "switched": "expected over switches (%)",  # of a uniform permutation of the trained weights
     "uniform": "plain ensemble (%)",
@@ -153,7 +152,7 @@ def gates_table(settings: Settings) -> pd.DataFrame:
     """The mixtures of Table 2 under the strongest iterative attack, for every gate attacked."""
     names = [name for name in catalogue.table2_models(settings) if name.method in MIXTURES]
     cells = gate_cells(settings, names).rename(columns={"sees": "attacked gate"})
-    strongest = min(settings.attacks, key=STRONGEST_FIRST.index)
+    strongest = max(settings.attacks, key=list(ATTACK_TITLES).index)
     cells = cells[(cells["attack"] == strongest) & (cells["header"] != DEFENCES["switching"])]
     return summarise(cells, ["data"] * bool(settings.further_datasets) + ["training", "model", "attacked gate"])
 
@@ -255,6 +254,13 @@ def table_text(table: pd.DataFrame) -> pd.DataFrame:
     return text if (text["source"] == "paper").any() else text.drop(columns="source")
 
 
+def wilson_interval(percent, images: float) -> tuple:
+    """The ends of the 95 % Wilson interval of a share of so many images, or of several; all in %."""
+    share, z2 = percent / 100, norm.ppf(0.975) ** 2 / images
+    half = (z2 * share * (1 - share) + z2**2 / 4) ** 0.5
+    return tuple(100 * (share + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
+
+
 def evidence(settings: Settings, table: pd.DataFrame) -> str:
     """What a table rests on, in words: data, seeds, images and the error that those leave (the 95 % Wilson interval;
     an upper bound for expectations over gates, as each image then varies less)."""
@@ -263,9 +269,8 @@ def evidence(settings: Settings, table: pd.DataFrame) -> str:
     several = "; mean ± standard deviation (number of networks)" * bool(table["count"].max() > 1)
     sentences = [f"Preset {settings.preset}, {data}, {seeds}{several}."]
     for images, group in table.groupby("images", sort=False):
-        share, z2 = group.loc[group["unit"] == "%", "value"] / 100, norm.ppf(0.975) ** 2
-        half = np.sqrt(z2 * share * (1 - share) / images + (z2 / images) ** 2 / 4) / (1 + z2 / images)
-        error = f"(95 % interval at most ± {100 * half.max():.1f} points)"
+        low, high = wilson_interval(group.loc[group["unit"] == "%", "value"], images)
+        error = f"(95 % interval at most ± {((high - low) / 2).max():.1f} points)"
         sentences.append(f"{', '.join(group['column'].unique())}: {images:.0f} images {error}.")
     if "paper" in table:
         if table["paper"].notna().any():

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import yaml
-from cards import card, interval, write_cards
+from cards import card, write_cards
 
 from study import store
 from study.catalogue import ModelName
 from study.settings import ROOT, load_preset
+from study.tables import wilson_interval
 
 SHIPPED = sorted((ROOT / "pretrained").glob("*/*/model.safetensors"))
 FOLDER = ROOT / "pretrained/demo/parts10-moe-resnet18-standard-seed0"
@@ -53,7 +54,7 @@ def test_a_card_has_the_tables_numbers_with_their_intervals():
     told = {one["column"]: one for one in rows if (one["training"], one["model"]) == ("standard", "MoE")}
     for attack in ("clean", "FGSM", "BIM", "MIM", "PGD"):
         assert shown[attack] == round(float(told[attack]["value"]), 1)
-        low, high = interval(float(told[attack]["value"]), float(told[attack]["images"]))
+        low, high = wilson_interval(float(told[attack]["value"]), float(told[attack]["images"]))
         assert f"| {low:.1f} to {high:.1f} | {float(told[attack]['images']):.0f} images, figures/demo/table2" in body
     rows = csv.DictReader((ROOT / "figures/demo/gate_worth.csv").read_text().splitlines())
     worst = [
@@ -64,8 +65,8 @@ def test_a_card_has_the_tables_numbers_with_their_intervals():
 
 def test_the_interval_is_wilson_s():
     """Half of a hundred, and none of ten, as textbooks have them."""
-    assert interval(50, 100) == pytest.approx((40.383, 59.617), abs=1e-3)
-    assert interval(0, 10) == pytest.approx((0, 27.753), abs=1e-3)
+    assert wilson_interval(50, 100) == pytest.approx((40.383, 59.617), abs=1e-3)
+    assert wilson_interval(0, 10) == pytest.approx((0, 27.753), abs=1e-3)
 
 
 @pytest.fixture
