@@ -136,11 +136,6 @@ class Exploration:
         with torch.no_grad():
             return tuple(verdicts(self._folded(name).expert_outputs(some), labels) for some in images)
 
-    def broken(self, name: ModelName, attacked_gate: Gate) -> list[bool]:
-        """For each image of the gallery, whether the plain ensemble is right before the attack, and wrong after it."""
-        before, after = self.verdicts(name, attacked_gate)
-        return (before.uniform & ~after.uniform).tolist()
-
     def story(self, name: ModelName, attacked_gate: Gate) -> dict[Subject, str]:
         """Images of the gallery that show what there is to see of a model, each with the rule that chose it. None is
         taken twice, and a rule that no image satisfies is left out."""
