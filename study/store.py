@@ -37,7 +37,7 @@ from immunity_lib.files import (
 from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
-from study.catalogue import ModelName, members, own_recipe, recipe_of, single
+from study.catalogue import DATA, ModelName, members, method_title, own_recipe, recipe_of, single
 from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, preset_names, validate
 
 PRETRAINED = ROOT / "pretrained"
@@ -319,8 +319,9 @@ def weights_of(settings: Settings, name: ModelName) -> list[str]:
 
 
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:
-    """The frames of a kind of these models, one under the other (see `measure`), and what each model is: "data",
-    "method", "expert", "regime" and "seed". Raises as `read_record`, also for a frame that is damaged."""
+    """The long frame (see `measure`): those of a kind of these models, one under the other, and what each model is by
+    "name", "method", "expert" and "seed", and by "model", "data" and "training" as readers call them.
+    Raises as `read_record`, also for a frame that is damaged."""
     frames = []
     for name in names:
         read_record(settings, name, kind)  # says what is missing
@@ -331,7 +332,9 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         except Exception as error:  # for a damaged file, pandas and pyarrow raise errors of all kinds
             raise set_record_aside(path.with_suffix(".json"), f"{path} cannot be read ({error})") from error
-        frames.append(frame.assign(model=str(name), data=name.dataset, **name.model_dump(exclude={"dataset"})))
+        called = {"model": method_title(name.method, name.expert), "data": DATA[name.dataset], "training": name.regime}
+        known = name.model_dump(include={"method", "expert", "seed"})
+        frames.append(frame.assign(name=str(name), **called, **known))
     return pd.concat(frames, ignore_index=True)
 
 

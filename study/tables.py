@@ -43,11 +43,8 @@ Names = Sequence[ModelName]
 
 
 def read_rows(settings: Settings, names: Names, kind: str) -> pd.DataFrame:
-    """The long frame's rows of the split "test", by name and, as readers call them, by data, training and model."""
-    frame = read_frame(settings, names, kind).rename(columns={"model": "name"})
-    frame["model"] = list(map(catalogue.method_title, frame["method"], frame["expert"]))
-    frame["data"], frame["training"] = frame["data"].map(DATA), frame["regime"]
-    return frame[frame["split"] == "test"]
+    """The long frame's rows of the split "test"."""
+    return read_frame(settings, names, kind).query("split == 'test'")
 
 
 def right_experts(frame: pd.DataFrame, experts: int) -> dict[str, np.ndarray]:

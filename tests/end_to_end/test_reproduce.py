@@ -57,10 +57,10 @@ def test_every_model_is_trained_in_a_job_of_its_own_that_shows_its_progress(smok
 
 def test_every_model_is_measured_as_its_tables_need(settings):
     attacks = read_frame(settings, measured_models(settings, "attacks"), "attacks")
-    for _, of_model in attacks.groupby("model"):
+    for _, of_model in attacks.groupby("name"):
         assert set(of_model["attack"]) == {"clean", *settings.attacks, "pgd at 4/255"}
     adaptive = read_frame(settings, measured_models(settings, "adaptive"), "adaptive")
-    for name, of_model in adaptive.groupby("model"):
+    for name, of_model in adaptive.groupby("name"):
         without = {"sampled"} if "standalone" in name else set()  # its gate has nothing to sample
         assert set(of_model["family"]) == {"clean", *FAMILIES} - without
         assert set(of_model.groupby(["attack", "sees"]).size()) == {settings.adaptive_count}
