@@ -218,7 +218,7 @@ rule ablation:
     input:
         measured(OF_TABLE3, "attacks"),
         measured([name for name in OF_TABLE3 if name in OF_TABLE1], "scores"),
-        trained([catalogue.literal_model(settings)]),
+        trained([catalogue.first_model(settings, "immunity-literal")]),
         notebook=NOTEBOOKS / "04_ablation.ipynb",
         code=CODE,
     output:

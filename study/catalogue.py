@@ -153,9 +153,9 @@ def table3_models(settings: Settings) -> list[ModelName]:
     return _models(settings, *MIXTURES)
 
 
-def literal_model(settings: Settings) -> ModelName:
-    """The model that shows what the literal heat-map losses do."""
-    return _models(settings, "immunity-literal")[0]
+def first_model(settings: Settings, method: str) -> ModelName:
+    """Of a method, the model that stands for it: the preset's own expert and data, standard training, first seed."""
+    return _models(settings, method)[0]
 
 
 def measured_models(settings: Settings, kind: str) -> list[ModelName]:
@@ -192,7 +192,7 @@ def surrogates(settings: Settings, attacked: ModelName) -> list[ModelName]:
 
 def trained_models(settings: Settings) -> list[ModelName]:
     """Every model that the preset trains, once."""
-    named = [*measured_models(settings, "attacks"), literal_model(settings), *table1_models(settings)]
+    named = [*measured_models(settings, "attacks"), first_model(settings, "immunity-literal"), *table1_models(settings)]
     return list(dict.fromkeys(single(settings, named)))
 
 
