@@ -37,15 +37,15 @@ VERDICTS = {
 }  # fmt: skip
 
 
-def save_figure(settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]) -> list[Path]:
-    """Write figures/<preset>/<name>.png, .pdf and .json (see `write_artefact`); returns the paths.
+def save_figure(settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]) -> None:
+    """Write figures/<preset>/<name>.png, .pdf and .json (see `write_artefact`).
     records: the files that the figure was drawn from. No date goes in: the same data give the same bytes."""
     contents = {}
     for ending, metadata in {"png": {}, "pdf": {"CreationDate": None}}.items():
         content = BytesIO()
         figure.savefig(content, format=ending, dpi=PRINT, metadata=metadata)
         contents[ending] = content.getvalue()
-    return write_artefact(settings, name, contents, caption, records)
+    write_artefact(settings, name, contents, caption, records)
 
 
 def literal(text: str) -> str:

@@ -352,13 +352,13 @@ def set_record_aside(path: Path, reason: str) -> DamagedFile:
 
 def write_artefact(
     settings: Settings, name: str, contents: Mapping[str, str | bytes], caption: str, records: Sequence[Path]
-) -> list[Path]:
+) -> None:
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
     The latter holds the caption, the settings, the checksum of each file, and of every record its copy in records/
-    beside it and its provenance. The same records give the same bytes. The paths are printed and returned.
+    beside it and its provenance. The same records give the same bytes. The paths are printed.
     What is of one model that was asked for alone is shown and not written, since tables and figures are of all."""
     if settings.model:
-        return []
+        return
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):
         known = read_json(record)
@@ -372,6 +372,5 @@ def write_artefact(
     sidecar = {"kind": "artefact", "name": name, "caption": caption}
     asked = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
     write_json(folder / f"{name}.json", sidecar | {"settings": asked, "files": files, "records": sources})
-    paths = [folder / file for file in (*files, f"{name}.json")]
-    print("saved", ", ".join(path.relative_to(folder.parents[1]).as_posix() for path in paths))
-    return paths
+    written = [folder / file for file in (*files, f"{name}.json")]
+    print("saved", ", ".join(path.relative_to(folder.parents[1]).as_posix() for path in written))

@@ -291,8 +291,8 @@ def attack_title(attack: str) -> str:
 def write_table(
     settings: Settings, table: pd.DataFrame, name: str, caption: str, records: Sequence[Path],
     text: pd.DataFrame | None = None,
-) -> list[Path]:  # fmt: skip
-    """Write figures/<preset>/<name>.csv (the numbers), .md, .tex and .json (see `write_artefact`); returns the paths.
+) -> None:  # fmt: skip
+    """Write figures/<preset>/<name>.csv (the numbers), .md, .tex and .json (see `write_artefact`).
     records: the files that the table was read from. text: what is printed of a table that is not tidy; what a tidy
     one rests on is added to its caption."""
     if text is None:
@@ -303,4 +303,4 @@ def write_table(
         "md": f"{caption}\n\n{text.to_markdown(index=False, disable_numparse=True)}\n",
         "tex": text.to_latex(index=False, escape=True, caption=escaped, label=f"tab:{name}"),
     }
-    return write_artefact(settings, name, contents, caption, records)
+    write_artefact(settings, name, contents, caption, records)
