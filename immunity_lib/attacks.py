@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from immunity_lib.moe import (
@@ -32,23 +33,30 @@ from immunity_lib.moe import (
     verdicts,
 )
 
-# Each attacks a model with (images, labels) at (eps, step size, number of steps). PGD starts at a random point of the
-# ball and BIM at the image, their one difference; MIM's momentum decays by 1.0.
-ATTACKS: dict[str, Callable] = {
+def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """(..., ): max_{j != y} z_j - z_y, positive where the model is fooled (Carlini & Wagner 2017, arXiv 1608.04644).
+    Log-probabilities z (..., C) have the margins of logits."""
+    own = labels[..., None]
+    return log_probs.scatter(-1, own, -torch.inf).amax(-1) - log_probs.gather(-1, own).squeeze(-1)
+
+
+cross_entropy = partial(functional.cross_entropy, reduction="none")
+# What each climbs, of the mixture's log-probabilities and the labels, and how, see `ascent_path`. PGD starts at a
+# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0.
+CLIMBS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], dict]] = {
+    "bim": (cross_entropy, {"random_start": False}),
+    "mim": (cross_entropy, {"random_start": False, "decay": 1.0}),
+    "pgd": (cross_entropy, {}),
+    # As Madry et al. (2018, arXiv 1706.06083) use the Carlini-Wagner margin; torchattacks' own CW is in l_2
+    "cw": (margin, {}),
+}
+# Of torchattacks: from a model and a budget to what attacks (images, labels)
+OF_LIBRARY: dict[str, Callable] = {
     "fgsm": lambda library, model, eps, step, steps: library.FGSM(model, eps),
-    "bim": lambda library, model, eps, step, steps: library.BIM(model, eps, step, steps),
-    "mim": lambda library, model, eps, step, steps: library.MIFGSM(model, eps, step, steps, 1.0),
-    "pgd": lambda library, model, eps, step, steps: library.PGD(model, eps, step, steps, True),
     # PGD on the divergence from the clean answer, which TRADES trains on
     "tpgd": lambda library, model, eps, step, steps: library.TPGD(model, eps, step, steps),
     # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
     "ffgsm": lambda library, model, eps, step, steps: library.FFGSM(model, eps, 1.25 * eps),
-    # PGD on the Carlini-Wagner margin, as Madry et al. (2018, arXiv 1706.06083) use it; torchattacks' own CW is in l_2
-    "cw": lambda library, model, eps, step, steps: (
-        lambda images, labels: ascend(
-            lambda points: margin(model(points), labels), images, eps=eps, step_size=step, steps=steps
-        )
-    ),
     # Auto-PGD (Croce & Hein 2020, arXiv 2003.01690) on the cross entropy, from one start: each image's point of the
     # highest loss. A plain call would hand back unmoved what it did not fool or what was misclassified anyway: right
     # for one fixed gate, but too weak for the others.
@@ -56,16 +64,23 @@ ATTACKS: dict[str, Callable] = {
         lambda *batch: library.APGD(model, eps=eps, steps=steps).perturb(*batch, best_loss=True)[1]
     ),
 }
+ATTACKS = (*OF_LIBRARY, *CLIMBS)
 
 
 def attack_images(
     model: ImmunityMoE, images: Tensor, labels: Tensor, attack: str, gate: Gate, *,
-    eps: float, step_size: float, steps: int,
+    eps: float, step_size: float, steps: int, early_exit: bool = False,
 ) -> Tensor:  # fmt: skip
     """Adversarial images by one of ATTACKS, checked to keep their budget. The model is attacked in eval mode, and the
-    mode of each of its modules is as before afterwards."""
+    mode of each of its modules is as before afterwards. early_exit: see `climb`; for those of CLIMBS."""
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+    if attack in CLIMBS:
+        raised, how = CLIMBS[attack]
+        return climb(
+            model, images, labels, lambda outputs, labels: raised(outputs.mixture(gate), labels),
+            eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, **how,
+        )  # fmt: skip
     check_effort(eps, steps)
     check_batch(model, images, labels)
     import torchattacks  # costs a second, which only attackers should pay
@@ -73,44 +88,81 @@ def attack_images(
     before, model.evaluation_gate = model.evaluation_gate, gate
     try:
         with in_eval_mode(model), torch.enable_grad():  # torchattacks would leave some of the model in train mode
-            adversarial = ATTACKS[attack](torchattacks, model, eps, step_size, steps)(images, labels)
+            adversarial = OF_LIBRARY[attack](torchattacks, model, eps, step_size, steps)(images, labels)
     finally:
         model.evaluation_gate = before
     check_budget(images, adversarial, eps)
     return adversarial
 
 
+def climb(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, raised: Callable[[ExpertOutputs, Tensor], Tensor], *,
+    eps: float, steps: int, early_exit: bool = False, **how,
+) -> Tensor:  # fmt: skip
+    """Adversarial images where an `ascent_path` ends, on the model in eval mode.
+
+    raised: of the experts' outputs and the labels, (B,). early_exit: an image that is wrong under every gate and by
+    every expert alone stays where it is, since nothing is left to win; for judging a model, not for training it.
+    how: the path's options.
+    """
+    check_effort(eps, steps)
+    check_batch(model, images, labels)
+
+    def objective(points: Tensor, rows: Tensor) -> Tensor:
+        outputs = model.expert_outputs(points)
+        found = raised(outputs, labels[rows])
+        return found.masked_fill(~verdicts(outputs, labels[rows]).any_right, torch.inf) if early_exit else found
+
+    with in_eval_mode(model):
+        return ascend(objective, images, eps=eps, steps=steps, early_exit=early_exit, **how)
+
+
 def ascent_path(
-    objective: Callable[[Tensor], Tensor], images: Tensor, *,
+    objective: Callable[[Tensor, Tensor], Tensor], images: Tensor, *,
     eps: float | Tensor, step_size: float, steps: int, random_start: bool = True, falling: bool = False,
+    decay: float = 0.0, early_exit: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
     """PGD (Madry et al. 2018, arXiv 1706.06083): where it starts, and where it is after each step.
 
-    objective: from points (B, 3, 32, 32) to what is raised, (B,). eps: a float, or each image's own as (B, 1, 1, 1),
-    then without a random start. falling: the step falls from step_size to 0 by a cosine. Raises ValueError before the
-    last point where a gradient was NaN.
+    objective: from points (b, 3, 32, 32) of some of the images, and their rows (b,), to what is raised, (b,).
+    eps: a float, or each image's own as (B, 1, 1, 1), then without a random start. falling: the step falls from
+    step_size to 0 by a cosine. decay: of the momentum of MIM (Dong et al. 2018, arXiv 1710.06081). early_exit: images
+    whose objective is infinite stay where they are, and cost no more; the path ends where none is left. Raises
+    ValueError at its end if a gradient was NaN.
     """
     points = images = images.detach()
     astray = torch.zeros((), dtype=torch.bool, device=images.device)
     if random_start:
         points = (points + torch.empty_like(points).uniform_(-eps, eps)).clamp(0, 1)
     yield points
+    rows, momentum = torch.arange(len(images), device=images.device), torch.zeros_like(images)
+    reach = torch.as_tensor(eps, dtype=images.dtype, device=images.device).expand(len(images), 1, 1, 1)
     for step in range(steps):
-        start = points.clone().requires_grad_()
+        start = points[rows].requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(objective(start).sum(), start)
+            raised = objective(start, rows)
+            (gradient,) = torch.autograd.grad(raised.sum(), start)
         astray |= gradient.isnan().any()
-        if step == steps - 1 and astray:  # read but once, since a GPU is waited for
-            raise ValueError(
-                "the model's gradient in its images is NaN, where an attack stands still, which would look like "
-                "robustness; mend the model, where it takes a root or logarithm of 0 for instance"
-            )
+        if early_exit:
+            going = ~raised.isposinf()
+            rows, start, gradient = rows[going], start[going], gradient[going]
+            if not len(rows):
+                break
+        if decay:
+            own = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
+            gradient = momentum[rows] = own + decay * momentum[rows]
         length = step_size * (1 + math.cos(math.pi * step / steps)) / 2 if falling else step_size
-        points = within_budget(points + length * gradient.sign(), images, eps)
+        moved = within_budget(start.detach() + length * gradient.sign(), images[rows], reach[rows])
+        points = points.index_copy(0, rows, moved)
         yield points
+    if astray:  # read but once, since a GPU is waited for
+        raise ValueError(
+            "the model's gradient in its images is NaN, where an attack stands still, which would look like "
+            "robustness; mend the model, where it takes a root or logarithm of 0 for instance"
+        )
 
 
-def ascend(objective: Callable[[Tensor], Tensor], images: Tensor, **options) -> Tensor:
+def ascend(objective: Callable[[Tensor, Tensor], Tensor], images: Tensor, **options) -> Tensor:
     """Where an `ascent_path` ends."""
     return deque(ascent_path(objective, images, **options), maxlen=1).pop()
 
@@ -129,23 +181,19 @@ AIMS: dict[str, Callable[[ExpertOutputs, Tensor], Tensor]] = {
 def exact_pgd(
     model: ImmunityMoE, images: Tensor, labels: Tensor, *,
     eps: float, step_size: float, steps: int, aim: str = "expected", random_start: bool = True,
+    early_exit: bool = False,
 ) -> Tensor:  # fmt: skip
     """PGD on an exact expectation over all permutations of the gate.
 
     The N! gates share the experts' outputs, so the loss under each of them, its expectation and its gradient cost one
     pass; averaging the loss of sampled gates ("expectation over transformation", Athalye et al. 2018, arXiv
     1802.00420) costs one for every sample.
-    aim: what is raised, one of `AIMS`. Raises ValueError for others.
+    aim: what is raised, one of `AIMS`. Raises ValueError for others. early_exit: see `climb`.
     """
     if aim not in AIMS:
         raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
-    check_effort(eps, steps)
-    check_batch(model, images, labels)
-    with in_eval_mode(model):
-        return ascend(
-            lambda points: AIMS[aim](model.expert_outputs(points), labels), images,
-            eps=eps, step_size=step_size, steps=steps, random_start=random_start,
-        )  # fmt: skip
+    how = {"step_size": step_size, "random_start": random_start, "early_exit": early_exit}
+    return climb(model, images, labels, AIMS[aim], eps=eps, steps=steps, **how)
 
 
 @torch.no_grad()
@@ -157,13 +205,13 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
     check_effort(eps, steps)
     check_batch(model, images, labels)
 
-    def look_at(points: Tensor, aim: str, left: Tensor) -> Tensor:
-        """What the aim raises at points of the images that are left; the best points are kept."""
-        outputs = model.expert_outputs(points)
-        share = verdicts(outputs, labels[left]).failure
-        better = share > fooled[left]
-        best[left[better]], fooled[left[better]] = points[better].detach(), share[better]
-        return AIMS[aim](outputs, labels[left])
+    def look_at(points: Tensor, rows: Tensor, aim: str, left: Tensor) -> Tensor:
+        """What the aim raises at points of some of the images that are left; the best points are kept."""
+        outputs, rows = model.expert_outputs(points), left[rows]
+        share = verdicts(outputs, labels[rows]).failure
+        better = share > fooled[rows]
+        best[rows[better]], fooled[rows[better]] = points[better].detach(), share[better]
+        return AIMS[aim](outputs, labels[rows]).masked_fill(share == 1, torch.inf)
 
     with in_eval_mode(model):
         best, fooled = images.clone(), verdicts(model.expert_outputs(images), labels).failure
@@ -171,8 +219,16 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
             left = (fooled < 1).nonzero().squeeze(1)
             if len(left):  # some networks cannot take a batch of no images
                 raised = partial(look_at, aim=aim, left=left)
-                raised(ascend(raised, images[left], eps=eps, step_size=eps, steps=steps, falling=True))
+                how = {"eps": eps, "step_size": eps, "steps": steps, "falling": True, "early_exit": True}
+                raised(ascend(raised, images[left], **how), torch.arange(len(left), device=left.device))
     return best
+
+
+def mean_over_draws(outputs: ExpertOutputs, labels: Tensor, draws: int) -> Tensor:
+    """The mean cross entropy over so many gates drawn at random, (B,): what "expectation over transformation" raises.
+    Libraries run one pass for every draw."""
+    by_gate = cross_entropy_by_gate(outputs, labels)
+    return by_gate[:, torch.randint(by_gate.shape[1], (draws,), device=by_gate.device)].mean(1)
 
 
 def _by_gate(outputs: ExpertOutputs, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,13 +244,6 @@ def cross_entropy_by_gate(outputs: ExpertOutputs, labels: Tensor) -> Tensor:
     gates = outputs.log_gate[:, permutations(own.shape[1]).to(labels.device)]
     # Eq. (1) for all gates, of the label's probability alone: (B, N!, N) + (B, 1, N)
     return -(gates + own.mT).logsumexp(-1)
-
-
-def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """(..., ): max_{j != y} z_j - z_y, positive where the model is fooled (Carlini & Wagner 2017, arXiv 1608.04644).
-    Log-probabilities z (..., C) have the margins of logits."""
-    own = labels[..., None]
-    return log_probs.scatter(-1, own, -torch.inf).amax(-1) - log_probs.gather(-1, own).squeeze(-1)
 
 
 def difference_of_logits_ratio(log_probs: Tensor, labels: Tensor) -> Tensor:
@@ -335,10 +384,7 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
             "attacks that work on any model that gives gradients: torchattacks' FGSM, BIM, MIFGSM and PGD, and without "
             "gradients: its Square"
         )
-    from torchattacks import EOTPGD
-
     target, device, several = fold(model), next(model.parameters()).device, len(model.experts) > 1
-    target.evaluation_gate = "switch"  # of the bare calls of EOTPGD
     budget = {"eps": effort.eps, "step_size": effort.step_size, "steps": effort.steps}
     slow = {"eps": effort.eps, "steps": effort.auto_attack_steps}
     attacks: list[AdaptiveAttack] = []
@@ -346,17 +392,18 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
     def add(name: str, family: str, sees: str, perturb: Callable[[Tensor, Tensor], Tensor]) -> None:
         attacks.append(AdaptiveAttack(name, family, sees, lambda *batch: (perturb(*batch), [])))
 
-    def by_library(attack: str, gate: str, through: ImmunityMoE = target) -> Callable:
-        return lambda images, labels: attack_images(through, images, labels, attack, gate, **budget)
+    def seeing(attack: str, gate: str, through: ImmunityMoE = target) -> Callable:
+        early = {"early_exit": through is target}  # what another model gets wrong, this one may get right
+        return lambda images, labels: attack_images(through, images, labels, attack, gate, **budget, **early)
 
     for name in ("fgsm", "bim", "mim", "pgd"):
-        add(name, "paper", "switch", by_library(name, "switch"))
+        add(name, "paper", "switch", seeing(name, "switch"))
     for gate in ("trained", "uniform")[: 1 + several]:  # a single expert has one gate
-        add(f"pgd-{gate}", "frozen", gate, by_library("pgd", gate))
-    for samples in effort.samples * several:
-        eot_pgd = EOTPGD(target, effort.eps, effort.step_size, effort.steps, samples)
-        add(f"eotpgd-{samples}", "sampled", "switch", eot_pgd)
-    add("exact-expected", "exact", "all gates", partial(exact_pgd, target, aim="expected", **budget))
+        add(f"pgd-{gate}", "frozen", gate, seeing("pgd", gate))
+    for draws in effort.samples * several:
+        raised = partial(mean_over_draws, draws=draws)
+        add(f"eotpgd-{draws}", "sampled", "switch", partial(climb, target, raised=raised, early_exit=True, **budget))
+    add("exact-expected", "exact", "all gates", partial(exact_pgd, target, early_exit=True, **budget))
     search = partial(strongest_points, target, eps=effort.eps, steps=2 * effort.steps)
     add("exact-strongest", "exact", "all gates", search)
     if target.experts[0].num_classes >= FEWEST_CLASSES:
@@ -371,10 +418,10 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
     add("noise", "black box", "all gates", noise)
     for number, expert in enumerate(target.experts, start=1):
         alone = ImmunityMoE([expert], ConstantGate(1), "uniform").to(device)
-        perturb = by_library("pgd", "uniform", alone)
+        perturb = seeing("pgd", "uniform", alone)
         add(f"pgd-expert-{number}", "transfer", f"expert {number} alone", perturb)
     for name, surrogate in surrogates.items():
-        add(f"pgd-{name}", "transfer", name, by_library("pgd", "uniform", fold(surrogate)))
+        add(f"pgd-{name}", "transfer", name, seeing("pgd", "uniform", fold(surrogate)))
     return attacks
 
 

@@ -56,7 +56,7 @@ def verdicts_under_attack(
 
     def judge(rows: slice) -> GateVerdicts:
         ((images, labels),) = evaluation_batches(image_set.select(rows), batch_size, device)
-        adversarial = attack_images(target, images, labels, attack, gate, **budget)
+        adversarial = attack_images(target, images, labels, attack, gate, **budget, early_exit=True)
         return verdicts_over_gates(model, [(adversarial, labels)])
 
     with torch.random.fork_rng():
@@ -165,7 +165,7 @@ def _what_checks_need(
 
     def under_exact(eps: float, step_size: float, steps: int) -> float:
         """Accuracy expected over the gate under PGD on the exact expectation."""
-        attacked = exact_pgd(target, images, labels, eps=eps, step_size=step_size, steps=steps)
+        attacked = exact_pgd(target, images, labels, eps=eps, step_size=step_size, steps=steps, early_exit=True)
         return 1 - verdicts_over_gates(target, [(attacked, labels)]).failure.mean().item()
 
     def worst(families: Sequence[str]) -> Tensor:

@@ -178,6 +178,11 @@ class GateVerdicts:
         return 1 - self.switched.double().mean(1)
 
     @property
+    def any_right(self) -> Tensor:
+        """(B,), whether any gate, or any expert alone, gets the image right."""
+        return self.trained | self.uniform | self.switched.any(1) | self.experts.any(1)
+
+    @property
     def accuracy(self) -> GateAccuracy:
         trained, uniform, every = (one.double().mean() for one in (self.trained, self.uniform, self.switched.all(1)))
         by_permutation = self.switched.double().mean(0)

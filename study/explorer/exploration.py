@@ -177,7 +177,7 @@ class Exploration:
         """Where PGD on the cross entropy is, from the images on, each with its own eps; (B, S + 1, 3, 32, 32)."""
         labels = torch.as_tensor(labels, device=images.device).expand(len(images))
         path = ascent_path(
-            lambda points: functional.cross_entropy(model(points, gate), labels, reduction="none"),
+            lambda points, rows: functional.cross_entropy(model(points, gate), labels[rows], reduction="none"),
             images, eps=eps.to(images.device).view(-1, 1, 1, 1), random_start=False,
             step_size=float(self.settings.recipe.step_size), steps=self.settings.steps,
         )  # fmt: skip

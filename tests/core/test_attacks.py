@@ -8,6 +8,7 @@ from itertools import permutations
 
 import pytest
 import torch
+import torchattacks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -30,7 +31,7 @@ def attack(model, images, labels, name, gate="trained", **changes):
 
 def path_of(model, images, labels, eps, steps=4):
     """PGD on the cross entropy of the plain ensemble, without random start: its points, (steps + 1, B, 3, 32, 32)."""
-    raised = lambda points: functional.cross_entropy(model(points, "uniform"), labels, reduction="none")  # noqa: E731
+    raised = lambda points, rows: attacks.cross_entropy(model(points, "uniform"), labels[rows])  # noqa: E731
     eps = torch.tensor(eps, dtype=images.dtype).view(-1, 1, 1, 1)
     path = attacks.ascent_path(raised, images, eps=eps, step_size=STEP, steps=steps, random_start=False)
     return torch.stack(list(path))
@@ -214,7 +215,7 @@ def test_A9_images_and_labels_that_the_model_cannot_have_are_refused(model, imag
 
 
 def test_unknown_names_are_refused_with_the_valid_ones(model, images, labels):
-    with pytest.raises(ValueError, match="'deepfool'; valid names: fgsm, bim, .*, apgd"):
+    with pytest.raises(ValueError, match="'deepfool'; valid names: fgsm, .*, pgd, cw"):
         attack(model, images, labels, "deepfool")
     with pytest.raises(ValueError, match="trained, uniform, switch"):
         attack(model, images, labels, "fgsm", gate="swtich")
@@ -242,11 +243,61 @@ def test_a_budget_that_no_attack_can_have_is_refused(model, images, labels, chan
             run()
 
 
-# PGD of our own: along a path, on the margin, and exact over the gate
+# Climbs of our own: as a library's, along a path, until nothing is left to win, and over the gates
+
+
+@pytest.mark.parametrize("name", ["bim", "mim", "pgd"])
+def test_a_climb_ends_where_that_of_torchattacks_does(model, images, labels, name):
+    model, images = model.double(), images.double()
+    model.evaluation_gate = "uniform"
+    library = {"bim": torchattacks.BIM, "mim": torchattacks.MIFGSM, "pgd": torchattacks.PGD}[name](model, EPS, STEP, 10)
+    points = []
+    for run in (lambda: library(images, labels), lambda: attack(model, images, labels, name, "uniform")):
+        torch.manual_seed(0)
+        points.append(run())
+    assert_same_points(*points)
+
+
+def test_the_mean_over_draws_is_that_of_a_pass_for_each(make_linear_model, images, labels):
+    model, gates = make_linear_model(4), list(permutations(range(4)))
+    torch.manual_seed(0)
+    found = attacks.mean_over_draws(model.expert_outputs(images), labels, draws=3)
+    torch.manual_seed(0)
+    passes = [attacks.cross_entropy(model(images, gates[k]), labels) for k in torch.randint(24, (3,))]
+    torch.testing.assert_close(found, torch.stack(passes).mean(0))
+
+
+@pytest.mark.parametrize("run", [*attacks.CLIMBS, "exact"])
+def test_an_early_exit_leaves_images_alone_that_nothing_gets_right_and_no_others(make_linear_model, images, run):
+    model, seen = make_linear_model(3), []
+    model.gate.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    mixture = model(images, "uniform")
+    labels = torch.cat((mixture[:2].argmin(1), mixture[2:].argmax(1)))  # two are wrong already
+    perturb = exact_pgd if run == "exact" else partial(attack_images, attack=run, gate="uniform")
+    ends, passed = [], []
+    for early in (False, True):
+        seen.clear()
+        torch.manual_seed(0)
+        ends.append(perturb(model, images, labels, **BUDGET | {"eps": EPS / 4}, early_exit=early))
+        passed.append(sum(seen))
+    right = [verdicts(model.expert_outputs(points), labels).any_right for points in ends]
+    same = (ends[0] == ends[1]).flatten(1).all(1)
+    assert (same | ~right[1]).all() and torch.equal(right[0], right[1])
+    assert 0 < right[1].sum() < len(images) and passed[1] < passed[0]
+
+
+def test_images_leave_by_the_verdict_of_the_model_that_is_judged(make_linear_model, images):
+    """What a surrogate gets wrong the model may get right, so that it is climbed to the end."""
+    model = make_linear_model(2)
+    labels = model.expert_outputs(images).logits[:, 0].argmin(1)  # expert 1 has them all wrong
+    suite = {one.name: one for one in attacks.adaptive_attacks(model, attacks.Effort(EPS, STEP, 8, (1,), 1), {})}
+    moved, _ = suite["pgd-expert-1"].perturb(images, labels)
+    inside = (images > EPS) & (images < 1 - EPS)
+    assert ((moved - images).abs()[inside] > EPS - 1e-6).double().mean() > 0.95
 
 
 def test_a_path_has_every_shorter_attack_and_each_image_its_own_budget(model, images, labels):
-    """It begins at the images and ends where torchattacks' BIM does, PGD without random start."""
+    """It begins at the images and ends where BIM does, PGD without random start."""
     model, images = model.double(), images.double()
     budgets = [0.0, 1 / 255, EPS / 2, EPS] * 2
     path = path_of(model, images, labels, budgets)
