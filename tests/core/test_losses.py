@@ -129,15 +129,6 @@ def test_total_is_eq_12(outputs, maps, alpha, beta, gamma, coordinates):
     assert loss.position_stability.item() == pytest.approx(stability if gamma else 0)
 
 
-def test_A2_there_is_one_default_of_the_coordinates_and_of_gamma(outputs, maps, make_settings):
-    """Squared distances in pixels are 31^2 times larger, and eq (11) squares them again."""
-    for recipe in (Recipe(), make_settings().recipe):
-        assert (recipe.coordinates, recipe.gamma) == ("unit", 100.0)
-    as_called = losses.immunity_loss(outputs, LABELS, maps, alpha=1, beta=1, gamma=100)
-    in_pixels = losses.position_stability_loss(maps, "pixels").item()  # these maps are 6x6
-    assert 5**4 * as_called.position_stability.item() == pytest.approx(in_pixels)
-
-
 def test_A2_neighbours_a_function_s_default_is_the_recipe_s():
     """But for the floor, which training has and the one fixed reading has not, and sizes that say what they are of."""
     defaults, different = {field.name: field.default for field in fields(Recipe)}, set()

@@ -183,28 +183,26 @@ def noise(trainings, images, mean, spread=0.0):
     return effects - effects.mean() + mean
 
 
-def test_a_claim_about_several_must_hold_against_each(monkeypatch):
-    far, near, below = (noise(5, 400, mean) for mean in (0.3, 0.05, -0.05))
-    assert world_of(monkeypatch, [far, near])["verdict"] == "holds"
-    line = world_of(monkeypatch, [far, below])
-    assert line["verdict"] == "does not hold" and line["against"] == "other 1" and line["effect"] < 0
+FAR, NEAR, BELOW = (noise(5, 400, mean) for mean in (0.3, 0.05, -0.05))
+UNSURE = noise(5, 400, -0.1, spread=0.5)  # its mean is lower, but too little is known of it for a claim to fail
 
 
-def test_what_is_shown_of_a_failed_claim_is_against_one_that_it_fails_against(monkeypatch):
-    """Of the other, whose mean is lower, too little is known for the claim to fail."""
-    unsure = noise(5, 400, -0.1, spread=0.5)
-    line = world_of(monkeypatch, [unsure, noise(5, 400, -0.05)])
-    assert line["verdict"] == "does not hold" and line["against"] == "other 1" and line["high"] < 0
-    assert line["stays"] == "25 of 25"
-    assert world_of(monkeypatch, [unsure])["verdict"] == "undecided"
-
-
-def test_an_effect_within_a_point_of_zero_is_none_and_one_of_which_little_is_known_is_undecided(monkeypatch):
-    assert world_of(monkeypatch, [noise(5, 4000, 0.0)])["verdict"] == "no effect"
-    assert world_of(monkeypatch, [noise(5, 100, 0.0, spread=0.1)])["verdict"] == "undecided"
-    assert world_of(monkeypatch, [noise(2, 4000, 0.3)])["verdict"] == "two trainings: no verdict"
-    for few in (1, 29):
-        assert world_of(monkeypatch, [noise(3, few, 0.3)])["verdict"] == "too few images: no verdict"
+@pytest.mark.parametrize(
+    ("effects", "verdict"),
+    [
+        ([FAR, NEAR], "holds"), ([FAR, BELOW], "does not hold"), ([UNSURE, BELOW], "does not hold"),
+        ([UNSURE], "undecided"), ([noise(5, 100, 0.0, spread=0.1)], "undecided"),
+        ([noise(5, 4000, 0.0)], "no effect"),  # within a point of zero
+        ([noise(2, 4000, 0.3)], "two trainings: no verdict"),
+        *(([noise(3, few, 0.3)], "too few images: no verdict") for few in (1, 29)),
+    ],
+)  # fmt: skip
+def test_a_claim_must_hold_against_each_and_fails_where_it_surely_does(monkeypatch, effects, verdict):
+    """What is shown of one that fails is against one that it fails against."""
+    line = world_of(monkeypatch, effects)
+    assert line["verdict"] == verdict
+    if verdict == "does not hold":
+        assert line["against"] == "other 1" and line["high"] < 0 and line["stays"] == "25 of 25"
 
 
 def test_a_verdict_that_hangs_on_few_images_does_not_stay(monkeypatch):

@@ -1,7 +1,6 @@
 """Two runs of a preset agree where chance explains what differs, and contradict each other where it does not."""
 
 import re
-import shutil
 
 import pandas as pd
 import pytest
@@ -74,10 +73,6 @@ def test_a_folder_without_results_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path), str(tmp_path)])
     assert ended.value.code == 2 and f"{tmp_path} has no claims.csv" in capsys.readouterr().err
-
-
-def test_the_demo_agrees_with_itself(tmp_path):
-    assert main([str(ROOT / "figures/demo"), str(shutil.copytree(ROOT / "figures/demo", tmp_path / "again"))]) == 0
 
 
 def test_one_training_beside_several_is_told_as_it_is(capsys):

@@ -111,8 +111,7 @@ def test_every_model_is_billed_once_and_for_what_is_done_with_it(make_settings):
     for column, kind in (("03_attacks", "attacks"), ("06_adaptive_attacks", "adaptive")):
         billed = [str(name) for name in trained if name in measured_models(settings, kind)]
         assert list(frame.index[frame[column] > 0]) == billed
-    macs, text = frame[plan.WORK].to_numpy().sum(), plan.format_plan(settings, 0.5)
-    assert plan.hours(macs, 0.5) == pytest.approx(2 * macs / 0.5e12 / 3600)
+    text = plan.format_plan(settings, 0.5)
     assert f"{len(frame)} trainings" in text and "an assumed 0.5 TFLOP/s" in text
     assert all(name.rsplit("-seed", 1)[0] in text for name in frame.index)
 

@@ -92,7 +92,6 @@ def test_conda_environment_and_citation_say_the_same_as_the_project():
     assert f"python{PYPROJECT['project']['requires-python']}" in from_conda
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {key: citation[key] for key in ("cff-version", "type")} == {"cff-version": "1.2.0", "type": "software"}
-    assert all(citation["preferred-citation"][key] for key in ("type", "title", "authors", "year", "url"))
     assert {"message", "title", "authors"} <= citation.keys() and isinstance(citation["date-released"], date)
     assert all(citation[key] == PYPROJECT["project"][key] for key in ("version", "license"))
 

@@ -154,7 +154,3 @@ def test_a_folder_that_is_no_site_is_left_alone_and_a_preset_without_figures_is_
     with pytest.raises(ValueError, match="move it away"):
         build_site(settings)
     assert (tmp_path / "site/mine.txt").read_text() == "mine"
-
-
-def test_make_site_needs_no_results():
-    assert re.search(r"^site: \$\(INSTALLED\)", (ROOT / "Makefile").read_text(), re.MULTILINE)
