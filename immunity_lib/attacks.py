@@ -33,6 +33,7 @@ from immunity_lib.moe import (
     verdicts,
 )
 
+
 def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
     """(..., ): max_{j != y} z_j - z_y, positive where the model is fooled (Carlini & Wagner 2017, arXiv 1608.04644).
     Log-probabilities z (..., C) have the margins of logits."""
