@@ -38,7 +38,7 @@ def main() -> None:
 
     cases = {
         "PGD of 20 steps, against torchattacks": (
-            lambda: attack_images(fold(model), images, labels, "pgd", "uniform", **budget),
+            lambda: attack_images(fold(model), images, labels, "pgd", "uniform", **budget, early_exit=True),
             lambda: torchattacks.PGD(model, EPS, STEP, STEPS)(images, labels),
         ),
         "AutoAttack's APGD, against pyautoattack": (judge, judge_by_pyautoattack),

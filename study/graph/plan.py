@@ -70,7 +70,7 @@ def adaptive_passes(settings: Settings) -> tuple[float, float]:
     """Gradients and forward passes alone that the adaptive attacks take for an image, at most."""
     # The paper's, frozen gates, the expected and the strongest, single experts, other mixtures
     of_pgd, checks = 3 + 2 + 1 + 2 * len(AIMS) + 1 + 3, len(BUDGETS) + 2
-    gradients = settings.steps * (of_pgd + checks + sum(settings.gate_samples))
+    gradients = settings.steps * (of_pgd + checks + len(settings.gate_samples))
     # AutoAttack on two gates: APGD, on nine targets too, FAB on nine and Square; then a fifth of Square, and noise
     judged = settings.auto_attack_steps * (settings.auto_attack_images or settings.adaptive_count)
     queries = 2 * (9 + QUERIES_PER_STEP) + QUERIES_PER_STEP / 5 + DRAWS_PER_STEP

@@ -116,7 +116,7 @@ def test_what_the_docs_name_exists_and_the_other_way_round():
     for module, member in re.findall(r"`([a-z][a-z_.]+)\.(\w+)`", ARCHITECTURE):
         assert f"{module}.{member}" in names or pkgutil.resolve_name(f"{names[module]}.{member}")
     attacks = set(get_args(AttackName))  # an attack of the tables has these places
-    assert attacks == set(catalogue.ATTACK_TITLES) <= ATTACKS.keys()
+    assert attacks == set(catalogue.ATTACK_TITLES) <= set(ATTACKS)
 
 
 @pytest.mark.parametrize("name", preset_names())
