@@ -84,12 +84,13 @@ def browser_page(width=1300, **options):
 
 def wait_for_the_end(page, notebook):
     """Save the notebook until every cell has been run, or one has failed; its code cells."""
-    deadline = time.monotonic() + 2 * PATIENCE
+    deadline, cells = time.monotonic() + 2 * PATIENCE, []
     while True:  # the kernel is idle between two cells as well, so the saved notebook is asked
         page.keyboard.press("Control+s")
         page.wait_for_timeout(2000)
-        cells = [one for one in json.loads(notebook.read_text())["cells"] if "outputs" in one]
-        done = all(one["execution_count"] for one in cells) or any(map(errors, cells))
+        with suppress(json.JSONDecodeError):  # while it is being saved
+            cells = [one for one in json.loads(notebook.read_text())["cells"] if "outputs" in one]
+        done = cells and (all(one["execution_count"] for one in cells) or any(map(errors, cells)))
         if time.monotonic() > deadline or (done and page.is_visible(IDLE)):
             return cells
 
