@@ -128,8 +128,8 @@ def ascent_path(
     objective: from points (b, 3, 32, 32) of some of the images, and their rows (b,), to what is raised, (b,).
     eps: a float, or each image's own as (B, 1, 1, 1), then without a random start. falling: the step falls from
     step_size to 0 by a cosine. decay: of the momentum of MIM (Dong et al. 2018, arXiv 1710.06081). early_exit: images
-    whose objective is infinite stay where they are, and cost no more; the path ends where none is left. Raises
-    ValueError at its end if a gradient was NaN.
+    whose objective is infinite stay where they are, and cost no more; the path ends where none is left, or raises
+    ValueError if a gradient was NaN. Without, as in training, such an image stays where it is for that step.
     """
     points = images = images.detach()
     astray = torch.zeros((), dtype=torch.bool, device=images.device)
@@ -156,7 +156,7 @@ def ascent_path(
         moved = within_budget(start.detach() + length * gradient.sign(), images[rows], reach[rows])
         points = points.index_copy(0, rows, moved)
         yield points
-    if astray:  # read but once, since a GPU is waited for
+    if early_exit and astray:  # read but once, since a GPU is waited for
         raise ValueError(
             "the model's gradient in its images is NaN, where an attack stands still, which would look like "
             "robustness; mend the model, where it takes a root or logarithm of 0 for instance"

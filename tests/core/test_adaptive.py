@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from immunity_lib import ImmunityMoE
-from immunity_lib.attacks import FAMILIES, Effort, adaptive_attacks, auto_attack, check_budget, random_noise
+from immunity_lib.attacks import (
+    FAMILIES,
+    Effort,
+    adaptive_attacks,
+    attack_images,
+    auto_attack,
+    check_budget,
+    random_noise,
+)
 from immunity_lib.evaluate import _what_checks_need, evaluate_adaptively, sanity_checks
 from immunity_lib.moe import ConstantGate, verdicts
 
@@ -85,6 +93,9 @@ def test_a_gradient_of_nan_stops_the_attack_and_counts_as_none(make_linear_model
         labels = decoy(many_images, "uniform").argmax(1)
     with pytest.raises(ValueError, match="gradient in its images is NaN, where an attack stands still"):
         evaluate(decoy, many_images, SMALL)
+    # Training goes on: a network in eval mode may give NaN until its batch norms have seen enough
+    adversarial = attack_images(decoy, many_images, labels, "pgd", "trained", eps=0.1, step_size=0.1, steps=1)
+    assert adversarial.isfinite().all()
     monkeypatch.setattr("immunity_lib.evaluate.exact_pgd", lambda _, images, *__, **___: images)
     for target, share in ((model, 0.0), (decoy, 0.5)):
         assert _what_checks_need(target, many_images, labels, SMALL, results)["zero_gradients"] == share
