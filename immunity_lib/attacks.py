@@ -43,13 +43,14 @@ def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 cross_entropy = partial(functional.cross_entropy, reduction="none")
 # What each climbs, of the mixture's log-probabilities and the labels, and how, see `ascent_path`. PGD starts at a
-# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0.
+# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0. They are strict
+# where they judge: in eval mode, a network in training may give NaN until its batch norms have seen enough.
 CLIMBS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], dict]] = {
     "bim": (cross_entropy, {"random_start": False}),
     "mim": (cross_entropy, {"random_start": False, "decay": 1.0}),
     "pgd": (cross_entropy, {}),
     # As Madry et al. (2018, arXiv 1706.06083) use the Carlini-Wagner margin; torchattacks' own CW is in l_2
-    "cw": (margin, {}),
+    "cw": (margin, {"strict": True}),
 }
 # Of torchattacks: from a model and a budget to what attacks (images, labels)
 OF_LIBRARY: dict[str, Callable] = {
@@ -78,20 +79,21 @@ def attack_images(
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
     if attack in CLIMBS:
         raised, how = CLIMBS[attack]
-        return climb(
+        adversarial = climb(
             model, images, labels, lambda outputs, labels: raised(outputs.mixture(gate), labels),
-            eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, **how,
+            eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, **{"strict": early_exit} | how,
         )  # fmt: skip
-    check_effort(eps, steps)
-    check_batch(model, images, labels)
-    import torchattacks  # costs a second, which only attackers should pay
+    else:
+        check_effort(eps, steps)
+        check_batch(model, images, labels)
+        import torchattacks  # costs a second, which only attackers should pay
 
-    before, model.evaluation_gate = model.evaluation_gate, gate
-    try:
-        with in_eval_mode(model), torch.enable_grad():  # torchattacks would leave some of the model in train mode
-            adversarial = OF_LIBRARY[attack](torchattacks, model, eps, step_size, steps)(images, labels)
-    finally:
-        model.evaluation_gate = before
+        before, model.evaluation_gate = model.evaluation_gate, gate
+        try:
+            with in_eval_mode(model), torch.enable_grad():  # torchattacks would leave some of the model in train mode
+                adversarial = OF_LIBRARY[attack](torchattacks, model, eps, step_size, steps)(images, labels)
+        finally:
+            model.evaluation_gate = before
     check_budget(images, adversarial, eps)
     return adversarial
 
@@ -104,7 +106,7 @@ def climb(
 
     raised: of the experts' outputs and the labels, (B,). early_exit: an image that is wrong under every gate and by
     every expert alone stays where it is, since nothing is left to win; for judging a model, not for training it.
-    how: the path's options.
+    how: the path's options, as strict.
     """
     check_effort(eps, steps)
     check_batch(model, images, labels)
@@ -121,42 +123,45 @@ def climb(
 def ascent_path(
     objective: Callable[[Tensor, Tensor], Tensor], images: Tensor, *,
     eps: float | Tensor, step_size: float, steps: int, random_start: bool = True, falling: bool = False,
-    decay: float = 0.0, early_exit: bool = False,
+    decay: float = 0.0, early_exit: bool = False, strict: bool = True,
 ) -> Iterator[Tensor]:  # fmt: skip
     """PGD (Madry et al. 2018, arXiv 1706.06083): where it starts, and where it is after each step.
 
     objective: from points (b, 3, 32, 32) of some of the images, and their rows (b,), to what is raised, (b,).
     eps: a float, or each image's own as (B, 1, 1, 1), then without a random start. falling: the step falls from
     step_size to 0 by a cosine. decay: of the momentum of MIM (Dong et al. 2018, arXiv 1710.06081). early_exit: images
-    whose objective is infinite stay where they are, and cost no more; the path ends where none is left, or raises
-    ValueError if a gradient was NaN. Without, as in training, such an image stays where it is for that step.
+    whose objective is infinite stay where they are, and cost no more; the path ends where none is left. strict: raise
+    ValueError at its end if a gradient was NaN, or too large for momentum.
     """
     points = images = images.detach()
     astray = torch.zeros((), dtype=torch.bool, device=images.device)
     if random_start:
         points = (points + torch.empty_like(points).uniform_(-eps, eps)).clamp(0, 1)
     yield points
-    rows, momentum = torch.arange(len(images), device=images.device), torch.zeros_like(images)
+    # Of the images that go on
+    left, centres, momentum = points, images, torch.zeros_like(images)
+    rows = torch.arange(len(images), device=images.device)
     reach = torch.as_tensor(eps, dtype=images.dtype, device=images.device).expand(len(images), 1, 1, 1)
     for step in range(steps):
-        start = points[rows].requires_grad_()
+        start = left.clone().requires_grad_()
         with torch.enable_grad():
             raised = objective(start, rows)
             (gradient,) = torch.autograd.grad(raised.sum(), start)
         astray |= gradient.isnan().any()
-        if early_exit:
-            going = ~raised.isposinf()
-            rows, start, gradient = rows[going], start[going], gradient[going]
+        if early_exit and (done := raised.isposinf()).any():
+            of_all = rows, left, centres, reach, gradient, momentum
+            rows, left, centres, reach, gradient, momentum = (one[~done] for one in of_all)
             if not len(rows):
                 break
         if decay:
-            own = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
-            gradient = momentum[rows] = own + decay * momentum[rows]
+            size = gradient.abs().mean((1, 2, 3), keepdim=True)
+            astray |= size.isinf().any()
+            momentum = gradient = gradient / size.clamp(min=torch.finfo(size.dtype).tiny) + decay * momentum
         length = step_size * (1 + math.cos(math.pi * step / steps)) / 2 if falling else step_size
-        moved = within_budget(start.detach() + length * gradient.sign(), images[rows], reach[rows])
-        points = points.index_copy(0, rows, moved)
+        left = within_budget(left + length * gradient.sign(), centres, reach)
+        points = left if len(left) == len(images) else points.index_copy(0, rows, left)
         yield points
-    if early_exit and astray:  # read but once, since a GPU is waited for
+    if strict and astray:  # read but once, since a GPU is waited for
         raise ValueError(
             "the model's gradient in its images is NaN, where an attack stands still, which would look like "
             "robustness; mend the model, where it takes a root or logarithm of 0 for instance"

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from immunity_lib.attacks import (
     attack_images,
     auto_attack,
     check_budget,
+    exact_pgd,
     random_noise,
 )
 from immunity_lib.evaluate import _what_checks_need, evaluate_adaptively, sanity_checks
@@ -93,9 +95,13 @@ def test_a_gradient_of_nan_stops_the_attack_and_counts_as_none(make_linear_model
         labels = decoy(many_images, "uniform").argmax(1)
     with pytest.raises(ValueError, match="gradient in its images is NaN, where an attack stands still"):
         evaluate(decoy, many_images, SMALL)
+    batch, budget = (decoy, many_images, labels), {"eps": 0.1, "step_size": 0.1, "steps": 1}
+    for perturb in (partial(attack_images, attack="mim", gate="trained", early_exit=True),
+                    partial(attack_images, attack="cw", gate="trained"), exact_pgd):  # fmt: skip
+        with pytest.raises(ValueError, match="is NaN, where an attack stands still"):
+            perturb(*batch, **budget)
     # Training goes on: a network in eval mode may give NaN until its batch norms have seen enough
-    adversarial = attack_images(decoy, many_images, labels, "pgd", "trained", eps=0.1, step_size=0.1, steps=1)
-    assert adversarial.isfinite().all()
+    assert attack_images(*batch, "pgd", "trained", **budget).isfinite().all()
     monkeypatch.setattr("immunity_lib.evaluate.exact_pgd", lambda _, images, *__, **___: images)
     for target, share in ((model, 0.0), (decoy, 0.5)):
         assert _what_checks_need(target, many_images, labels, SMALL, results)["zero_gradients"] == share
@@ -204,3 +210,18 @@ def test_square_and_auto_attack_break_the_gate_they_see(make_linear_model, many_
     found = verdicts(model.expert_outputs(adversarial), labels)
     assert found.uniform.double().mean() < 0.7
     assert model.evaluation_gate == "switch"
+
+
+@pytest.mark.parametrize("slope", [1e36, float("inf")])
+def test_a_slope_too_large_for_momentum_is_no_robustness(make_linear_model, many_images, slope):
+    """Its mean over an image overflows, and what is divided by that is zero or NaN."""
+
+    def steep(images):
+        if images.requires_grad:
+            images.register_hook(lambda gradient: gradient.sign() * slope)
+        return images
+
+    model = spoil(make_linear_model(1, sharpness=3.0), to_images=steep)
+    labels, budget = model(many_images).argmax(1), {"eps": 0.03, "step_size": 0.01, "steps": 4}
+    with pytest.raises(ValueError, match="where an attack stands still"):
+        attack_images(model, many_images, labels, "mim", "uniform", **budget, early_exit=True)
