@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,9 +17,10 @@ from immunity_lib.heatmaps import is_empty
 from immunity_lib.moe import ImmunityMoE
 from study.settings import Settings
 from study.store import write_artefact
-from study.tables import DEFENCES, attack_title
+from study.tables import DEFENCES, attack_title, preset_text
 
 COLOURS = color_sequences["petroff10"]  # told apart by colour-blind readers too
+LINES = "-", "--", "-.", ":"
 SCREEN, PRINT = 90, 150  # dots per inch
 BARE = {"xticks": [], "yticks": []}
 CURVES = {  # entries of a training log, with their axes' names
@@ -39,12 +41,14 @@ VERDICTS = {
 
 def save_figure(settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]) -> None:
     """Write figures/<preset>/<name>.png, .pdf and .json (see `write_artefact`).
-    records: the files that the figure was drawn from. No date goes in: the same data give the same bytes."""
+    records: the files that the figure was drawn from, of which the caption will tell preset, data and seeds. No date
+    goes in: the same data give the same bytes."""
     contents = {}
     for ending, metadata in {"png": {}, "pdf": {"CreationDate": None}}.items():
         content = BytesIO()
         figure.savefig(content, format=ending, dpi=PRINT, metadata=metadata)
         contents[ending] = content.getvalue()
+    caption += f" {preset_text(settings, settings.datasets[:1])}." * bool(records)
     write_artefact(settings, name, contents, caption, records)
 
 
@@ -82,7 +86,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping]], curves: Sequence[str]
     The accuracy of the mixture is the line, that of the weakest to the strongest expert the band."""
     figure, panels = make_panels(len(curves), 4, 3.1, 2.6)
     for panel, curve in zip(panels, curves, strict=True):
-        for (model, log), colour in zip(logs.items(), COLOURS, strict=False):
+        for (model, log), colour in zip(logs.items(), cycle(COLOURS), strict=False):
             epochs, values = [entry["epoch"] for entry in log], [entry[curve] for entry in log]
             panel.plot(epochs, values, marker=".", color=colour, label=model)
             if curve == "accuracy":
@@ -191,12 +195,13 @@ def strength_curves(suite: pd.DataFrame, budget: pd.DataFrame) -> Figure:
     sampled = suite["attack"].str.match("eotpgd-|exact-expected")
     suite = suite[sampled & (suite["column"] == "expected over switches")]
     samples = suite["attack"].str.replace("eotpgd-|-expected", "", regex=True)
-    order = list(samples.unique())
+    order = sorted(samples.unique(), key=lambda one: (not one.isdecimal(), one.zfill(10)))  # "exact" last
     suite = suite.assign(place=samples.map(order.index))
-    figure, (left, right) = make_panels(2, 2, 4.8, 3.3)
-    lines = budget.groupby(["model", "training"], sort=False)
-    for ((model, training), own), colour in zip(lines, COLOURS, strict=False):
-        style = {"color": colour, "marker": ".", "label": f"{model}, {training} training"}
+    figure, (left, right) = make_panels(2, 2, 5.6, 3.3)
+    models, trainings = (list(budget[field].unique()) for field in ("model", "training"))
+    for (model, training), own in budget.groupby(["model", "training"], sort=False):
+        style = {"color": COLOURS[models.index(model)], "linestyle": LINES[trainings.index(training)]}
+        style |= {"marker": ".", "label": f"{model}, {training} training"}
         right.plot(255 * own["eps"], own["value"], **style)
         own = suite[(suite["model"] == model) & (suite["training"] == training)]
         left.plot(own["place"], own["value"], **style)

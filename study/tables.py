@@ -145,12 +145,16 @@ def table3(settings: Settings) -> pd.DataFrame:
     return beside_paper(settings, summarise(cells, ["model"]), "table3")
 
 
+def strongest_attack(settings: Settings) -> str:
+    """Of the paper's attacks that the preset has, the last in the order of the tables."""
+    return max(settings.attacks, key=list(ATTACK_TITLES).index)
+
+
 def gates_table(settings: Settings) -> pd.DataFrame:
-    """The mixtures of Table 2 under the strongest iterative attack, for every gate attacked."""
+    """The mixtures of Table 2 under the `strongest_attack`, for every gate attacked."""
     names = [name for name in catalogue.table2_models(settings) if name.method in MIXTURES]
     cells = gate_cells(settings, names).rename(columns={"sees": "attacked gate"})
-    strongest = max(settings.attacks, key=list(ATTACK_TITLES).index)
-    cells = cells[(cells["attack"] == strongest) & (cells["header"] != DEFENCES["switching"])]
+    cells = cells[(cells["attack"] == strongest_attack(settings)) & (cells["header"] != DEFENCES["switching"])]
     return summarise(cells, ["data"] * bool(settings.further_datasets) + ["training", "model", "attacked gate"])
 
 
@@ -258,13 +262,17 @@ def wilson_interval(percent, images: float) -> tuple:
     return tuple(100 * (share + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
 
 
+def preset_text(settings: Settings, datasets: Sequence[str]) -> str:
+    """The preset, some of its data sets and how many seeds, in words."""
+    seeds = "one seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
+    return f"Preset {settings.preset}, {' and '.join(DATA[name] for name in datasets)}, {seeds}"
+
+
 def evidence(settings: Settings, table: pd.DataFrame) -> str:
     """What a table rests on, in words: data, seeds, images and the error that those leave (the 95 % Wilson interval;
     an upper bound for expectations over gates, as each image then varies less)."""
-    seeds = "one seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
-    data = " and ".join(DATA[name] for name in settings.datasets)
     several = "; mean ± standard deviation (number of networks)" * bool(table["count"].max() > 1)
-    sentences = [f"Preset {settings.preset}, {data}, {seeds}{several}."]
+    sentences = [f"{preset_text(settings, settings.datasets[: None if 'data' in table else 1])}{several}."]
     for images, group in table.groupby("images", sort=False):
         low, high = wilson_interval(group.loc[group["unit"] == "%", "value"], images)
         error = f"(95 % interval at most ± {((high - low) / 2).max():.1f} points)"

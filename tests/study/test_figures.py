@@ -128,6 +128,20 @@ def test_strength_curves_run_from_one_sample_to_all_gates():
     assert right.get_lines()[0].get_xydata().tolist() == [[0, 100], [127.5, 99.5], [255, 99]]
 
 
+def test_strength_curves_have_a_line_for_each_model_and_training():
+    """A single network is not attacked by samples of a gate."""
+    models = [(f"model {k}", training) for k in range(6) for training in ("standard", "adversarial")]
+    suite, budget = (frame("model, training", models).assign(column="expected over switches") for _ in range(2))
+    alone, mixture = (suite["model"] == "model 0"), suite.assign(attack="eotpgd-1", value=50)
+    suite = pd.concat([suite[alone].assign(attack="exact-expected", value=40), mixture[~alone]])
+    figure = figures.strength_curves(suite, budget.assign(eps=0.5, value=60))
+    left, right = figure.axes
+    drawn = {(line.get_color(), line.get_linestyle()) for line in right.get_lines()}
+    assert len(drawn) == len(models) and texts(left.get_xticklabels()) == ["1", "exact"]
+    figure.canvas.draw()
+    assert 0 <= figure.legends[0].get_window_extent().x0
+
+
 def test_the_forest_shades_what_is_predicted_and_colours_by_verdict():
     claims = [
         ("a", "at least +5 points", 7.0, 6.0, 8.0, "points", "holds"), ("c", "", *[None] * 4, "not testable"),
@@ -156,7 +170,7 @@ def test_saved_figure_is_the_same_bytes_again_and_says_what_it_rests_on(make_set
     assert saved[0] == saved[1]
     assert saved[0][0].startswith(b"\x89PNG") and saved[0][1].startswith(b"%PDF")
     sidecar = read_json(paths[2])
-    assert sidecar["caption"] == "Curves." and sidecar["settings"]["recipe"]["eps"] == "8/255"
+    assert sidecar["caption"].startswith("Curves. Preset ") and sidecar["settings"]["recipe"]["eps"] == "8/255"
     assert sidecar["records"] == [{"file": "records/one.training.json", "provenance": {"commit": "abc"}}]
     assert not {"data_folder", "output_folder"} & sidecar["settings"].keys()
     assert (settings.figures / "records/one.training.json").read_bytes() == record.read_bytes()
