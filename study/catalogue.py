@@ -99,7 +99,7 @@ def recipe_of(settings: Settings, name: ModelName) -> Recipe:
         changes |= published["fields"]
     changes |= CHANGES.get(name.method, {})
     if name.method == "standalone-wide":
-        changes["width"] = settings.recipe.width * settings.recipe.experts**0.5
+        changes["width"] = changes.get("width", settings.recipe.width) * settings.recipe.experts**0.5
     weights = {"trades": settings.trades_weight, "alp": settings.pairing_weight}
     if name.regime in weights:
         changes |= {"pairing": name.regime, "pairing_weight": weights[name.regime]}

@@ -54,6 +54,13 @@ def test_what_a_model_does_not_use_is_not_in_its_recipe(make_recipe):
     assert make_recipe("immunity", floor=0.5) != make_recipe("immunity")
 
 
+@pytest.mark.parametrize("expert", ["resnet18", "pdarts"])
+def test_the_wide_network_is_as_large_as_the_mixture(make_settings, expert):
+    settings = make_settings(expert=expert, experts=4, width=0.25, baseline_width=0.5, baseline_layers=8)
+    wide, single = (recipe_of(settings, named(method, expert)) for method in ("standalone-wide", "standalone"))
+    assert wide.width == 2 * single.width
+
+
 def test_D12_every_field_of_training_is_the_preset_s(make_settings, make_recipe):
     """But for those that the study sets for each model."""
     assert "seed" not in type(make_settings()).model_fields
