@@ -160,7 +160,7 @@ def _judge(claim: Claim, effects: dict[str, np.ndarray]) -> dict:
         return line | {"verdict": "too few images: no verdict"}
     each = set(map(verdict_of, effects.values()))
     verdict = "holds" if each == {"holds"} else "does not hold" if failed else "no effect"
-    if verdict == "no effect" and max(-low, high) > MARGIN:
+    if verdict == "no effect" and not each <= {"holds", "no effect"}:
         return line | {"verdict": "undecided"}
     tried = effects.values() if verdict == "holds" else [effects[worst]]
     found = [in_units(part.mean())[0] for one in tried for part in parts(one)]

@@ -193,6 +193,7 @@ UNSURE = noise(5, 400, -0.1, spread=0.5)  # its mean is lower, but too little is
         ([FAR, NEAR], "holds"), ([FAR, BELOW], "does not hold"), ([UNSURE, BELOW], "does not hold"),
         ([UNSURE], "undecided"), ([noise(5, 100, 0.0, spread=0.1)], "undecided"),
         ([noise(5, 4000, 0.0)], "no effect"),  # within a point of zero
+        ([noise(5, 4000, 0.0), noise(5, 400, 0.01, spread=0.5)], "undecided"),  # against each
         ([noise(2, 4000, 0.3)], "two trainings: no verdict"),
         *(([noise(3, few, 0.3)], "too few images: no verdict") for few in (1, 29)),
     ],
