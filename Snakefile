@@ -20,11 +20,11 @@ NOTEBOOKS = ROOT / "notebooks"
 workdir: RUNS
 
 
-# What is drawn depends on all that may draw it: both packages, but for the graph's own commands
+# What is drawn depends on all that may draw it: both packages, but for the graph's own commands and an editor's files
 CODE = sorted(
     path
     for package in ("immunity_lib", "study")
-    for path in (ROOT / package).rglob("*.*")
+    for path in (ROOT / package).rglob("[!.]*.*")
     if not {"graph", "__pycache__"} & set(path.relative_to(ROOT).parts)
 )
 # And on all that the preset says, as which models there are

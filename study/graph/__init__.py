@@ -5,28 +5,29 @@ import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from study.settings import Settings, load_preset, preset_names
 
 
-def preset_parser(command: str, description: str, default: str = "demo") -> ArgumentParser:
+def preset_parser(command: str, description: str) -> ArgumentParser:
     """A parser of `python <command>` with --preset, --data and --output."""
     parser = ArgumentParser(prog=f"python {command}", description=description)
-    told = f"one of {', '.join(preset_names())}, or the path of a YAML file (default: {default})"
-    parser.add_argument("--preset", default=default, help=told)
+    told = f"one of {', '.join(preset_names())}, or the path of a YAML file (default: demo)"
+    parser.add_argument("--preset", default="demo", help=told)
     parser.add_argument("--data", default="", help="folder of CIFAR (default: data/) or of your own images")
     parser.add_argument("--output", default="", help="where runs/ and figures/ are (default: the project)")
     return parser
 
 
 def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Namespace, Settings]:
-    """The options and the settings of their preset. What cannot be used ends the command in words, with status 2."""
+    """The options and the settings of their preset."""
     options = parser.parse_args(arguments)
     if options.preset not in preset_names() and os.path.isfile(options.preset):
         options.preset = os.path.abspath(options.preset)
-    try:
+    with refusing(parser):
         for name in ("jobs", "tflops"):
             if (number := getattr(options, name, None)) is not None and not number > 0:
                 raise ValueError(f"--{name} is {number}; it must be above 0")
@@ -34,9 +35,16 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None = None
         if "pretrained" in options:
             changes["pretrained"] = options.pretrained
         settings = load_preset(options.preset, **changes)
+    return options, settings
+
+
+@contextmanager
+def refusing(parser: ArgumentParser) -> Iterator[None]:
+    """What cannot be used within it ends the command in words, with status 2."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    return options, settings
 
 
 def job_command(notebook: str, preset: str | Path, settings: Settings, **further: object) -> str:

@@ -102,7 +102,7 @@ def missing_kernels() -> list[str]:
 
 def profile_folder(name: str) -> Path:
     """Where a profile lies, by its name in profiles/ or by its path; ValueError lists the names."""
-    for folder in (PROFILES / name, Path(name)):
+    for folder in (PROFILES / name, Path(name).expanduser()):
         if (folder / "config.yaml").is_file():
             return folder.resolve()
     known = ", ".join(sorted(path.parent.name for path in PROFILES.glob("*/config.yaml")))

@@ -25,7 +25,7 @@ from immunity_lib.evaluate import BUDGETS
 from immunity_lib.train import build_model, is_compiled, training_loss
 from study import catalogue
 from study.claims import FEWEST_TRAININGS, smallest_visible, trainings_text
-from study.graph import parse_options, preset_parser
+from study.graph import parse_options, preset_parser, refusing
 from study.graph.cost import cost_of, without_images
 from study.settings import Settings
 from study.store import chosen_device
@@ -85,6 +85,9 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
         source = find_source(data, settings.data_folder)
         classes, available = len(source.class_names), source.available
     train = settings.recipe.train_images or available["train"] - settings.recipe.validation_images
+    if train < 1:
+        told = f"validation_images is {settings.recipe.validation_images}, but {data} has only {available['train']}"
+        raise ValueError(f"{told} training images; lower it")
     return classes, train, settings.test_images or available["test"]
 
 
@@ -176,11 +179,12 @@ def format_power(settings: Settings) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = preset_parser("-m study.graph.plan", "What a preset costs.", default="paper")
+    parser = preset_parser("-m study.graph.plan", "What a preset costs.")
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="sustained speed (default: %(default)g)")
     parser.add_argument("--calibrate", action="store_true", help="measure it instead, some seconds for each network")
     options, settings = parse_options(parser, arguments)
-    print(format_plan(settings, measured_tflops(settings) if options.calibrate else options.tflops))
+    with refusing(parser):
+        print(format_plan(settings, measured_tflops(settings) if options.calibrate else options.tflops))
     return 0
 
 

@@ -13,9 +13,9 @@ import pandas as pd
 from pydantic import AwareDatetime, Field, create_model
 
 from study import catalogue
-from study.graph import parse_options, preset_parser
+from study.graph import parse_options, preset_parser, refusing
 from study.settings import ROOT, Settings, read_yaml
-from study.store import ASKED, find_record, own_folder, read_json, record_path
+from study.store import ASKED, find_record, own_folder, read_if_answered, read_json, record_path
 
 LOST = 120.0  # seconds without a sign of life, behind which a job counts as killed
 TOLD = ["running", "failed", "stopped", "lost", "waiting"]  # states beside "done"
@@ -33,15 +33,20 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
     for job, kind in (("02_training", "training"), ("03_attacks", "attacks"), ("06_adaptive_attacks", "adaptive")):
         models = catalogue.measured_models(settings, kind) if kind in ASKED else catalogue.trained_models(settings)
         # But for what comes with the project
-        jobs += [(job, one) for one in models if find_record(settings, one, kind) == record_path(settings, one, kind)]
-    jobs += [(path.stem, None) for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem != "02_training"]
+        jobs += [
+            (job, one, kind) for one in models if find_record(settings, one, kind) == record_path(settings, one, kind)
+        ]
+    jobs += [(path.stem, None, "") for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem[:2] != "02"]
     rows = {}
-    for notebook, model in jobs:
+    for notebook, model, kind in jobs:
         job = f"{notebook}-{model}" if model else notebook
         row = rows[job] = {"notebook": notebook, "state": "waiting", "seconds": None}
         with suppress(FileNotFoundError, ValueError):  # one that is damaged counts as not there
-            row |= dict(JobState(**read_json(settings.runs / "jobs" / f"{job}.json")))
-            row["silence"] = (now - row["seen"]).total_seconds()
+            known = JobState(**read_json(settings.runs / "jobs" / f"{job}.json"))
+            # What a job made may be gone, or of other settings
+            made = model and read_if_answered(record_path(settings, model, kind), settings, model, kind)
+            if known.state != "done" or not model or made:
+                row |= dict(known) | {"silence": (now - known.seen).total_seconds()}
             if row["state"] == "running" and row["silence"] > lost_after:
                 row["state"] = "lost"
         if notebook == "02_training":
@@ -80,7 +85,7 @@ def format_status(settings: Settings, now: datetime, lost_after: float = LOST) -
         lines.append(f"to go, and of which none has ended yet: {', '.join(unknown)}")
     told = jobs[jobs["state"].isin(TOLD[:-1])].sort_values("state", key=lambda s: s.map(TOLD.index))
     for name, job in told.iterrows():
-        line = f"  {job.state:8} {name} on {job.machine}, seen {timedelta(seconds=round(job.silence))} ago"
+        line = f"  {job.state:8} {name} on {job.machine}, seen {timedelta(seconds=max(round(job.silence), 0))} ago"
         if job.trained > 0:
             line += f": {job.trained:.0f} of {job.epochs:.0f} epochs, {job.epoch:.3g} s each"
         lines.append(f"{line}: {job.error}" if job.state == "failed" else line)
@@ -88,14 +93,16 @@ def format_status(settings: Settings, now: datetime, lost_after: float = LOST) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    _, settings = parse_options(preset_parser("-m study.graph.status", "How far a preset is."), arguments)
+    parser = preset_parser("-m study.graph.status", "How far a preset is.")
+    _, settings = parse_options(parser, arguments)
     if not settings.runs.is_dir():
         print(f"preset {settings.preset} has no results in {settings.runs}: nothing was started")
         return 0
     with suppress(FileNotFoundError, ValueError):
         asked = read_yaml(settings.runs / "graph.yaml").get("pretrained") is True
         settings = settings.model_copy(update={"pretrained": asked})
-    print(format_status(settings, datetime.now(UTC)))
+    with refusing(parser):
+        print(format_status(settings, datetime.now(UTC)))
     return 0
 
 

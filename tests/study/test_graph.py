@@ -17,10 +17,10 @@ import yaml
 from filelock import FileLock
 from graph import job_command, reproduce_command, wait_for
 
-from study.catalogue import measured_models, trained_models
+from study.catalogue import measured_models, recipe_of, trained_models
 from study.graph import checks, job, plan, run, status
 from study.settings import ROOT, load_preset
-from study.store import own_folder, read_json, write_atomically, write_json
+from study.store import own_folder, read_json, record_path, write_atomically, write_json
 
 MODEL = "parts10-moe-resnet18-standard-seed0"
 
@@ -244,6 +244,19 @@ def test_C6_a_wrong_option_is_told_before_anything_runs(command, options, told, 
     assert_told(told, capsys)
 
 
+@pytest.mark.parametrize(
+    ("command", "changes", "told"),
+    [*((command, {"width": 3.0, "controls": ["standalone-wide"]}, "width is 4.24") for command in (plan, status)),
+     (plan, {"dataset": "cifar10", "validation_images": 60_000, "train_images": None}, "validation_images is 60000")],
+)  # fmt: skip
+def test_a_preset_that_cannot_be_is_refused_in_words(tmp_path, command, changes, told, capsys):
+    preset, settings = smoke_preset(tmp_path, adaptive=["moe"], **changes)
+    settings.runs.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        command.main([f"--preset={preset}", f"--output={tmp_path}"])
+    assert_told(told, capsys)
+
+
 def test_all_that_stands_in_the_way_is_told_at_once(tmp_path, monkeypatch, capsys):
     """Of names, data, models, disk, memory and GPUs, before anything is computed."""
     images = tmp_path / "one class"
@@ -423,6 +436,10 @@ def test_time_to_go_comes_from_measured_epochs_and_is_shared_by_jobs_that_run(se
     (other,) = (name for name in models if name.expert == "advrush" and name.regime == "standard")
     for model in set(models) - {first, second, other}:
         put_job(settings, f"02_training-{model}", "done")
+        write_json(record_path(settings, model, "training"), {"recipe": recipe_of(settings, model).as_json()})
+    gone = measured_models(settings, "attacks")[0]  # its results were removed
+    put_job(settings, f"03_attacks-{gone}", "done")
+    assert f" {len(models) - 3} of " in status.format_status(settings, NOW)
     put_log(settings, first, 4, seconds=60.0)
     put_job(settings, f"02_training-{first}", "running", seen=NOW - timedelta(seconds=5))
     to_go = timedelta(seconds=6 * 60 + 10 * 60 + 10 * 60)
