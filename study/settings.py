@@ -112,6 +112,8 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             count, available = getattr(self, field), self.test_images
             if None not in (available, count) and count > available:
                 wrong.append(f"{field} is {count}, but test_images only {available}; lower it, or raise those")
+        if (few := self.auto_attack_images or 0) > self.adaptive_count:
+            wrong.append(f"auto_attack_images is {few}, but adaptive_images only {self.adaptive_count}; lower it")
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
@@ -230,5 +232,7 @@ def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
             # The notebook's own cell names its preset first, and begins anew
             names = names if cell.startswith(f"{PARAMETERS}\n") else set()
             names |= {node.id for node in found if isinstance(node.ctx, ast.Store)}
+    if not names:
+        raise ValueError(f"no cell of parameters has run: its first line is {PARAMETERS!r}, and must stay so")
     parameters = {name: namespace[name] for name in sorted(names)}
     return load_preset(parameters.pop("preset", "demo"), **parameters)

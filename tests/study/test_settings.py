@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from study.catalogue import ModelName, trained_models
 from study.settings import ROOT, load_preset, notebook_settings
 
 
@@ -28,6 +27,7 @@ def test_eps_can_be_a_fraction_or_a_decimal(make_settings):
      ("attacks", ["deepfool"], "attacks.0 = 'deepfool': .*'fgsm'"), ("seeds", [1, 1], r"seeds repeat: \[1, 1\]"),
      ("further_datasets", ["parts10"], r"datasets repeat: \['parts10', 'parts10'\]"),
      ("attacked_images", 1000, "attacked_images is 1000, but test_images only 128"),
+     ("auto_attack_images", 99, "auto_attack_images is 99, but adaptive_images only "),
      ("output_folder", "s3://bucket/out", "is an address; name a folder of this machine"),
      ("epohcs", 3, "unknown parameter 'epohcs'; valid names: .*epochs, eps")],
 )  # fmt: skip
@@ -75,7 +75,6 @@ def test_a_preset_of_one_s_own_finds_its_folder_from_where_it_lies(mine, tmp_pat
     settings = load_preset(path, data_folder="elsewhere", epochs=7)
     given = "mine", str(Path("elsewhere").absolute()), 7
     assert (settings.preset, settings.data_folder, settings.recipe.epochs) == given
-    assert all(ModelName.parse(str(name)) == name for name in trained_models(settings))
 
 
 def test_C5_the_home_folder_is_found(mine):
@@ -99,7 +98,6 @@ def settings_of(*cells):
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [
-        ([], load_preset("demo")),
         ([OWN], load_preset("smoke")),
         ([OWN, INJECTED], load_preset("smoke", epochs=9)),
         # Not what start-up files bring, nor what the notebook has computed before it runs again
@@ -112,6 +110,11 @@ def settings_of(*cells):
 )  # fmt: skip
 def test_B1_B2_only_cells_of_parameters_count_on_top_of_the_preset(cells, expected):
     assert settings_of(*cells) == expected
+
+
+def test_B1_neighbours_a_changed_first_line_is_not_passed_over():
+    with pytest.raises(ValueError, match="no cell of parameters has run: its first line is '# Parameters'"):
+        settings_of("# my run\n" + OWN)
 
 
 @pytest.mark.parametrize("cells", [[OWN, "# Parameters\nepohcs = 9\n"], [OWN + "epohcs: int = 9\n"]])
