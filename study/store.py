@@ -9,12 +9,14 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,9 +141,9 @@ def pretrained_folder(settings: Settings, name: ModelName) -> Path:
 def _remedy(settings: Settings) -> str:
     """The command that makes what is missing."""
     preset = settings.preset if settings.preset in preset_names() else f"<the file of {settings.preset}>"
-    given = {"PRESET": preset, "DATA": settings.data_folder, "OUTPUT": settings.output_folder}
-    command = " ".join(["make reproduce", *(f"{key}={one}" for key, one in given.items() if one)])
-    return f"run: {command} (settings that differ from that preset's need a preset of their own)"
+    given = {"DATA": settings.data_folder, "OUTPUT": settings.output_folder}
+    command = " ".join([f"PRESET={preset}", *(f"{key}={shlex.quote(one)}" for key, one in given.items() if one)])
+    return f"run: make reproduce {command} (settings that differ from that preset's need a preset of their own)"
 
 
 def trained_model(settings: Settings, name: ModelName, dataset: Dataset) -> ImmunityMoE:
@@ -260,7 +262,7 @@ def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
     shipped = pretrained_folder(settings, name) / ("record.json" if kind == "training" else f"{kind}.json")
     for path in (own, shipped)[: 1 + settings.pretrained]:
         try:
-            if _read_if_answered(path, settings, name, kind):
+            if read_if_answered(path, settings, name, kind):
                 return path
         except (DamagedFile, OSError) as error:
             remedy = "" if path == own else f"; {RESTORED}"
@@ -273,7 +275,7 @@ def read_record(settings: Settings, name: ModelName, kind: str) -> dict[str, Any
     none of these settings yet, and DamagedFile, which sets a measurement aside, to be made anew by the graph."""
     path = find_record(settings, name, kind)
     try:
-        if known := _read_if_answered(path, settings, name, kind):
+        if known := read_if_answered(path, settings, name, kind):
             return known
     except DamagedFile as error:
         if kind == "training":  # set aside by `trained_model`, with the weights
@@ -283,7 +285,7 @@ def read_record(settings: Settings, name: ModelName, kind: str) -> dict[str, Any
     raise FileNotFoundError(f"{name} {told} with these settings yet ({path}); {_remedy(settings)}")
 
 
-def _read_if_answered(path: Path, settings: Settings, name: ModelName, kind: str) -> dict[str, Any] | None:
+def read_if_answered(path: Path, settings: Settings, name: ModelName, kind: str) -> dict[str, Any] | None:
     """A record, if it is there, and about these settings and the training that is there."""
     if not path.exists():
         return None
@@ -326,8 +328,9 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
     for name in names:
         read_record(settings, name, kind)  # says what is missing
         path = find_record(settings, name, kind).with_suffix(".parquet")
+        content = path.read_bytes() if path.exists() else b""  # a disk that fails now may not later
         try:
-            frame = pd.read_parquet(path)
+            frame = pd.read_parquet(BytesIO(content))
             if lacking := COLUMNS - set(frame):
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
         except Exception as error:  # for a damaged file, pandas and pyarrow raise errors of all kinds
@@ -358,6 +361,7 @@ def write_artefact(
     beside it and its provenance. The same records give the same bytes. The paths are printed.
     What is of one model that was asked for alone is shown and not written, since tables and figures are of all."""
     if settings.model:
+        print(f"{name} is not saved: it would be of {settings.model} alone")
         return
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):

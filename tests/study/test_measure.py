@@ -87,6 +87,14 @@ def test_D7_neighbours_what_is_not_whole_is_set_aside_and_remade(
     assert f"{path.with_suffix(ending).name}{told}" in said and "it is made anew" in said
 
 
+def test_D7_neighbours_a_disk_that_fails_now_costs_no_measurement(settings, monkeypatch):
+    path = record_path(settings, NAME, "attacks")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Stale"):
+        patch.setattr(type(path), "read_bytes", Mock(side_effect=OSError(116, "Stale file handle")))
+        read_frame(settings, [NAME], "attacks")
+    assert len(read_frame(settings, [NAME], "attacks")) and not list(path.parent.glob("*.aside-*"))
+
+
 @KINDS
 @pytest.mark.parametrize("other", ["weights", "data"])
 def test_a_record_about_other_weights_or_data_is_remade(settings, dataset, measurement, capsys, make, kind, other):
