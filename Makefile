@@ -46,10 +46,10 @@ smoke:  ## the same graph at its smallest, to see that everything runs
 smoke: override PRESET = smoke
 reproduce smoke: $(INSTALLED)
 	.venv/bin/python -m study.graph.run $(WHAT) $(WHERE) $(if $(JOBS),--jobs "$$JOBS") \
-		$(if $(PROFILE),--profile "$$PROFILE") $(if $(filter-out 0,$(PRETRAINED)),--pretrained)
+		$(if $(PROFILE),--profile "$$PROFILE") $(if $(filter-out 0 no false,$(PRETRAINED)),--pretrained)
 
 plan: $(INSTALLED)  ## print what PRESET would cost, before anything runs
-	.venv/bin/python -m study.graph.plan $(WHAT) $(WHERE) $(if $(filter-out 0,$(CALIBRATE)),--calibrate)
+	.venv/bin/python -m study.graph.plan $(WHAT) $(WHERE) $(if $(filter-out 0 no false,$(CALIBRATE)),--calibrate)
 
 status: $(INSTALLED)  ## how far PRESET is, and when it will be done; from any machine
 	.venv/bin/python -m study.graph.status $(WHAT) $(WHERE)
@@ -69,7 +69,7 @@ site: $(INSTALLED)  ## build site/, notebooks and figures as plain HTML, from wh
 	.venv/bin/python docs/build_site.py $(WHAT) $(WHERE)
 
 pretrained: $(INSTALLED)  ## write the weights that come with the project from those in runs/
-	.venv/bin/python pretrained/publish.py $(WHAT)
+	.venv/bin/python pretrained/publish.py $(WHAT) $(WHERE)
 
 test: $(INSTALLED)  ## check the style and run all tests but those of test-node
 	.venv/bin/python -m ruff check .

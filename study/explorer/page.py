@@ -118,9 +118,9 @@ def data_address(pixels: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def gallery_figure(exploration: Exploration, columns: int = 10) -> Figure:
-    """The images to choose from, by their numbers."""
-    subjects = exploration.gallery
+def gallery_figure(exploration: Exploration) -> Figure:
+    """The images to choose from, by their numbers, ten to a row."""
+    subjects, columns = exploration.gallery, 10
     rows = -(-len(subjects) // columns)
     figure, axes = make_grid(rows, columns, (0.95 * columns, 1.12 * rows), subplot_kw=BARE)
     for number, (panel, subject) in enumerate(zip(axes.T.flat, subjects, strict=False)):

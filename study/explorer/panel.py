@@ -46,7 +46,7 @@ class Explorer(widgets.VBox):
         self.attacked_gate = _chooser("attack sees", {title: gate for gate, title in ATTACKED_GATES.items()}, "uniform")
         self.method = _chooser("CAM method", CAM_METHODS, CAM_METHODS[0])
         self.explained = _chooser("map is for", explained, TRUE_CLASS)
-        self.budget = _chooser("eps", budgets, min(PRESET_BUDGET, len(budgets) - 1), widgets.SelectionSlider)
+        self.budget = _chooser("eps", budgets, PRESET_BUDGET, widgets.SelectionSlider)
         shown = {"description": "take the session home", "icon": "download", "layout": {"width": "auto"}}
         told = "write the images looked at, with their maps under attack, as one HTML file"
         self.save = widgets.Button(tooltip=told, **shown)

@@ -63,12 +63,6 @@ def test_a_card_has_the_tables_numbers_with_their_intervals():
     assert shown["all adaptive attacks"] == round(float(worst[0]["value"]), 1)
 
 
-def test_the_interval_is_wilson_s():
-    """Half of a hundred, and none of ten, as textbooks have them."""
-    assert wilson_interval(50, 100) == pytest.approx((40.383, 59.617), abs=1e-3)
-    assert wilson_interval(0, 10) == pytest.approx((0, 27.753), abs=1e-3)
-
-
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A copy of one model that ships, which a test may change."""

@@ -108,6 +108,14 @@ def test_what_is_told_of_real_images_is_what_their_frames_have():
             assert re.search(rf"\b{right[attack]:.1f}\b", told), (path, attack)
 
 
+def test_what_is_told_of_switching_is_what_the_tables_of_single_trainings_have():
+    told = (ROOT / "docs/findings.md").read_text().partition("## One training\n")[2].partition("**The suite.**")[0]
+    for preset in ("demo", "cifar10-small"):
+        worth = pd.read_csv(ROOT / f"figures/{preset}/gate_worth.csv").query("column == 'switching'")["value"]
+        for value in (worth.min(), worth.max()):
+            assert re.search(rf"\b{abs(value):.1f}\b", told), (preset, value)
+
+
 def test_what_the_docs_name_exists_and_the_other_way_round():
     page, fields = (ROOT / "docs/presets.md").read_text(), {*TRAINING, *Settings.model_fields}
     for name in {*preset_names(), *fields} - {"recipe"}:
