@@ -43,18 +43,16 @@ def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 cross_entropy = partial(functional.cross_entropy, reduction="none")
 # What each climbs, of the mixture's log-probabilities and the labels, and how, see `ascent_path`. PGD starts at a
-# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0. They are strict
-# where they judge: in eval mode, a network in training may give NaN until its batch norms have seen enough.
+# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0. FGSM is one step.
 CLIMBS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], dict]] = {
     "bim": (cross_entropy, {"random_start": False}),
     "mim": (cross_entropy, {"random_start": False, "decay": 1.0}),
     "pgd": (cross_entropy, {}),
     # As Madry et al. (2018, arXiv 1706.06083) use the Carlini-Wagner margin; torchattacks' own CW is in l_2
-    "cw": (margin, {"strict": True}),
+    "cw": (margin, {}),
 }
 # Of torchattacks: from a model and a budget to what attacks (images, labels)
 OF_LIBRARY: dict[str, Callable] = {
-    "fgsm": lambda library, model, eps, step, steps: library.FGSM(model, eps),
     # PGD on the divergence from the clean answer, which TRADES trains on
     "tpgd": lambda library, model, eps, step, steps: library.TPGD(model, eps, step, steps),
     # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
@@ -66,26 +64,32 @@ OF_LIBRARY: dict[str, Callable] = {
         lambda *batch: library.APGD(model, eps=eps, steps=steps).perturb(*batch, best_loss=True)[1]
     ),
 }
-ATTACKS = (*OF_LIBRARY, *CLIMBS)
+ATTACKS = ("fgsm", *OF_LIBRARY, *CLIMBS)
 
 
 def attack_images(
     model: ImmunityMoE, images: Tensor, labels: Tensor, attack: str, gate: Gate, *,
-    eps: float, step_size: float, steps: int, early_exit: bool = False,
+    eps: float, step_size: float, steps: int, early_exit: bool = False, strict: bool = True,
 ) -> Tensor:  # fmt: skip
     """Adversarial images by one of ATTACKS, checked to keep their budget. The model is attacked in eval mode, and the
-    mode of each of its modules is as before afterwards. early_exit: see `climb`; for those of CLIMBS."""
+    mode of each of its modules is as before afterwards. early_exit: see `climb`; for those of CLIMBS. strict: raise
+    ValueError if a gradient is NaN; not for training, where a network in eval mode may give NaN until its batch norms
+    have seen enough. Attacks of OF_LIBRARY follow gradients of their own: of the images alone one is looked at."""
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+    if attack == "fgsm":
+        attack, step_size, steps, early_exit = "bim", eps, 1, False  # an exit after the only step saves nothing
     if attack in CLIMBS:
         raised, how = CLIMBS[attack]
         adversarial = climb(
             model, images, labels, lambda outputs, labels: raised(outputs.mixture(gate), labels),
-            eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, **{"strict": early_exit} | how,
+            eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, strict=strict, **how,
         )  # fmt: skip
     else:
         check_effort(eps, steps)
         check_batch(model, images, labels)
+        if strict:  # at the trained gate, which draws nothing that the attack would then draw otherwise
+            attack_images(model, images, labels, "fgsm", "trained", eps=eps, step_size=eps, steps=1)
         import torchattacks  # costs a second, which only attackers should pay
 
         before, model.evaluation_gate = model.evaluation_gate, gate
@@ -163,8 +167,8 @@ def ascent_path(
         yield points
     if strict and astray:  # read but once, since a GPU is waited for
         raise ValueError(
-            "the model's gradient in its images is NaN, where an attack stands still, which would look like "
-            "robustness; mend the model, where it takes a root or logarithm of 0 for instance"
+            "the model's gradient in its images is NaN, or too large for momentum, where an attack stands still, which "
+            "would look like robustness; mend the model, where it takes a root or logarithm of 0 for instance"
         )
 
 
