@@ -86,7 +86,7 @@ def attack_images(
             eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, strict=strict, **how,
         )  # fmt: skip
     else:
-        check_effort(eps, steps)
+        check_effort(eps, step_size, steps=steps)
         check_batch(model, images, labels)
         if strict:  # at the trained gate, which draws nothing that the attack would then draw otherwise
             attack_images(model, images, labels, "fgsm", "trained", eps=eps, step_size=eps, steps=1)
@@ -104,7 +104,7 @@ def attack_images(
 
 def climb(
     model: ImmunityMoE, images: Tensor, labels: Tensor, raised: Callable[[ExpertOutputs, Tensor], Tensor], *,
-    eps: float, steps: int, early_exit: bool = False, **how,
+    eps: float, step_size: float, steps: int, early_exit: bool = False, **how,
 ) -> Tensor:  # fmt: skip
     """Adversarial images where an `ascent_path` ends, on the model in eval mode.
 
@@ -112,7 +112,7 @@ def climb(
     every expert alone stays where it is, since nothing is left to win; for judging a model, not for training it.
     how: the path's options, as strict.
     """
-    check_effort(eps, steps)
+    check_effort(eps, step_size, steps=steps)
     check_batch(model, images, labels)
 
     def objective(points: Tensor, rows: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def climb(
         return found.masked_fill(~verdicts(outputs, labels[rows]).any_right, torch.inf) if early_exit else found
 
     with in_eval_mode(model):
-        return ascend(objective, images, eps=eps, steps=steps, early_exit=early_exit, **how)
+        return ascend(objective, images, eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, **how)
 
 
 def ascent_path(
@@ -190,8 +190,7 @@ AIMS: dict[str, Callable[[ExpertOutputs, Tensor], Tensor]] = {
 
 def exact_pgd(
     model: ImmunityMoE, images: Tensor, labels: Tensor, *,
-    eps: float, step_size: float, steps: int, aim: str = "expected", random_start: bool = True,
-    early_exit: bool = False,
+    eps: float, step_size: float, steps: int, aim: str = "expected", early_exit: bool = False,
 ) -> Tensor:  # fmt: skip
     """PGD on an exact expectation over all permutations of the gate.
 
@@ -202,8 +201,8 @@ def exact_pgd(
     """
     if aim not in AIMS:
         raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
-    how = {"step_size": step_size, "random_start": random_start, "early_exit": early_exit}
-    return climb(model, images, labels, AIMS[aim], eps=eps, steps=steps, **how)
+    budget = {"eps": eps, "step_size": step_size, "steps": steps}
+    return climb(model, images, labels, AIMS[aim], **budget, early_exit=early_exit)
 
 
 @torch.no_grad()
@@ -212,7 +211,7 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
 
     The step falls from eps to 0 by a cosine: a long search and a fine one need both (as Auto-PGD halves its own).
     Images that every gate gets wrong are let be."""
-    check_effort(eps, steps)
+    check_effort(eps, eps, steps=steps)
     check_batch(model, images, labels)
 
     def look_at(points: Tensor, rows: Tensor, aim: str, left: Tensor) -> Tensor:
@@ -270,7 +269,7 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     """Of so many corners of the eps-ball around each image, drawn at random, the one that the most gates get wrong.
     It uses no gradient: if it finds what gradients miss, they mislead (Carlini et al. 2019, arXiv 1902.06705,
     sections 4.3 and 4.11)."""
-    check_effort(eps, draws, "draws")
+    check_effort(eps, eps, draws=draws)
     check_batch(model, images, labels)
     best = images.clone()
     most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
@@ -305,7 +304,7 @@ def auto_attack(
     """
     if isinstance(only, str) or not set(only) <= set(PARTS_OF_AUTO_ATTACK):
         raise ValueError(f"only is {only!r}; give a tuple of some of {', '.join(PARTS_OF_AUTO_ATTACK)}")
-    check_effort(eps, steps)
+    check_effort(eps, eps, steps=steps)
     from pyautoattack import AutoAttack  # costs a second, which only attackers should pay
 
     check_batch(model, images, labels)
@@ -362,12 +361,13 @@ class Effort:
     step_size: float
     steps: int  # of PGD and its kin
     samples: tuple[int, ...]  # of the gate for each gradient of EOTPGD, an attack for each
-    auto_attack_steps: int  # Square has 50 queries for each, and random noise 5 draws
+    auto_attack_steps: int  # its Square has 50 queries for each, Square alone 10, random noise 5 draws
     auto_attack_images: int | None = None  # the first ones, for AutoAttack and what needs no gradient; None: all
 
     def __post_init__(self) -> None:
-        check_effort(self.eps, self.steps)
-        check_effort(self.eps, self.auto_attack_steps, "auto_attack_steps")
+        images = 1 if self.auto_attack_images is None else self.auto_attack_images
+        counts = {"steps": self.steps, "auto_attack_steps": self.auto_attack_steps, "auto_attack_images": images}
+        check_effort(self.eps, self.step_size, samples=min(self.samples, default=1), **counts)
 
 
 @dataclass(frozen=True)
@@ -451,16 +451,17 @@ def fold(model: nn.Module) -> nn.Module:
             if _is_plain(convolution, nn.Conv2d) and _is_plain(norm, nn.BatchNorm2d) and norm.track_running_stats:
                 sequence[index] = fuse_conv_bn_eval(convolution, norm)
                 sequence[index + 1] = nn.Identity()
-                if index + 2 < len(sequence) and isinstance(sequence[index + 2], nn.ReLU):
+                if index + 2 < len(sequence) and _is_plain(sequence[index + 2], nn.ReLU):
                     # Nothing else reads what the convolution puts out, its own gradient included
                     sequence[index + 2] = nn.ReLU(inplace=True)
     return model.eval()  # the layers that are new, too
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what this class says, from its weights as they are. Pruning and the older norms of
-    weights are hooks; a parametrized module is of a class of its own."""
-    return type(module) is kind and not module._forward_pre_hooks and not module._forward_hooks
+    """Whether a module and its gradient are what this class says, of its weights as they are. Pruning and the older
+    norms of weights are hooks; a parametrized module is of a class of its own."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return type(module) is kind and not any(hooks)
 
 
 def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
@@ -468,12 +469,16 @@ def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor
     return (images + (points - images).clamp(-eps, eps)).clamp(0, 1)
 
 
-def check_effort(eps: float, steps: int, name: str = "steps") -> None:
-    """Raise ValueError unless eps is in the units of images, 0 .. 1, and there is a step; name: of what counts them."""
+def check_effort(eps: float, step_size: float, **counts: int) -> None:
+    """Raise ValueError unless eps is in the units of images, 0 .. 1, a step has a length (or eps none either), and each
+    of the counts, given by their names, is at least 1."""
     if not 0 <= eps <= 1:  # so phrased that NaN fails
         raise ValueError(f"eps is {eps}; it must lie in 0 to 1, as images do: write 8/255 for 8 of 255 levels")
-    if not steps >= 1:
-        raise ValueError(f"{name} is {steps}; it must be at least 1, as an attack without one leaves images unmoved")
+    if not (0 < step_size < math.inf or step_size == eps == 0):
+        raise ValueError(f"step_size is {step_size}; it must be finite and above 0: write 2/255 for 2 of 255 levels")
+    for name, count in counts.items():
+        if not count >= 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1: an attack without one leaves images unmoved")
 
 
 def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:
