@@ -159,13 +159,16 @@ def test_each_check_tells_faked_robustness_from_none(found, check):
         assert "1 of 3 images" in failed[0].evidence
 
 
-def test_what_is_done_is_not_made_again_and_what_is_made_is_kept(make_linear_model, many_images):
-    """So a run that was stopped goes on; an attack does not depend on those before it."""
+def test_what_is_done_is_not_made_again_and_what_is_made_is_kept(make_linear_model, many_images, monkeypatch):
+    """So a run that was stopped goes on; neither an attack nor a check depends on what was done before it."""
     model, kept, again = make_linear_model(2), {}, {}
-    results, _ = evaluate(model, many_images, SMALL, keep=lambda *of: kept.update({of[0]: of[1:]}))
+    anywhere = lambda _, images, *__, **___: torch.rand_like(images)  # noqa: E731
+    monkeypatch.setattr("immunity_lib.evaluate.exact_pgd", anywhere)  # so that a check shows what it draws
+    results, summary = evaluate(model, many_images, SMALL, keep=lambda *of: kept.update({of[0]: of[1:]}))
     assert kept == results
     done = {name: kept[name] for name in ("fgsm", "bim", "mim")}
-    evaluate(model, many_images, SMALL, done=done, keep=lambda *of: again.update({of[0]: of[1:]}))
+    _, of_rest = evaluate(model, many_images, SMALL, done=done, keep=lambda *of: again.update({of[0]: of[1:]}))
+    assert of_rest == summary == evaluate(model, many_images, SMALL, done=kept)[1]
     assert again.keys() == results.keys() - done.keys()
     for name, (found, _) in again.items():
         assert torch.equal(found.switched, kept[name][0].switched)
