@@ -73,8 +73,8 @@ def attack_images(
 ) -> Tensor:  # fmt: skip
     """Adversarial images by one of ATTACKS, checked to keep their budget. The model is attacked in eval mode, and the
     mode of each of its modules is as before afterwards. early_exit: see `climb`; for those of CLIMBS. strict: raise
-    ValueError if a gradient is NaN; not for training, where a network in eval mode may give NaN until its batch norms
-    have seen enough. Attacks of OF_LIBRARY follow gradients of their own: of the images alone one is looked at."""
+    ValueError where a gradient is NaN, for OF_LIBRARY at the images alone. Training is not strict: until its batch
+    norms have seen enough, a network in eval mode may give NaN."""
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
     if attack == "fgsm":
@@ -201,8 +201,7 @@ def exact_pgd(
     """
     if aim not in AIMS:
         raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
-    budget = {"eps": eps, "step_size": step_size, "steps": steps}
-    return climb(model, images, labels, AIMS[aim], **budget, early_exit=early_exit)
+    return climb(model, images, labels, AIMS[aim], eps=eps, step_size=step_size, steps=steps, early_exit=early_exit)
 
 
 @torch.no_grad()
@@ -271,12 +270,10 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     sections 4.3 and 4.11)."""
     check_effort(eps, eps, draws=draws)
     check_batch(model, images, labels)
-    best = images.clone()
-    most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
+    best, most = images.clone(), torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
     with in_eval_mode(model):
         for _ in range(draws):
-            corner = eps * torch.randint_like(images, 2).mul_(2).sub_(1)
-            points = within_budget(images + corner, images, eps)
+            points = within_budget(images + eps * torch.randint_like(images, 2).mul_(2).sub_(1), images, eps)
             failure = verdicts(model.expert_outputs(points), labels).failure
             better = failure > most
             best[better], most[better] = points[better], failure[better]
@@ -329,10 +326,9 @@ def auto_attack(
     warnings, handler = [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())
     judge.logger.addHandler(handler)
-    points = images.contiguous()
     try:
         with torch.random.fork_rng():  # it sets the seed of all that draws
-            adversarial, _ = judge.run_standard_evaluation(points, labels, batch_size=len(points))
+            adversarial, _ = judge.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))
     finally:
         judge.logger.removeHandler(handler)
     # What they refer to is a file of AutoAttack's own repository
@@ -365,8 +361,7 @@ class Effort:
     auto_attack_images: int | None = None  # the first ones, for AutoAttack and what needs no gradient; None: all
 
     def __post_init__(self) -> None:
-        images = 1 if self.auto_attack_images is None else self.auto_attack_images
-        counts = {"steps": self.steps, "auto_attack_steps": self.auto_attack_steps, "auto_attack_images": images}
+        counts = {name: getattr(self, name) for name in ("steps", "auto_attack_steps", "auto_attack_images")}
         check_effort(self.eps, self.step_size, samples=min(self.samples, default=1), **counts)
 
 
@@ -430,8 +425,7 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
     add("noise", "black box", "all gates", noise)
     for number, expert in enumerate(target.experts, start=1):
         alone = ImmunityMoE([expert], ConstantGate(1), "uniform").to(device)
-        perturb = seeing("pgd", "uniform", alone)
-        add(f"pgd-expert-{number}", "transfer", f"expert {number} alone", perturb)
+        add(f"pgd-expert-{number}", "transfer", f"expert {number} alone", seeing("pgd", "uniform", alone))
     for name, surrogate in surrogates.items():
         add(f"pgd-{name}", "transfer", name, seeing("pgd", "uniform", fold(surrogate)))
     return attacks
@@ -469,15 +463,15 @@ def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor
     return (images + (points - images).clamp(-eps, eps)).clamp(0, 1)
 
 
-def check_effort(eps: float, step_size: float, **counts: int) -> None:
+def check_effort(eps: float, step_size: float, **counts: int | None) -> None:
     """Raise ValueError unless eps is in the units of images, 0 .. 1, a step has a length (or eps none either), and each
-    of the counts, given by their names, is at least 1."""
+    of the counts, given by their names, is at least 1, or None for all."""
     if not 0 <= eps <= 1:  # so phrased that NaN fails
         raise ValueError(f"eps is {eps}; it must lie in 0 to 1, as images do: write 8/255 for 8 of 255 levels")
     if not (0 < step_size < math.inf or step_size == eps == 0):
         raise ValueError(f"step_size is {step_size}; it must be finite and above 0: write 2/255 for 2 of 255 levels")
     for name, count in counts.items():
-        if not count >= 1:
+        if count is not None and not count >= 1:
             raise ValueError(f"{name} is {count}; it must be at least 1: an attack without one leaves images unmoved")
 
 

@@ -37,8 +37,7 @@ def expert_heatmaps(
     """
     check_batch(model, images, labels)
     if not create_graph:
-        # A graph even where all weights are frozen; copies, since what inference mode made can be in none
-        images, labels = images.detach().clone().requires_grad_(), labels.clone()
+        images, labels = images.detach().clone().requires_grad_(), labels.clone()  # a graph of frozen weights, too
     with nullcontext() if create_graph else in_eval_mode(model), torch.enable_grad():
         outputs = model.expert_outputs(images)
         maps = normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)

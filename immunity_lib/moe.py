@@ -222,14 +222,13 @@ def switched_probabilities(outputs: ExpertOutputs) -> Tensor:
 def verdicts(outputs: ExpertOutputs, labels: Tensor) -> GateVerdicts:
     """Which images are classified correctly under each gate and by each expert, from one pass of the experts.
     Raises ValueError unless labels are (B,)."""
-    check_labels(labels, outputs.logits)
-
-    def right(scores: Tensor) -> Tensor:  # of scores (B, G, C), (B, G)
-        largest, answers = scores.max(-1)
-        return (answers == labels[:, None]) & ~largest.isnan()  # NaN is no answer, not class 0
-
-    trained, uniform = right(torch.stack([outputs.mixture(one) for one in ("trained", "uniform")], 1)).unbind(1)
-    return GateVerdicts(trained, uniform, right(switched_probabilities(outputs)), right(outputs.logits))
+    if labels.shape != outputs.logits.shape[:1]:  # which would be broadcast
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(outputs.logits)} images; give each image one")
+    mixtures = [outputs.mixture(one)[:, None] for one in ("trained", "uniform")]
+    found = (scores.max(-1) for scores in (*mixtures, switched_probabilities(outputs), outputs.logits))
+    # NaN is no answer, not class 0
+    trained, uniform, *others = ((answers == labels[:, None]) & ~largest.isnan() for largest, answers in found)
+    return GateVerdicts(trained.squeeze(1), uniform.squeeze(1), *others)
 
 
 ROUNDING = 1e-6  # a float32 image plus a float32 perturbation may miss its bounds by this much
@@ -243,23 +242,17 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images must lie in [0, 1], found {low:g} to {high:g}: {remedy}")
 
 
-def check_labels(labels: Tensor, images: Tensor) -> None:
-    """Raise ValueError unless there is one label for each image, (B,)."""
-    if labels.shape != images.shape[:1]:  # others would be broadcast
-        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; give each image one")
-
-
 def check_batch(model: ImmunityMoE, images: Tensor, labels: Tensor) -> None:
     """Raise ValueError unless the images are (B, 3, 32, 32), B >= 1, float32 or float64 in [0, 1], each with a label in
     0 .. C - 1, int64."""
-    if images.shape[1:] != (3, 32, 32) or not len(images):
-        raise ValueError(f"images of shape {tuple(images.shape)}; give at least one, as (B, 3, 32, 32)")
-    if images.dtype not in (torch.float32, torch.float64):  # 8/255 in bfloat16 may become 8.5/255
-        raise ValueError(f"images are {images.dtype}; give torch.float32, with torch.autocast for a coarser network")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels are {labels.dtype}; give torch.int64, as labels.long() is")
+    # In bfloat16, 8/255 may become 8.5/255
+    if images.shape[1:] != (3, 32, 32) or not len(images) or images.dtype not in (torch.float32, torch.float64):
+        found = f"images of shape {tuple(images.shape)} are {images.dtype}"
+        raise ValueError(f"{found}; give (B, 3, 32, 32) of torch.float32, B >= 1; for mixed precision, torch.autocast")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        found = f"labels of shape {tuple(labels.shape)} for {len(images)} images are {labels.dtype}"
+        raise ValueError(f"{found}; give each image one, torch.int64")
     check_images(images)
-    check_labels(labels, images)
     classes = model.experts[0].num_classes
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= classes:

@@ -204,20 +204,18 @@ def test_A9_images_and_labels_that_the_model_cannot_have_are_refused(model, imag
         (images * 255, r"found \S+ to 2\d\d\S*: divide 8-bit images by 255"),
         ((images - 0.5) / 0.25, "do not normalise them"),
         (images * float("nan"), "found nan to nan"),
-        (images[:, :1], r"images of shape \(8, 1, 32, 32\); give .* \(B, 3, 32, 32\)"),
-        (images[0], r"images of shape \(3, 32, 32\); "),
-        (images[:0], r"images of shape \(0, 3, 32, 32\); give at least one"),
-        (images.bfloat16(), "images are torch.bfloat16; give torch.float32"),  # it cannot tell 8/255 from 8.5/255
+        (images[:, :1], r"images of shape \(8, 1, 32, 32\) .*; give \(B, 3, 32, 32\)"),
+        (images[0], r"images of shape \(3, 32, 32\) "),
+        (images[:0], r"images of shape \(0, 3, 32, 32\) .*; give .*, B >= 1"),
+        (images.bfloat16(), "are torch.bfloat16; give .* torch.float32"),  # it cannot tell 8/255 from 8.5/255
     ):
         with pytest.raises(ValueError, match=found):
             call(model, spoilt, labels[: len(spoilt)])
-    with pytest.raises(ValueError, match=r"labels are torch.int32; .*labels.long\(\)"):
-        call(model, images, labels.int())
     for label in (-1, 10):
         with pytest.raises(ValueError, match=f"0 to 9, found .*{label}"):
             call(model, images, torch.where(labels == labels[0], label, labels))
-    for wrong in (labels[:1], labels[:7], labels[:, None]):
-        with pytest.raises(ValueError, match=r"labels of shape \(.* for 8 images; give each"):
+    for wrong in (labels[:1], labels[:7], labels[:, None], labels.int()):
+        with pytest.raises(ValueError, match=r"labels of shape \(.* for 8 images are .*; give each .* torch.int64"):
             call(model, images, wrong)
 
 
