@@ -43,18 +43,16 @@ def margin(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 cross_entropy = partial(functional.cross_entropy, reduction="none")
 # What each climbs, of the mixture's log-probabilities and the labels, and how, see `ascent_path`. PGD starts at a
-# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0. They are strict
-# where they judge: in eval mode, a network in training may give NaN until its batch norms have seen enough.
+# random point of the ball and BIM at the image, their one difference; MIM's momentum decays by 1.0. FGSM is one step.
 CLIMBS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], dict]] = {
     "bim": (cross_entropy, {"random_start": False}),
     "mim": (cross_entropy, {"random_start": False, "decay": 1.0}),
     "pgd": (cross_entropy, {}),
     # As Madry et al. (2018, arXiv 1706.06083) use the Carlini-Wagner margin; torchattacks' own CW is in l_2
-    "cw": (margin, {"strict": True}),
+    "cw": (margin, {}),
 }
 # Of torchattacks: from a model and a budget to what attacks (images, labels)
 OF_LIBRARY: dict[str, Callable] = {
-    "fgsm": lambda library, model, eps, step, steps: library.FGSM(model, eps),
     # PGD on the divergence from the clean answer, which TRADES trains on
     "tpgd": lambda library, model, eps, step, steps: library.TPGD(model, eps, step, steps),
     # FGSM from a random start with a step of 1.25 eps: adversarial training on small machines
@@ -66,26 +64,32 @@ OF_LIBRARY: dict[str, Callable] = {
         lambda *batch: library.APGD(model, eps=eps, steps=steps).perturb(*batch, best_loss=True)[1]
     ),
 }
-ATTACKS = (*OF_LIBRARY, *CLIMBS)
+ATTACKS = ("fgsm", *OF_LIBRARY, *CLIMBS)
 
 
 def attack_images(
     model: ImmunityMoE, images: Tensor, labels: Tensor, attack: str, gate: Gate, *,
-    eps: float, step_size: float, steps: int, early_exit: bool = False,
+    eps: float, step_size: float, steps: int, early_exit: bool = False, strict: bool = True,
 ) -> Tensor:  # fmt: skip
     """Adversarial images by one of ATTACKS, checked to keep their budget. The model is attacked in eval mode, and the
-    mode of each of its modules is as before afterwards. early_exit: see `climb`; for those of CLIMBS."""
+    mode of each of its modules is as before afterwards. early_exit: see `climb`; for those of CLIMBS. strict: raise
+    ValueError where a gradient is NaN, for OF_LIBRARY at the images alone. Training is not strict: until its batch
+    norms have seen enough, a network in eval mode may give NaN."""
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; valid names: {', '.join(ATTACKS)}")
+    if attack == "fgsm":
+        attack, step_size, steps, early_exit = "bim", eps, 1, False  # an exit after the only step saves nothing
     if attack in CLIMBS:
         raised, how = CLIMBS[attack]
         adversarial = climb(
             model, images, labels, lambda outputs, labels: raised(outputs.mixture(gate), labels),
-            eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, **{"strict": early_exit} | how,
+            eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, strict=strict, **how,
         )  # fmt: skip
     else:
-        check_effort(eps, steps)
+        check_effort(eps, step_size, steps=steps)
         check_batch(model, images, labels)
+        if strict:  # at the trained gate, which draws nothing that the attack would then draw otherwise
+            attack_images(model, images, labels, "fgsm", "trained", eps=eps, step_size=eps, steps=1)
         import torchattacks  # costs a second, which only attackers should pay
 
         before, model.evaluation_gate = model.evaluation_gate, gate
@@ -100,7 +104,7 @@ def attack_images(
 
 def climb(
     model: ImmunityMoE, images: Tensor, labels: Tensor, raised: Callable[[ExpertOutputs, Tensor], Tensor], *,
-    eps: float, steps: int, early_exit: bool = False, **how,
+    eps: float, step_size: float, steps: int, early_exit: bool = False, **how,
 ) -> Tensor:  # fmt: skip
     """Adversarial images where an `ascent_path` ends, on the model in eval mode.
 
@@ -108,7 +112,7 @@ def climb(
     every expert alone stays where it is, since nothing is left to win; for judging a model, not for training it.
     how: the path's options, as strict.
     """
-    check_effort(eps, steps)
+    check_effort(eps, step_size, steps=steps)
     check_batch(model, images, labels)
 
     def objective(points: Tensor, rows: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ def climb(
         return found.masked_fill(~verdicts(outputs, labels[rows]).any_right, torch.inf) if early_exit else found
 
     with in_eval_mode(model):
-        return ascend(objective, images, eps=eps, steps=steps, early_exit=early_exit, **how)
+        return ascend(objective, images, eps=eps, step_size=step_size, steps=steps, early_exit=early_exit, **how)
 
 
 def ascent_path(
@@ -163,8 +167,8 @@ def ascent_path(
         yield points
     if strict and astray:  # read but once, since a GPU is waited for
         raise ValueError(
-            "the model's gradient in its images is NaN, where an attack stands still, which would look like "
-            "robustness; mend the model, where it takes a root or logarithm of 0 for instance"
+            "the model's gradient in its images is NaN, or too large for momentum, where an attack stands still, which "
+            "would look like robustness; mend the model, where it takes a root or logarithm of 0 for instance"
         )
 
 
@@ -186,8 +190,7 @@ AIMS: dict[str, Callable[[ExpertOutputs, Tensor], Tensor]] = {
 
 def exact_pgd(
     model: ImmunityMoE, images: Tensor, labels: Tensor, *,
-    eps: float, step_size: float, steps: int, aim: str = "expected", random_start: bool = True,
-    early_exit: bool = False,
+    eps: float, step_size: float, steps: int, aim: str = "expected", early_exit: bool = False,
 ) -> Tensor:  # fmt: skip
     """PGD on an exact expectation over all permutations of the gate.
 
@@ -198,8 +201,7 @@ def exact_pgd(
     """
     if aim not in AIMS:
         raise ValueError(f"unknown aim {aim!r}; choose one of {', '.join(AIMS)}")
-    how = {"step_size": step_size, "random_start": random_start, "early_exit": early_exit}
-    return climb(model, images, labels, AIMS[aim], eps=eps, steps=steps, **how)
+    return climb(model, images, labels, AIMS[aim], eps=eps, step_size=step_size, steps=steps, early_exit=early_exit)
 
 
 @torch.no_grad()
@@ -208,7 +210,7 @@ def strongest_points(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps:
 
     The step falls from eps to 0 by a cosine: a long search and a fine one need both (as Auto-PGD halves its own).
     Images that every gate gets wrong are let be."""
-    check_effort(eps, steps)
+    check_effort(eps, eps, steps=steps)
     check_batch(model, images, labels)
 
     def look_at(points: Tensor, rows: Tensor, aim: str, left: Tensor) -> Tensor:
@@ -266,14 +268,12 @@ def random_noise(model: ImmunityMoE, images: Tensor, labels: Tensor, *, eps: flo
     """Of so many corners of the eps-ball around each image, drawn at random, the one that the most gates get wrong.
     It uses no gradient: if it finds what gradients miss, they mislead (Carlini et al. 2019, arXiv 1902.06705,
     sections 4.3 and 4.11)."""
-    check_effort(eps, draws, "draws")
+    check_effort(eps, eps, draws=draws)
     check_batch(model, images, labels)
-    best = images.clone()
-    most = torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
+    best, most = images.clone(), torch.full((len(images),), -1.0, dtype=torch.double, device=images.device)
     with in_eval_mode(model):
         for _ in range(draws):
-            corner = eps * torch.randint_like(images, 2).mul_(2).sub_(1)
-            points = within_budget(images + corner, images, eps)
+            points = within_budget(images + eps * torch.randint_like(images, 2).mul_(2).sub_(1), images, eps)
             failure = verdicts(model.expert_outputs(points), labels).failure
             better = failure > most
             best[better], most[better] = points[better], failure[better]
@@ -301,7 +301,7 @@ def auto_attack(
     """
     if isinstance(only, str) or not set(only) <= set(PARTS_OF_AUTO_ATTACK):
         raise ValueError(f"only is {only!r}; give a tuple of some of {', '.join(PARTS_OF_AUTO_ATTACK)}")
-    check_effort(eps, steps)
+    check_effort(eps, eps, steps=steps)
     from pyautoattack import AutoAttack  # costs a second, which only attackers should pay
 
     check_batch(model, images, labels)
@@ -326,10 +326,9 @@ def auto_attack(
     warnings, handler = [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())
     judge.logger.addHandler(handler)
-    points = images.contiguous()
     try:
         with torch.random.fork_rng():  # it sets the seed of all that draws
-            adversarial, _ = judge.run_standard_evaluation(points, labels, batch_size=len(points))
+            adversarial, _ = judge.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))
     finally:
         judge.logger.removeHandler(handler)
     # What they refer to is a file of AutoAttack's own repository
@@ -358,12 +357,12 @@ class Effort:
     step_size: float
     steps: int  # of PGD and its kin
     samples: tuple[int, ...]  # of the gate for each gradient of EOTPGD, an attack for each
-    auto_attack_steps: int  # Square has 50 queries for each, and random noise 5 draws
+    auto_attack_steps: int  # its Square has 50 queries for each, Square alone 10, random noise 5 draws
     auto_attack_images: int | None = None  # the first ones, for AutoAttack and what needs no gradient; None: all
 
     def __post_init__(self) -> None:
-        check_effort(self.eps, self.steps)
-        check_effort(self.eps, self.auto_attack_steps, "auto_attack_steps")
+        counts = {name: getattr(self, name) for name in ("steps", "auto_attack_steps", "auto_attack_images")}
+        check_effort(self.eps, self.step_size, samples=min(self.samples, default=1), **counts)
 
 
 @dataclass(frozen=True)
@@ -426,8 +425,7 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
     add("noise", "black box", "all gates", noise)
     for number, expert in enumerate(target.experts, start=1):
         alone = ImmunityMoE([expert], ConstantGate(1), "uniform").to(device)
-        perturb = seeing("pgd", "uniform", alone)
-        add(f"pgd-expert-{number}", "transfer", f"expert {number} alone", perturb)
+        add(f"pgd-expert-{number}", "transfer", f"expert {number} alone", seeing("pgd", "uniform", alone))
     for name, surrogate in surrogates.items():
         add(f"pgd-{name}", "transfer", name, seeing("pgd", "uniform", fold(surrogate)))
     return attacks
@@ -447,16 +445,17 @@ def fold(model: nn.Module) -> nn.Module:
             if _is_plain(convolution, nn.Conv2d) and _is_plain(norm, nn.BatchNorm2d) and norm.track_running_stats:
                 sequence[index] = fuse_conv_bn_eval(convolution, norm)
                 sequence[index + 1] = nn.Identity()
-                if index + 2 < len(sequence) and isinstance(sequence[index + 2], nn.ReLU):
+                if index + 2 < len(sequence) and _is_plain(sequence[index + 2], nn.ReLU):
                     # Nothing else reads what the convolution puts out, its own gradient included
                     sequence[index + 2] = nn.ReLU(inplace=True)
     return model.eval()  # the layers that are new, too
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what this class says, from its weights as they are. Pruning and the older norms of
-    weights are hooks; a parametrized module is of a class of its own."""
-    return type(module) is kind and not module._forward_pre_hooks and not module._forward_hooks
+    """Whether a module and its gradient are what this class says, of its weights as they are. Pruning and the older
+    norms of weights are hooks; a parametrized module is of a class of its own."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return type(module) is kind and not any(hooks)
 
 
 def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
@@ -464,12 +463,16 @@ def within_budget(points: Tensor, images: Tensor, eps: float | Tensor) -> Tensor
     return (images + (points - images).clamp(-eps, eps)).clamp(0, 1)
 
 
-def check_effort(eps: float, steps: int, name: str = "steps") -> None:
-    """Raise ValueError unless eps is in the units of images, 0 .. 1, and there is a step; name: of what counts them."""
+def check_effort(eps: float, step_size: float, **counts: int | None) -> None:
+    """Raise ValueError unless eps is in the units of images, 0 .. 1, a step has a length (or eps none either), and each
+    of the counts, given by their names, is at least 1, or None for all."""
     if not 0 <= eps <= 1:  # so phrased that NaN fails
         raise ValueError(f"eps is {eps}; it must lie in 0 to 1, as images do: write 8/255 for 8 of 255 levels")
-    if not steps >= 1:
-        raise ValueError(f"{name} is {steps}; it must be at least 1, as an attack without one leaves images unmoved")
+    if not (0 < step_size < math.inf or step_size == eps == 0):
+        raise ValueError(f"step_size is {step_size}; it must be finite and above 0: write 2/255 for 2 of 255 levels")
+    for name, count in counts.items():
+        if count is not None and not count >= 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1: an attack without one leaves images unmoved")
 
 
 def check_budget(images: Tensor, adversarial: Tensor, eps: float) -> None:

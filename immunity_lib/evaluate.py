@@ -35,17 +35,14 @@ Result = tuple[GateVerdicts, dict]  # of an attack: verdicts, and what is told o
 
 
 def verdicts_over_gates(model: ImmunityMoE, batches: Iterable[tuple[Tensor, Tensor]]) -> GateVerdicts:
-    """Verdicts of a model, put in eval mode, over batches of (images, labels), one pass each."""
-    model.eval()
-    with torch.no_grad():
-        found = [verdicts(model.expert_outputs(images), labels) for images, labels in batches]
-    return GateVerdicts.join(found)
+    """Verdicts of a model, in eval mode meanwhile, over batches of (images, labels), one pass each."""
+    with in_eval_mode(model), torch.no_grad():
+        return GateVerdicts.join([verdicts(model.expert_outputs(images), labels) for images, labels in batches])
 
 
 def verdicts_under_attack(
     model: ImmunityMoE, image_set: ImageSet, attack: str, gate: Gate, *,
-    eps: float, step_size: float, steps: int,
-    batch_size: int = BATCH, seed: int = 0, device: torch.device | None = None,
+    eps: float, step_size: float, steps: int, seed: int = 0, device: torch.device | None = None,
 ) -> GateVerdicts:  # fmt: skip
     """Verdicts on adversarial images made against the given gate.
 
@@ -55,13 +52,13 @@ def verdicts_under_attack(
     target, budget = fold(model), {"eps": eps, "step_size": step_size, "steps": steps}
 
     def judge(rows: slice) -> GateVerdicts:
-        ((images, labels),) = evaluation_batches(image_set.select(rows), batch_size, device)
+        ((images, labels),) = evaluation_batches(image_set.select(rows), BATCH, device)
         adversarial = attack_images(target, images, labels, attack, gate, **budget, early_exit=True)
         return verdicts_over_gates(model, [(adversarial, labels)])
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return GateVerdicts.join(in_parts(judge, len(image_set), batch_size, f"{attack} on the {gate} gate"))
+        return GateVerdicts.join(in_parts(judge, len(image_set), title=f"{attack} on the {gate} gate"))
 
 
 def in_parts(measure: Callable[[slice], Any], count: int, size: int = BATCH, title: str = "") -> list:
@@ -115,7 +112,7 @@ def evaluate_adaptively(
                 f"{found.accuracy.switched:.1%} expected under {attack.name} ({found.accuracy.every:.1%} under every "
                 f"gate, plain ensemble {found.accuracy.uniform:.1%}), {told['seconds']:.0f} s"
             )
-        # The checks need no more images
+        torch.manual_seed(0)  # nor do the checks then; they need no more images
         measured = _what_checks_need(target, images[:BATCH], labels[:BATCH], effort, results)
     return results, {
         "agreement": agreement(model, images),
@@ -125,8 +122,7 @@ def evaluate_adaptively(
 
 
 def _attack(target: ImmunityMoE, images: Tensor, labels: Tensor, attack: AdaptiveAttack, eps: float) -> Result:
-    started = time.perf_counter()
-    flags = []
+    started, flags = time.perf_counter(), []
 
     def judge(rows: slice) -> GateVerdicts:
         adversarial, said = attack.perturb(images[rows], labels[rows])

@@ -270,9 +270,11 @@ class NetworkExpert(nn.Module):
 
     def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tap = self.network.get_submodule(self.layer)
-        logits = self.network(self.normalise(images))
-        activations, tap.output = tap.output, None
-        return activations, logits
+        try:
+            logits = self.network(self.normalise(images))
+            return tap.output, logits
+        finally:  # after an error too, so that no graph is kept
+            tap.output = None
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_with_features(images)[1]

@@ -37,7 +37,7 @@ def expert_heatmaps(
     """
     check_batch(model, images, labels)
     if not create_graph:
-        images = images.detach().requires_grad_()  # a graph even where all weights are frozen
+        images, labels = images.detach().clone().requires_grad_(), labels.clone()  # a graph of frozen weights, too
     with nullcontext() if create_graph else in_eval_mode(model), torch.enable_grad():
         outputs = model.expert_outputs(images)
         maps = normalise_maps(grad_cam(outputs, labels, create_graph, explained=explained), floor)

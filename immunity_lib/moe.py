@@ -58,7 +58,7 @@ def _switch(log_gate: Tensor, gate: Gate) -> Tensor:
     if gate == "switch-per-image":
         return log_gate.gather(1, torch.rand_like(log_gate).argsort(1))
     if isinstance(gate, Sequence) and sorted(gate) == list(range(experts)):
-        return log_gate[:, list(gate)]
+        return log_gate[:, [int(one) for one in gate]]  # of truth values, it would take a mask
     valid = f"one of {', '.join(GATES)} or a permutation of 0..{experts - 1}"
     raise ValueError(f"gate must be {valid}; got {gate!r}")
 
@@ -114,6 +114,8 @@ class ImmunityMoE(nn.Module):
             if missing := [name for name in EXPERT_NEEDS if not hasattr(expert, name)]:
                 lacks = f"a {type(expert).__name__} is no expert: it lacks {', '.join(missing)}"
                 raise TypeError(f"{lacks}; build_expert makes one, as_expert makes one of any network")
+        if len(set(classes := [expert.num_classes for expert in experts])) > 1:
+            raise ValueError(f"experts of {', '.join(map(str, classes))} classes; build all with one num_classes")
         self.experts = nn.ModuleList(experts)
         self.gate = placed_as(ConvolutionalGate(len(experts)), experts[0]) if gate is None else gate
         self.evaluation_gate = evaluation_gate
@@ -218,10 +220,15 @@ def switched_probabilities(outputs: ExpertOutputs) -> Tensor:
 
 
 def verdicts(outputs: ExpertOutputs, labels: Tensor) -> GateVerdicts:
-    """Which images are classified correctly under each gate and by each expert, from one pass of the experts."""
-    trained, uniform = (outputs.mixture(one).argmax(-1) == labels for one in ("trained", "uniform"))
-    switched = switched_probabilities(outputs).argmax(-1) == labels[:, None]
-    return GateVerdicts(trained, uniform, switched, outputs.logits.argmax(-1) == labels[:, None])
+    """Which images are classified correctly under each gate and by each expert, from one pass of the experts.
+    Raises ValueError unless labels are (B,)."""
+    if labels.shape != outputs.logits.shape[:1]:  # which would be broadcast
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(outputs.logits)} images; give each image one")
+    mixtures = [outputs.mixture(one)[:, None] for one in ("trained", "uniform")]
+    found = (scores.max(-1) for scores in (*mixtures, switched_probabilities(outputs), outputs.logits))
+    # NaN is no answer, not class 0
+    trained, uniform, *others = ((answers == labels[:, None]) & ~largest.isnan() for largest, answers in found)
+    return GateVerdicts(trained.squeeze(1), uniform.squeeze(1), *others)
 
 
 ROUNDING = 1e-6  # a float32 image plus a float32 perturbation may miss its bounds by this much
@@ -236,11 +243,17 @@ def check_images(images: Tensor) -> None:
 
 
 def check_batch(model: ImmunityMoE, images: Tensor, labels: Tensor) -> None:
-    """Raise ValueError unless the images lie in [0, 1], each with a label in 0 .. C - 1."""
+    """Raise ValueError unless the images are (B, 3, 32, 32), B >= 1, float32 or float64 in [0, 1], each with a label in
+    0 .. C - 1, int64."""
+    # In bfloat16, 8/255 may become 8.5/255
+    if images.shape[1:] != (3, 32, 32) or not len(images) or images.dtype not in (torch.float32, torch.float64):
+        found = f"images of shape {tuple(images.shape)} are {images.dtype}"
+        raise ValueError(f"{found}; give (B, 3, 32, 32) of torch.float32, B >= 1; for mixed precision, torch.autocast")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        found = f"labels of shape {tuple(labels.shape)} for {len(images)} images are {labels.dtype}"
+        raise ValueError(f"{found}; give each image one, torch.int64")
     check_images(images)
     classes = model.experts[0].num_classes
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; give each image one")
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= classes:
         found = f"labels must lie in 0 to {classes - 1}, found {low} to {high}"

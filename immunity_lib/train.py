@@ -71,6 +71,9 @@ def train(
     """
     if recipe.pairing != "none" and recipe.adversary is None:
         raise ValueError(f"pairing is {recipe.pairing}, but adversary is None; choose pgd or ffgsm, or pairing none")
+    for split, least in (("train", 2), ("validation", 1)):  # for a batch norm, and for the log
+        if (count := len(dataset.splits.get(split, ()))) < least:
+            raise ValueError(f"{count} {split} images of {dataset.name}; training needs at least {least}: load more")
     model = build_model(recipe, dataset).to(device)
     loss = compiled_loss() if is_compiled(recipe, next(model.parameters()).device) else training_loss
     optimiser = make_optimiser(model, recipe)
@@ -82,7 +85,7 @@ def train(
             at_end.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
         torch.manual_seed(recipe.seed)
         try:
-            log = _restore(folder, source, model, optimiser)
+            log = _restore(folder, recipe, source, model, optimiser)
             if 0 < len(log) < recipe.epochs:
                 print(f"{folder.name} goes on after epoch {len(log)} of {recipe.epochs}", flush=True)
             while len(log) < recipe.epochs:
@@ -204,7 +207,7 @@ def adversarial_images(model: ImmunityMoE, images: Tensor, labels: Tensor, recip
         budget = {"step_size": 1.25 * eps, "steps": 1} if attack == "ffgsm" else budget
         attack = "tpgd"
     with mixed_precision(recipe, images.device):
-        return attack_images(model, images, labels, attack, "trained", eps=eps, **budget)
+        return attack_images(model, images, labels, attack, "trained", eps=eps, strict=False, **budget)
 
 
 def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
@@ -310,7 +313,7 @@ def _save(folder: Path, notes: dict, model: nn.Module, optimiser) -> None:
     write_tensors(folder / CHECKPOINT, tensors, notes)
 
 
-def _restore(folder: Path, source: dict, model: nn.Module, optimiser) -> list[dict]:
+def _restore(folder: Path, recipe: Recipe, source: dict, model: nn.Module, optimiser) -> list[dict]:
     """Load the checkpoint, if there is one of this recipe and data; the log so far. Any other is set aside, and
     training starts from the beginning."""
     path, weights = folder / CHECKPOINT, model.state_dict()
@@ -319,7 +322,7 @@ def _restore(folder: Path, source: dict, model: nn.Module, optimiser) -> list[di
     try:
         tensors, notes = read_tensors(path)
         log = [dict(entry) for entry in notes["log"]]
-        if any(notes[key] != value for key, value in source.items()):
+        if not (recipe.is_that_of(notes["recipe"]) and notes["data"] == source["data"]):
             raise DamagedFile("it belongs to other settings or data")
         parameters = [one for group in optimiser.param_groups for one in group["params"]]
         needed = {f"model.{key}": value.shape for key, value in weights.items()}

@@ -131,7 +131,8 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
     unfinished = store.record_path(settings, name, "adaptive").with_suffix(".unfinished")
 
     def measure(model: ImmunityMoE) -> tuple[pd.DataFrame, dict]:
-        question = _question("adaptive", settings, name, dataset, further)
+        # The record tells of one version of the code, which made all of it
+        question = _question("adaptive", settings, name, dataset, further) | {"library": store.provenance()["library"]}
         done = _read_unfinished(unfinished, question)
 
         def keep(attack: str, found: GateVerdicts, told: dict) -> None:
@@ -159,7 +160,7 @@ def measure_adaptive(settings: Settings, name: ModelName, dataset: Dataset) -> N
 
 
 def _read_unfinished(path: Path, question: dict) -> dict[str, tuple[GateVerdicts, dict]]:
-    """Attacks that an earlier run of the same question had done."""
+    """Attacks that an earlier run of the same question and code had done."""
     done, device = {}, store.chosen_device()
     with suppress(DamagedFile, KeyError):  # or kept by an older version of the code
         tensors, notes = read_tensors(path)

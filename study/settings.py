@@ -90,7 +90,9 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     # of the gate for each gradient of EOTPGD, an attack for each
     gate_samples: list[Count] = Field([1, 2, 5, 10, 20], min_length=1)
     auto_attack_images: Count | None = Field(None, description="of those, for AutoAttack; null: all")
-    auto_attack_steps: Count = Field(100, description="Square has 50 queries for each, and random noise 5 draws")
+    auto_attack_steps: Count = Field(
+        100, description="its Square has 50 queries for each, Square alone 10, random noise 5 draws"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -29,17 +29,16 @@ class Dataset:
 
 def load_dataset(
     name: str, folder: str | os.PathLike | None = None, train_images: int | None = None,
-    validation_images: int = 500, test_images: int | None = None, seed: int = 0,
+    validation_images: int = 500, test_images: int | None = None,
 ) -> Dataset:  # fmt: skip
     """A data set by its name, one of `DATASETS`.
 
     folder: where CIFAR is, or is downloaded to (by default `data` in the working directory); for "images", what holds
     them, in a layout that `images.folder_source` describes. `~` is home. train_images, test_images: how many,
     from the first on; None takes all there are. The validation images are the rows right after the training images,
-    so they are never trained on. seed: draws Parts-10; the others are the same for every seed.
-    Raises ValueError for an unknown name, for more images than there are, for damaged files and a folder in no valid
-    layout; ConnectionError where CIFAR is missing and cannot be downloaded."""
-    source = find_source(name, folder, seed)
+    so they are never trained on. Raises ValueError for an unknown name, for more images than there are, for damaged
+    files and a folder in no valid layout; ConnectionError where CIFAR is missing and cannot be downloaded."""
+    source = find_source(name, folder)
     most = {"validation": source.available["train"] - 1} | source.available
     most["train"] -= validation_images
     asked = dict.fromkeys(most, test_images) | {"train": train_images, "validation": validation_images}
@@ -57,13 +56,12 @@ def load_dataset(
     return Dataset(name, source.class_names, mean, std, part_names, source.description, splits)
 
 
-def find_source(name: str, folder: str | os.PathLike | None = None, seed: int = 0) -> Source:
+def find_source(name: str, folder: str | os.PathLike | None = None) -> Source:
     """Where the images of a data set are, with the arguments and errors of `load_dataset`."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set '{name}'; choose one of {', '.join(DATASETS)}")
     if name == "parts10":
-        read = partial(parts10.generate, seed=seed)
-        return Source("generated", parts10.CLASS_NAMES, parts10.AVAILABLE, read)
+        return Source("generated", parts10.CLASS_NAMES, parts10.AVAILABLE, partial(parts10.generate, seed=0))
     if name == "images" and not folder:
         raise ValueError(f"images of which folder? Name it; {images.LAYOUTS}")
     folder = Path(os.path.abspath(os.path.expanduser(folder or "data")))

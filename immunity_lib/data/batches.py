@@ -34,6 +34,9 @@ class ImageSet:
         if self.images.dtype != torch.uint8:  # batches divide them by 255
             remedy = "give 8-bit pixels, of images in [0, 1] as (255 * images).round().to(torch.uint8)"
             raise ValueError(f"images are {self.images.dtype}; an ImageSet holds torch.uint8: {remedy}")
+        if self.images.shape[1:] != (3, 32, 32) or self.labels.shape != self.images.shape[:1]:
+            found = f"images of shape {tuple(self.images.shape)} and labels of shape {tuple(self.labels.shape)}"
+            raise ValueError(f"{found}; an ImageSet holds (B, 3, 32, 32) and (B,)")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,8 +102,7 @@ def training_batches(
             images = resample(images, maps[batch])
         if cutout:
             images = cut_out(images, centres[batch], cutout, fill)
-        images = images.contiguous(memory_format=torch.channels_last)
-        return images, image_set.labels[order[batch]].to(device)
+        return images.contiguous(memory_format=torch.channels_last), image_set.labels[order[batch]].to(device)
 
     return map(batch_from, range(0, count - 1, batch_size))
 
@@ -111,8 +113,7 @@ def evaluation_batches(image_set: ImageSet, batch_size: int, device: Device = No
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     for start in range(0, len(image_set), batch_size):
         batch = slice(start, start + batch_size)
-        images = _as_floats(image_set.images[batch], device)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = _as_floats(image_set.images[batch], device).contiguous(memory_format=torch.channels_last)
         yield images, image_set.labels[batch].to(device)
 
 

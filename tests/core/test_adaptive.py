@@ -10,6 +10,7 @@ from torch import nn
 
 from immunity_lib import ImmunityMoE
 from immunity_lib.attacks import (
+    ATTACKS,
     FAMILIES,
     Effort,
     adaptive_attacks,
@@ -93,15 +94,15 @@ def test_a_gradient_of_nan_stops_the_attack_and_counts_as_none(make_linear_model
     decoy, results = spoil(model, to_images=root_of_zero), evaluate(model, many_images, SMALL)[0]
     with torch.no_grad():
         labels = decoy(many_images, "uniform").argmax(1)
-    with pytest.raises(ValueError, match="gradient in its images is NaN, where an attack stands still"):
-        evaluate(decoy, many_images, SMALL)
-    batch, budget = (decoy, many_images, labels), {"eps": 0.1, "step_size": 0.1, "steps": 1}
-    for perturb in (partial(attack_images, attack="mim", gate="trained", early_exit=True),
-                    partial(attack_images, attack="cw", gate="trained"), exact_pgd):  # fmt: skip
-        with pytest.raises(ValueError, match="is NaN, where an attack stands still"):
-            perturb(*batch, **budget)
+    batch, budget = (many_images, labels), {"eps": 0.1, "step_size": 0.1, "steps": 1}
+    every = [partial(attack_images, decoy, attack=name, gate="switch", **budget) for name in ATTACKS]
+    others = {one.name: one.perturb for one in adaptive_attacks(model, SMALL, {"decoy": decoy})}  # they look through
+    for run in (*every, partial(exact_pgd, decoy, **budget), others["pgd-decoy"],
+                lambda *_: evaluate(decoy, many_images, SMALL)):  # fmt: skip
+        with pytest.raises(ValueError, match="is NaN, or too large for momentum, where an attack stands still"):
+            run(*batch)
     # Training goes on: a network in eval mode may give NaN until its batch norms have seen enough
-    assert attack_images(*batch, "pgd", "trained", **budget).isfinite().all()
+    assert all(perturb(*batch, strict=False).isfinite().all() for perturb in every)
     monkeypatch.setattr("immunity_lib.evaluate.exact_pgd", lambda _, images, *__, **___: images)
     for target, share in ((model, 0.0), (decoy, 0.5)):
         assert _what_checks_need(target, many_images, labels, SMALL, results)["zero_gradients"] == share
@@ -158,13 +159,16 @@ def test_each_check_tells_faked_robustness_from_none(found, check):
         assert "1 of 3 images" in failed[0].evidence
 
 
-def test_what_is_done_is_not_made_again_and_what_is_made_is_kept(make_linear_model, many_images):
-    """So a run that was stopped goes on; an attack does not depend on those before it."""
+def test_what_is_done_is_not_made_again_and_what_is_made_is_kept(make_linear_model, many_images, monkeypatch):
+    """So a run that was stopped goes on; neither an attack nor a check depends on what was done before it."""
     model, kept, again = make_linear_model(2), {}, {}
-    results, _ = evaluate(model, many_images, SMALL, keep=lambda *of: kept.update({of[0]: of[1:]}))
+    anywhere = lambda _, images, *__, **___: torch.rand_like(images)  # noqa: E731
+    monkeypatch.setattr("immunity_lib.evaluate.exact_pgd", anywhere)  # so that a check shows what it draws
+    results, summary = evaluate(model, many_images, SMALL, keep=lambda *of: kept.update({of[0]: of[1:]}))
     assert kept == results
     done = {name: kept[name] for name in ("fgsm", "bim", "mim")}
-    evaluate(model, many_images, SMALL, done=done, keep=lambda *of: again.update({of[0]: of[1:]}))
+    _, of_rest = evaluate(model, many_images, SMALL, done=done, keep=lambda *of: again.update({of[0]: of[1:]}))
+    assert of_rest == summary == evaluate(model, many_images, SMALL, done=kept)[1]
     assert again.keys() == results.keys() - done.keys()
     for name, (found, _) in again.items():
         assert torch.equal(found.switched, kept[name][0].switched)

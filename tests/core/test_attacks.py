@@ -2,6 +2,7 @@
 torchattacks, and leaving no trace in the model."""
 
 import copy
+import math
 from contextlib import nullcontext
 from functools import partial
 from itertools import permutations
@@ -203,14 +204,18 @@ def test_A9_images_and_labels_that_the_model_cannot_have_are_refused(model, imag
         (images * 255, r"found \S+ to 2\d\d\S*: divide 8-bit images by 255"),
         ((images - 0.5) / 0.25, "do not normalise them"),
         (images * float("nan"), "found nan to nan"),
+        (images[:, :1], r"images of shape \(8, 1, 32, 32\) .*; give \(B, 3, 32, 32\)"),
+        (images[0], r"images of shape \(3, 32, 32\) "),
+        (images[:0], r"images of shape \(0, 3, 32, 32\) .*; give .*, B >= 1"),
+        (images.bfloat16(), "are torch.bfloat16; give .* torch.float32"),  # it cannot tell 8/255 from 8.5/255
     ):
         with pytest.raises(ValueError, match=found):
-            call(model, spoilt, labels)
+            call(model, spoilt, labels[: len(spoilt)])
     for label in (-1, 10):
         with pytest.raises(ValueError, match=f"0 to 9, found .*{label}"):
             call(model, images, torch.where(labels == labels[0], label, labels))
-    for wrong in (labels[:1], labels[:7], labels[:, None]):
-        with pytest.raises(ValueError, match=r"labels of shape \(.* for 8 images; give each"):
+    for wrong in (labels[:1], labels[:7], labels[:, None], labels.int()):
+        with pytest.raises(ValueError, match=r"labels of shape \(.* for 8 images are .*; give each .* torch.int64"):
             call(model, images, wrong)
 
 
@@ -226,18 +231,24 @@ def test_unknown_names_are_refused_with_the_valid_ones(model, images, labels):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"eps": 8}, "eps is 8; .*0 to 1, as images do: write 8/255"), ({"eps": -0.1}, "eps is -0.1; "),
-     ({"eps": float("nan")}, "eps is nan; "), ({"steps": 0}, "s is 0; it must be at least 1, as an attack without")],
+     ({"eps": float("nan")}, "eps is nan; "), ({"steps": 0}, "s is 0; it must be at least 1: an attack without"),
+     *[({"step_size": one}, f"step_size is {one}; .* finite and above 0") for one in (0.0, -STEP, math.nan, math.inf)]],
 )  # fmt: skip
 def test_a_budget_that_no_attack_can_have_is_refused(model, images, labels, changes, message):
     """An eps of 8, meant as 8/255, would be one of all images; and of no step, robustness."""
     batch, budget = (model, images, labels), BUDGET | changes
-    few = {"eps": budget["eps"], "steps": budget["steps"]}
-    for run in (
-        lambda: attack(*batch, "pgd", **budget), lambda: exact_pgd(*batch, **budget),
+    few, steps = {"eps": budget["eps"], "steps": budget["steps"]}, budget["steps"]
+    runs = (
         lambda: strongest_points(*batch, **few), lambda: attacks.auto_attack(*batch, "uniform", **few),
-        lambda: attacks.random_noise(*batch, eps=budget["eps"], draws=budget["steps"]),
-        lambda: attacks.Effort(**budget, samples=(1,), auto_attack_steps=1),
-        lambda: attacks.Effort(budget["eps"], 1.0, 1, (1,), auto_attack_steps=budget["steps"]),
+        lambda: attacks.random_noise(*batch, eps=budget["eps"], draws=steps),
+        lambda: attacks.Effort(budget["eps"], 1.0, 1, (1,), auto_attack_steps=steps),
+        lambda: attacks.Effort(budget["eps"], 1.0, 1, (1, steps), 1),
+        lambda: attacks.Effort(budget["eps"], 1.0, 1, (1,), 1, auto_attack_images=steps),
+    )  # fmt: skip
+    for run in (
+        lambda: attack(*batch, "pgd", **budget), lambda: attack(*batch, "tpgd", **budget),
+        lambda: exact_pgd(*batch, **budget), lambda: attacks.Effort(**budget, samples=(1,), auto_attack_steps=1),
+        *(() if "step_size" in changes else runs),  # which have no step of the caller's
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             run()
@@ -337,7 +348,7 @@ def test_the_strongest_point_is_found_where_pgd_on_the_mean_loss_misses_it(make_
         model.gate = ConstantGate(2)
         model.gate.weights.copy_(torch.tensor([9.0, 0.0]))
     images, labels = torch.full((4, 3, 32, 32), 0.5), torch.zeros(4, dtype=torch.long)
-    mean_loss = exact_pgd(model, images, labels, **BUDGET, random_start=False)
+    mean_loss = attacks.climb(model, images, labels, AIMS["expected"], **BUDGET, random_start=False)
     assert share_fooled(model, images, labels).eq(0).all()
     assert share_fooled(model, mean_loss, labels).eq(0).all()
     assert share_fooled(model, strongest_points(model, images, labels, eps=EPS, steps=10), labels).eq(0.5).all()
@@ -417,6 +428,18 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(images)
 
 
+class Shifted(nn.ReLU):
+    def forward(self, images):
+        return super().forward(images) - 0.3
+
+
+def hooked(module, kind):
+    """Twice what the module gives, or of its gradient."""
+    double = lambda _, *passed: 2 * passed[-1] if kind == "forward" else (2 * passed[0][0],)  # noqa: E731
+    getattr(module, f"register_{kind}_hook")(double)
+    return module
+
+
 PAIR = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
 FOLDED = {  # and how many norms stay
     "used twice": (lambda one, norm: nn.Sequential(one, norm, nn.ReLU(), one, nn.BatchNorm2d(3)), 0),
@@ -427,6 +450,10 @@ FOLDED = {  # and how many norms stay
     "own convolution": (lambda _, norm: nn.Sequential(Doubled(3, 3, 3), norm), 1),
     "hooks": (lambda one, norm: nn.Sequential(nn.utils.spectral_norm(one), norm), 1),
     "parametrized": (lambda one, norm: nn.Sequential(nn.utils.parametrizations.weight_norm(one), norm), 1),
+    "own activation": (lambda one, norm: nn.Sequential(one, norm, Shifted()), 0),
+    "hook on activation": (lambda one, norm: nn.Sequential(one, norm, hooked(nn.ReLU(), "forward")), 0),
+    "backward hook": (lambda one, norm: nn.Sequential(hooked(one, "full_backward"), norm), 1),
+    "backward pre-hook": (lambda one, norm: nn.Sequential(hooked(one, "full_backward_pre"), norm), 1),
     "pruned": (lambda one, norm: nn.Sequential(torch.no_grad()(prune.l1_unstructured)(one, "weight", 0.5), norm), 1),
 }
 
@@ -435,7 +462,12 @@ FOLDED = {  # and how many norms stay
 def test_a_norm_is_folded_into_its_own_plain_convolution_or_stays(images, make, stay):
     network = draw_norms(make(*copy.deepcopy(PAIR)))
     assert count_norms(folded := fold(network)) == stay
-    torch.testing.assert_close(folded(images), network(images))
+    found = []
+    for one in (folded, network):
+        moved = images.clone().requires_grad_()
+        answer = one(moved)
+        found.append((answer, *torch.autograd.grad(answer.square().sum(), moved)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_a_folded_copy_is_its_own_and_for_evaluation_alone(model, images):

@@ -88,11 +88,15 @@ def test_evaluation_is_in_order_and_unchanged_and_impossible_batch_sizes_are_nam
         next(evaluation_batches(image_set, 0))
 
 
-def test_images_that_are_no_bytes_are_refused_with_what_makes_them_bytes(image_set):
+def test_images_of_another_type_or_shape_are_refused_with_what_they_must_be(image_set):
     """Floats would be divided by 255 where they lie, in the caller's own tensor."""
     for images in (image_set.images / 255, image_set.images.int()):
         with pytest.raises(ValueError, match=rf"images are {images.dtype}; .* torch.uint8: .*\(255 \* images\).round"):
             ImageSet(images, image_set.labels)
+    of, to = image_set.images, image_set.labels
+    for wrong in ((of[:, :1], to), (of.movedim(1, -1), to), (of, to[:7]), (of, to[:, None])):
+        with pytest.raises(ValueError, match=r"shape .* and labels of shape .*; an ImageSet holds \(B, 3, 32, 32\)"):
+            ImageSet(*wrong)
     again = ImageSet((255 * (image_set.images / 255)).round().to(torch.uint8), image_set.labels)
     # C2: of fewer images than a notebook shows, all are taken
     assert again.checksum == image_set.first(102).checksum == image_set.checksum and len(image_set.first(3)) == 3

@@ -195,6 +195,10 @@ def test_as_expert_shows_what_a_hook_sees_in_the_network_that_it_copies(images):
     assert torch.equal(logits, expected) and torch.equal(activations, seen[0])
     pairs = ((logits, activations), (expected, seen[0]))
     assert torch.equal(*(torch.autograd.grad(scores[:, 1].sum(), layer)[0] for scores, layer in pairs))
+    expert.network.fc = nn.Linear(1, 1)  # a pass that fails behind the layer leaves nothing of its graph
+    with pytest.raises(RuntimeError, match="shapes"):
+        expert(images)
+    assert expert.network.layer2.output is None
     expert.requires_grad_(False).apply(lambda module: [one.zero_() for one in module.parameters()])
     assert torch.equal(network(expert.normalise(images)), expected)
 

@@ -139,6 +139,9 @@ def test_A4_maps_for_looking_change_nothing_and_do_not_depend_on_the_batch(model
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():  # neither that nor frozen weights keep the maps from their gradients
         frozen = expert_heatmaps(model.requires_grad_(False), images, labels)
+    with torch.inference_mode():
+        batch = images.clone(), labels.clone()
+    torch.testing.assert_close(expert_heatmaps(model, *batch), together)  # nor do images that it made
     torch.testing.assert_close(frozen, together)
     torch.testing.assert_close(frozen.sum((2, 3)), torch.ones(8, 3).double())
 

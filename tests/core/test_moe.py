@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.models import resnet18
 
-from immunity_lib import ImmunityMoE
+from immunity_lib import ImmunityMoE, build_expert
 from immunity_lib.moe import ConstantGate, ExpertOutputs, switched_probabilities, verdicts
 
 
@@ -40,6 +40,19 @@ def test_under_a_permutation_of_eq_1_expert_i_gets_the_weight_of_its_image(seed,
     torch.testing.assert_close(together.mean(1), ensemble)
     torch.testing.assert_close(outputs.mixture("uniform").exp(), ensemble)
     assert torch.equal(found.uniform, ensemble.argmax(1) == labels)
+
+
+def test_nan_is_no_answer():
+    """Not class 0, where the largest of nothing but NaN is found. Whatever rests on it is wrong, and nothing else."""
+    outputs, labels = draw_outputs(0), torch.zeros(4, dtype=torch.long)
+    expected = verdicts(outputs, labels)
+    outputs.logits[1, 2], outputs.log_gate[2] = torch.nan, torch.nan  # of one expert, and of the gate
+    expected.uniform[1] = expected.experts[1, 2] = False
+    expected.trained[1:3] = expected.switched[1:3] = False
+    torch.testing.assert_close(vars(verdicts(outputs, labels)), vars(expected))
+    for wrong in (labels[:, None], labels[:1]):  # which would be compared with every image's answer
+        with pytest.raises(ValueError, match=r"labels of shape \(.* for 4 images; give each"):
+            verdicts(outputs, wrong)
 
 
 @given(seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 3.0, 1e3]))
@@ -81,6 +94,11 @@ def test_permuting_the_rows_of_the_gate_s_linear_layer_permutes_its_weights(mode
     torch.testing.assert_close(after.mixture("trained"), before.mixture(order))
 
 
+def test_truth_values_are_a_permutation_of_two_experts_and_no_mask():
+    outputs = draw_outputs(0, experts=2)
+    assert torch.equal(outputs.mixture([True, False]), outputs.mixture((1, 0)))
+
+
 @pytest.mark.parametrize("gate", ["random", "Switch", "", (0, 1), (0, 1, 1), (1, 2, 3), 3])
 def test_unknown_gates_name_the_valid_ones(model, images, gate):
     with pytest.raises(ValueError, match="trained, uniform, switch, switch-per-image or a perm"):
@@ -104,3 +122,5 @@ def test_D18_a_network_that_is_no_expert_is_refused_with_what_one_needs(model, n
         ImmunityMoE([model.experts[0], network()])
     with pytest.raises(ValueError, match="at least one expert"):
         ImmunityMoE([])
+    with pytest.raises(ValueError, match="experts of 10, 5 classes; build all with one"):
+        ImmunityMoE([model.experts[0], build_expert("resnet18", 5, 0.0625)])

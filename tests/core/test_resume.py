@@ -133,6 +133,15 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_where_it_is(recipe, datase
         read_tensors(tmp_path / "absent")
 
 
+def test_a_checkpoint_from_before_a_field_was_there_is_gone_on_from(recipe, dataset, tmp_path, uninterrupted):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    tensors, notes = read_tensors(checkpoint(folder))
+    del notes["recipe"]["cutout"]
+    write_tensors(checkpoint(folder), tensors, notes)
+    train(recipe, dataset, folder)
+    assert not list(folder.glob("*.aside-*"))
+
+
 WEIGHT, ONE = "model.gate.linear.weight", torch.zeros(1)
 
 

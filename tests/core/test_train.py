@@ -57,6 +57,13 @@ def test_pairing_without_an_adversary_is_refused_before_training(make_recipe, da
         train(replace(make_recipe(), pairing="alp"), dataset, tmp_path)
 
 
+@pytest.mark.parametrize(("split", "count", "least"), [("train", 1, 2), ("validation", 0, 1)])
+def test_data_that_no_epoch_can_end_on_are_refused_before_training(make_recipe, dataset, tmp_path, split, count, least):
+    few = replace(dataset, splits=dataset.splits | {split: dataset.splits[split].first(count)})
+    with pytest.raises(ValueError, match=f"{count} {split} images of parts10; training needs at least {least}: load"):
+        train(make_recipe(), few, tmp_path)
+
+
 def test_a_recipe_is_known_again_from_json(make_recipe):
     """Also from before a field was there, which then stands for its default."""
     recipe = make_recipe(regime="adversarial", eps="4/255")
@@ -82,7 +89,7 @@ def test_inner_attack_gets_the_recipe_s_budget_and_drop_path_rises_linearly(
     monkeypatch.setattr(training, "attack_images", attack)
     recipe = make_recipe("standalone", "adversarial", epochs=2, eps="4/255")
     train(replace(recipe, expert="pdarts", layers=3, drop_path=0.3), dataset, tmp_path)
-    call = ("pgd", "trained", {"eps": 4 / 255, "step_size": 2 / 255, "steps": 2})
+    call = ("pgd", "trained", {"eps": 4 / 255, "step_size": 2 / 255, "steps": 2, "strict": False})
     assert seen == ([(*call, True)] * STEPS + [(*call, False)]) * 2  # the last one of an epoch for the log
     assert shares == [{0.0}] * (STEPS + 1) + [{0.3 / 2}] * (STEPS + 1)
 

@@ -265,7 +265,7 @@ def test_adaptive_attacks_that_were_stopped_go_on(settings, dataset, monkeypatch
 
     record_path(settings, name, "adaptive").unlink()
     wrong = {one: ~right for one, right in tensors.items()}
-    write_tensors(unfinished, wrong, notes | {"question": "of another model"})
+    write_tensors(unfinished, wrong, notes | {"question": notes["question"] | {"library": "another version"}})
     measure_adaptive(settings, name, dataset)  # what was kept and read again is what an undisturbed run finds
     pd.testing.assert_frame_equal(read_frame(settings, [name], "adaptive"), resumed)
 
