@@ -276,7 +276,7 @@ def test_records_of_measurements(folder, record, frame):
             read(here, names, "attacks")
 
 
-NETWORK, SOURCE = torch.nn.Linear(2, 1), {"recipe": {"epochs": 2}, "data": "0"}
+NETWORK, SOURCE = torch.nn.Linear(2, 1), {"recipe": Recipe(epochs=2).as_json(), "data": "0"}
 TENSORS = {"model.weight": torch.zeros(1, 2), "model.bias": torch.zeros(1), "random.cpu": torch.get_rng_state()}
 WRONG = st.sampled_from([torch.zeros(2), torch.zeros(1, dtype=torch.complex64), torch.zeros(5056, dtype=torch.uint8)])
 OTHERS = st.dictionaries(st.sampled_from([*TENSORS, "momentum.0", "momentum.1"]), WRONG, max_size=1)
@@ -291,7 +291,7 @@ def test_checkpoints(folder, notes, header, others):
         read_tensors(path)
     with patch("immunity_lib.files.json.dumps", lambda *_, **__: notes.decode(errors="replace")):
         write_tensors(path, TENSORS | others, {})
-    log = train._restore(folder, SOURCE, NETWORK, torch.optim.SGD(NETWORK.parameters(), 0.1, 0.9))
+    log = train._restore(folder, Recipe(epochs=2), SOURCE, NETWORK, torch.optim.SGD(NETWORK.parameters(), 0.1, 0.9))
     assert all(isinstance(entry, dict) for entry in log)
 
 
