@@ -160,7 +160,7 @@ def test_G9_what_a_job_asks_a_cluster_for_follows_the_plan(make_settings):
 @pytest.mark.slow
 def test_the_plan_of_the_paper_preset(capsys):
     """Without its data; the longest job is one of the largest networks."""
-    assert plan.main([]) == 0
+    assert plan.main(["--preset=paper"]) == 0
     text = capsys.readouterr().out
     assert f"{len(trained_models(load_preset('paper')))} trainings" in text
     (said,) = re.findall(r"^> (.* trainings; .*)$", (ROOT / "docs/gpu-nodes.md").read_text(), re.MULTILINE)
