@@ -35,15 +35,14 @@ from study.store import (
 def publish_measurements(settings: Settings, name: ModelName) -> None:
     """Write what was measured of a model, and how it was trained, to pretrained/<preset>/<name>/."""
     folder = pretrained_folder(settings, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = own_folder(settings, name) / "record.json"
-    if record.exists() and not (folder / WEIGHTS).exists():
-        shutil.copy(record, folder)
+    sources = {} if (folder / WEIGHTS).exists() else {"record.json": own_folder(settings, name) / "record.json"}
     for kind in ASKED:
         found = record_path(settings, name, kind)
-        for path in (found, found.with_suffix(".parquet")):
-            if path.exists():
-                shutil.copy(path, folder / f"{kind}{path.suffix}")
+        sources |= {f"{kind}{path.suffix}": path for path in (found, found.with_suffix(".parquet"))}
+    for called, path in sources.items():
+        if path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / called)
 
 
 def publish_weights(settings: Settings, name: ModelName, dataset: Dataset) -> None:
