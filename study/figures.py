@@ -15,8 +15,9 @@ from torch import Tensor
 
 from immunity_lib.heatmaps import is_empty
 from immunity_lib.moe import ImmunityMoE
+from study.catalogue import ModelName
 from study.settings import Settings
-from study.store import write_artefact
+from study.store import read_json, write_artefact
 from study.tables import DEFENCES, attack_title, preset_text
 
 COLOURS = color_sequences["petroff10"]  # told apart by colour-blind readers too
@@ -41,14 +42,17 @@ VERDICTS = {
 
 def save_figure(settings: Settings, figure: Figure, name: str, caption: str, records: Sequence[Path]) -> None:
     """Write figures/<preset>/<name>.png, .pdf and .json (see `write_artefact`).
-    records: the files that the figure was drawn from, of which the caption will tell preset, data and seeds. No date
-    goes in: the same data give the same bytes."""
+    records: the files that the figure was drawn from; the caption will tell the preset, and their data and seeds. No
+    date goes in: the same data give the same bytes."""
     contents = {}
     for ending, metadata in {"png": {}, "pdf": {"CreationDate": None}}.items():
         content = BytesIO()
         figure.savefig(content, format=ending, dpi=PRINT, metadata=metadata)
         contents[ending] = content.getvalue()
-    caption += f" {preset_text(settings, settings.datasets[:1])}." * bool(records)
+    if records:
+        names = [ModelName.parse(read_json(path)["model"]) for path in records]
+        datasets = dict.fromkeys(name.dataset for name in names)
+        caption += f" {preset_text(settings, datasets, {name.seed for name in names})}."
     write_artefact(settings, name, contents, caption, records)
 
 
@@ -203,7 +207,7 @@ def strength_curves(suite: pd.DataFrame, budget: pd.DataFrame) -> Figure:
         style = {"color": COLOURS[models.index(model)], "linestyle": LINES[trainings.index(training)]}
         style |= {"marker": ".", "label": f"{model}, {training} training"}
         right.plot(255 * own["eps"], own["value"], **style)
-        own = suite[(suite["model"] == model) & (suite["training"] == training)]
+        own = suite[(suite["model"] == model) & (suite["training"] == training)].sort_values("place")
         left.plot(own["place"], own["value"], **style)
     left.set_xticks(range(len(order)), order)
     left.set(xlabel="gates sampled for each gradient", ylabel="accuracy, %")

@@ -262,17 +262,18 @@ def wilson_interval(percent, images: float) -> tuple:
     return tuple(100 * (share + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
 
 
-def preset_text(settings: Settings, datasets: Sequence[str]) -> str:
+def preset_text(settings: Settings, datasets: Collection[str], seeds: Collection[int]) -> str:
     """The preset, some of its data sets and how many seeds, in words."""
-    seeds = "one seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
-    return f"Preset {settings.preset}, {' and '.join(DATA[name] for name in datasets)}, {seeds}"
+    told = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"Preset {settings.preset}, {' and '.join(DATA[name] for name in datasets)}, {told}"
 
 
 def evidence(settings: Settings, table: pd.DataFrame) -> str:
     """What a table rests on, in words: data, seeds, images and the error that those leave (the 95 % Wilson interval;
     an upper bound for expectations over gates, as each image then varies less)."""
     several = "; mean ± standard deviation (number of networks)" * bool(table["count"].max() > 1)
-    sentences = [f"{preset_text(settings, settings.datasets[: None if 'data' in table else 1])}{several}."]
+    datasets = settings.datasets if "data" in table else settings.datasets[:1]
+    sentences = [f"{preset_text(settings, datasets, settings.seeds)}{several}."]
     for images, group in table.groupby("images", sort=False):
         low, high = wilson_interval(group.loc[group["unit"] == "%", "value"], images)
         error = f"(95 % interval at most ± {((high - low) / 2).max():.1f} points)"

@@ -159,8 +159,9 @@ def test_the_forest_shades_what_is_predicted_and_colours_by_verdict():
 
 def test_saved_figure_is_the_same_bytes_again_and_says_what_it_rests_on(make_settings, tmp_path):
     settings = make_settings(output_folder=str(tmp_path))
-    record = settings.runs / "models" / "one" / "record.json"
-    write_json(record, {"kind": "training", "model": "one", "provenance": {"commit": "abc", "finished": "now"}})
+    name = "parts10-moe-resnet18-standard-seed0"
+    record = settings.runs / "models" / name / "record.json"
+    write_json(record, {"kind": "training", "model": name, "provenance": {"commit": "abc", "finished": "now"}})
     saved = []
     for _ in range(2):
         figure = figures.training_curves({"MoE": LOG}, ["accuracy"])
@@ -170,7 +171,8 @@ def test_saved_figure_is_the_same_bytes_again_and_says_what_it_rests_on(make_set
     assert saved[0] == saved[1]
     assert saved[0][0].startswith(b"\x89PNG") and saved[0][1].startswith(b"%PDF")
     sidecar = read_json(paths[2])
-    assert sidecar["caption"].startswith("Curves. Preset ") and sidecar["settings"]["recipe"]["eps"] == "8/255"
-    assert sidecar["records"] == [{"file": "records/one.training.json", "provenance": {"commit": "abc"}}]
+    assert sidecar["caption"] == "Curves. Preset tiny, Parts-10, one seed."
+    assert sidecar["settings"]["recipe"]["eps"] == "8/255"
+    assert sidecar["records"] == [{"file": f"records/{name}.training.json", "provenance": {"commit": "abc"}}]
     assert not {"data_folder", "output_folder"} & sidecar["settings"].keys()
-    assert (settings.figures / "records/one.training.json").read_bytes() == record.read_bytes()
+    assert (settings.figures / f"records/{name}.training.json").read_bytes() == record.read_bytes()
