@@ -24,8 +24,8 @@ workdir: RUNS
 CODE = sorted(
     path
     for package in ("immunity_lib", "study")
-    for path in (ROOT / package).rglob("[!.]*.*")
-    if not {"graph", "__pycache__"} & set(path.relative_to(ROOT).parts)
+    for path in (ROOT / package).rglob("[!.#]*.*[!~]")
+    if not {"graph", "__pycache__", ".ipynb_checkpoints"} & set(path.relative_to(ROOT).parts)
 )
 # And on all that the preset says, as which models there are
 DRAWN = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)

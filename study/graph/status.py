@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, Field, create_model
 from study import catalogue
 from study.graph import parse_options, preset_parser, refusing
 from study.settings import ROOT, Settings, read_yaml
-from study.store import ASKED, find_record, own_folder, read_if_answered, read_json, record_path
+from study.store import ASKED, WEIGHTS, find_record, own_folder, read_if_answered, read_json, record_path
 
 LOST = 120.0  # seconds without a sign of life, behind which a job counts as killed
 TOLD = ["running", "failed", "stopped", "lost", "waiting"]  # states beside "done"
@@ -43,9 +43,7 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
         row = rows[job] = {"notebook": notebook, "state": "waiting", "seconds": None}
         with suppress(FileNotFoundError, ValueError):  # one that is damaged counts as not there
             known = JobState(**read_json(settings.runs / "jobs" / f"{job}.json"))
-            # What a job made may be gone, or of other settings
-            made = model and read_if_answered(record_path(settings, model, kind), settings, model, kind)
-            if known.state != "done" or not model or made:
+            if known.state != "done" or not model or _is_made(settings, model, kind):
                 row |= dict(known) | {"silence": (now - known.seen).total_seconds()}
             if row["state"] == "running" and row["silence"] > lost_after:
                 row["state"] = "lost"
@@ -57,6 +55,15 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
             row |= {"network": model.expert, "epochs": catalogue.recipe_of(settings, model).epochs}
             row |= {"trained": len(times), "epoch": times.mean()}
     return pd.DataFrame.from_dict(rows, orient="index").astype({"seconds": float})
+
+
+def _is_made(settings: Settings, model: catalogue.ModelName, kind: str) -> bool:
+    """Whether what a job made is still there, and of these settings."""
+    path = record_path(settings, model, kind)
+    beside = path.with_name(WEIGHTS) if kind == "training" else path.with_suffix(".parquet")
+    with suppress(OSError, ValueError):
+        return beside.exists() and read_if_answered(path, settings, model, kind) is not None
+    return False
 
 
 def seconds_to_go(jobs: pd.DataFrame) -> tuple[float, list[str]]:

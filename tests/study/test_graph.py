@@ -20,7 +20,7 @@ from graph import job_command, reproduce_command, wait_for
 from study.catalogue import measured_models, recipe_of, trained_models
 from study.graph import checks, job, plan, run, status
 from study.settings import ROOT, load_preset
-from study.store import own_folder, read_json, record_path, write_atomically, write_json
+from study.store import WEIGHTS, own_folder, read_json, record_path, write_atomically, write_json
 
 MODEL = "parts10-moe-resnet18-standard-seed0"
 
@@ -437,9 +437,13 @@ def test_time_to_go_comes_from_measured_epochs_and_is_shared_by_jobs_that_run(se
     for model in set(models) - {first, second, other}:
         put_job(settings, f"02_training-{model}", "done")
         write_json(record_path(settings, model, "training"), {"recipe": recipe_of(settings, model).as_json()})
-    gone = measured_models(settings, "attacks")[0]  # its results were removed
-    put_job(settings, f"03_attacks-{gone}", "done")
-    assert f" {len(models) - 3} of " in status.format_status(settings, NOW)
+        write_atomically(own_folder(settings, model) / WEIGHTS, "")
+    gone, damaged = measured_models(settings, "attacks")[:2]
+    put_job(settings, f"03_attacks-{gone}", "done")  # its results were removed
+    put_job(settings, f"03_attacks-{damaged}", "failed", error="OSError: no space")
+    write_atomically(record_path(settings, damaged, "attacks"), "")
+    told = status.format_status(settings, NOW)
+    assert f" {len(models) - 3} of " in told and "failed " in told and "OSError: no space" in told
     put_log(settings, first, 4, seconds=60.0)
     put_job(settings, f"02_training-{first}", "running", seen=NOW - timedelta(seconds=5))
     to_go = timedelta(seconds=6 * 60 + 10 * 60 + 10 * 60)
