@@ -159,7 +159,7 @@ def make_recipe(method: str, precision: str = "float32", **changes: Any) -> Reci
     losses = {"moe": {"beta": 0.0, "gamma": 0.0}, "immunity": {"beta": 1.0, "gamma": 100.0}}[method]
     known = {
         "dataset": "cifar10", "expert": "resnet18", "width": 0.25, "batch_size": 64, "learning_rate": 0.1,
-        "schedule": "one-cycle", "gradient_clip": 5.0, "rotation": 0.0, "epochs": 10,
+        "schedule": "one-cycle", "gradient_clip": 5.0, "rotation": 0.0, "epochs": 12,
     }  # fmt: skip
     return Recipe(**known | losses | {"precision": "bfloat16" if precision == "bfloat16" else "float32"} | changes)
 
