@@ -4,7 +4,7 @@
 from study import catalogue
 from study.graph import job_command
 from study.settings import NOT_OF_THE_RESULT, ROOT, load_preset
-from study.store import WEIGHTS, find_record, question_of
+from study.store import WEIGHTS, code_files, find_record, question_of
 
 settings = load_preset(
     config["preset"],
@@ -20,13 +20,8 @@ NOTEBOOKS = ROOT / "notebooks"
 workdir: RUNS
 
 
-# What is drawn depends on all that may draw it: both packages, but for the graph's own commands and an editor's files
-CODE = sorted(
-    path
-    for package in ("immunity_lib", "study")
-    for path in (ROOT / package).rglob("[!.#]*.*[!~]")
-    if not {"graph", "__pycache__", ".ipynb_checkpoints"} & set(path.relative_to(ROOT).parts)
-)
+# What is drawn depends on all that may draw it: both packages, but for the graph's own commands
+CODE = [path for path in code_files() if path.parent != ROOT / "study/graph"]
 # And on all that the preset says, as which models there are
 DRAWN = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
 DATA = config.get("data", {})  # checksums, by the name of the data set

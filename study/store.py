@@ -44,6 +44,7 @@ from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, preset_names, vali
 
 PRETRAINED = ROOT / "pretrained"
 RESTORED = "it comes with the project: git checkout pretrained restores it"  # what of it is damaged
+CODE = "immunity_lib", "study"
 PACKAGES = ("torch", "torchvision", "torchattacks", "numpy", "safetensors", "snakemake")
 WEIGHTS = "model.safetensors"
 LOCKED = 24 * 3600  # seconds behind which a lock's holder is taken for dead
@@ -60,10 +61,16 @@ _say_once = cache(print)  # each line, in a process
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
+def code_files() -> list[Path]:
+    """The files of both packages, but for what Python and editors keep beside them: caches, locks and copies."""
+    found = (path for package in CODE for path in (ROOT / package).rglob("[!.#]*.*[!~]"))
+    return sorted(path for path in found if not {"__pycache__", ".ipynb_checkpoints"} & {*path.relative_to(ROOT).parts})
+
+
 def provenance() -> dict[str, Any]:
     """What a result depends on besides its settings: code, packages and hardware."""
-    source, digest = ("immunity_lib", "study"), hashlib.sha256()
-    for path in sorted(path for name in source for path in (ROOT / name).rglob("*.py")):
+    digest = hashlib.sha256()
+    for path in (one for one in code_files() if one.suffix == ".py"):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     about = Path("/proc/cpuinfo")
     named = re.search("model name\\s*: (.*)", about.read_text() if about.exists() else "")
@@ -71,7 +78,7 @@ def provenance() -> dict[str, Any]:
     return {
         # An image has no history, but was told its commit when it was built
         "commit": _git("rev-parse", "HEAD") or os.environ.get("IMMUNITY_COMMIT") or None,
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *source)),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *CODE)),
         "library": digest.hexdigest()[:16],  # by which a record tells which code made it
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},

@@ -20,6 +20,16 @@ NAME = ModelName.parse("parts10-moe-resnet18-standard-seed0")
 PUBLISHED = [path.with_name("record.json") for path in sorted((ROOT / "pretrained").glob("*/*/model.safetensors"))]
 
 
+def test_an_editor_s_files_are_no_code(tmp_path, monkeypatch):
+    """Emacs' lock is a link to nothing."""
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    for name in ("a.py", "claims.yaml", "a.py~", "#a.py#", ".a.py.swp", ".ipynb_checkpoints/a-checkpoint.py"):
+        write_atomically(tmp_path / "study" / name, "")
+    (tmp_path / "study/.#a.py").symlink_to("user@host.1")
+    assert [path.name for path in store.code_files()] == ["a.py", "claims.yaml"]
+    assert store.provenance()["library"]
+
+
 @pytest.fixture(scope="module")
 def trained_folder(make_settings, dataset, tmp_path_factory):
     """An output folder in which the model, one epoch long, and its twin of seed 1 are trained."""
