@@ -49,12 +49,8 @@ def main() -> None:
     def judge() -> torch.Tensor:
         return auto_attack(model, images, labels, "uniform", eps=EPS, steps=JUDGED_STEPS)[0]
 
-    compare(
-        "AutoAttack, adversarial training, against pyautoattack",
-        model,
-        labels,
-        {"ours": judge, "theirs": judge_by_pyautoattack},
-    )
+    cases = {"ours": judge, "theirs": judge_by_pyautoattack}
+    compare(f"AutoAttack, {regime} training, against pyautoattack", model, labels, cases)
 
 
 def compare(title: str, model: torch.nn.Module, labels: torch.Tensor, cases: dict) -> None:

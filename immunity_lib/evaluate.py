@@ -112,7 +112,7 @@ def evaluate_adaptively(
                 f"{found.accuracy.switched:.1%} expected under {attack.name} ({found.accuracy.every:.1%} under every "
                 f"gate, plain ensemble {found.accuracy.uniform:.1%}), {told['seconds']:.0f} s"
             )
-        torch.manual_seed(0)  # nor do the checks then; they need no more images
+        torch.manual_seed(0)  # nor do the checks depend on them, which need no more images
         measured = _what_checks_need(target, images[:BATCH], labels[:BATCH], effort, results)
     return results, {
         "agreement": agreement(model, images),
