@@ -287,6 +287,7 @@ def mixed_precision(recipe: Recipe, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16) if is_mixed(recipe, device) else nullcontext()
 
 
+@torch.compiler.assume_constant_result  # what a machine can do is not to be traced
 def is_mixed(recipe: Recipe, device: torch.device) -> bool:
     """Whether a recipe trains in bfloat16 there: with "auto", where the device computes in it, and does not emulate."""
     if recipe.precision != "auto":
@@ -298,7 +299,8 @@ def is_mixed(recipe: Recipe, device: torch.device) -> bool:
 
 
 def is_compiled(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a recipe's step is compiled there: with "auto", on a GPU; on CPUs it was no faster."""
+    """Whether a recipe's step is compiled there: with "auto", on a GPU; a CPU took 0.87 of the time for
+    an Immunity of ResNet18s and 1.1 for the plain mixture, and a minute to compile."""
     return device.type == "cuda" if recipe.compiled == "auto" else recipe.compiled
 
 

@@ -22,7 +22,7 @@ from immunity_lib.attacks import AIMS, DRAWS_PER_STEP, QUERIES_PER_STEP
 from immunity_lib.data import find_source
 from immunity_lib.data.images import CLASS_NAMES
 from immunity_lib.evaluate import BUDGETS
-from immunity_lib.train import build_model, is_compiled, training_loss
+from immunity_lib.train import build_model, compiled_loss, is_compiled, training_loss
 from study import catalogue
 from study.claims import FEWEST_TRAININGS, smallest_visible, trainings_text
 from study.graph import parse_options, preset_parser, refusing
@@ -102,7 +102,7 @@ def measured_tflops(settings: Settings) -> pd.Series:
             recipe = replace(recipe, experts=1, gate_network="constant", adversary=None, pairing="none")
             classes, *_ = _counts(settings, name.dataset)
             model = build_model(recipe, without_images(classes)).to(device).train()
-            loss = torch.compile(training_loss) if is_compiled(recipe, device) else training_loss
+            loss = compiled_loss() if is_compiled(recipe, device) else training_loss
             images = torch.rand(recipe.batch_size, 3, 32, 32, device=device)
             labels = torch.randint(classes, (recipe.batch_size,), device=device)
             steps, started = -1, time.perf_counter()  # the first step, which sets up, does not count

@@ -214,7 +214,7 @@ def test_compiled_training_does_what_it_does_otherwise(make_recipe, dataset, tmp
     for compiled in (False, True):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "compile", captured)
-            recipe = make_recipe(compiled=compiled, epochs=2)
+            recipe = make_recipe(compiled=compiled, precision="auto", epochs=2)
             logs.append(train(recipe, dataset, tmp_path / str(compiled))[1][-1])
     assert len(graphs) == 1
     for part in ("cross_entropy", "loss", "gate_entropy", "input_gradient"):
