@@ -20,6 +20,7 @@ from study.tables import SCORES, read_rows, right_experts
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 NOT_TESTABLE = "not testable"  # the verdict on what a preset cannot say anything about
+NOT_MEASURED = "not measured yet"  # and on what it does not yet, of a study that takes days
 FEWEST_TRAININGS = 3  # of each side, for a verdict
 FEWEST_IMAGES = 30  # likewise; of fewer, chance shows too little of itself to be reckoned with
 MARGIN = 1.0  # points, or %: what lies within is no effect
@@ -122,9 +123,11 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
 
 def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
     """One line a claim, by its id; "low" and "high" are the ends of the 95 % interval of the effect, "against" what it
-    was held against, "stays" in how many parts of the evidence ("23 of 23"), "reason" why there is no verdict."""
+    was held against, "stays" in how many parts of the evidence ("23 of 23"), "reason" why there is no verdict.
+    A claim is judged once all is measured that the preset holds against it. Raises FileNotFoundError, with the command
+    that measures, where none can be judged yet."""
     columns = "claim title sentence where check predicted reading effect low high unit against trainings images stays"
-    lines = []
+    lines, missing = [], None
     for claim in claims:
         line = claim.model_dump(include={"title", "sentence", "where", "check", "reading"})
         line |= {"claim": claim.id, "predicted": claim.prediction}
@@ -134,7 +137,11 @@ def verdicts(settings: Settings, claims: Sequence[Claim]) -> pd.DataFrame:
             line |= {"unit": claim.measure.unit} | _judge(claim, paired_effects(settings, claim.measure))
         except NotTestable as reason:
             line |= {"verdict": NOT_TESTABLE, "reason": str(reason)}
+        except FileNotFoundError as error:
+            line, missing = line | {"verdict": NOT_MEASURED}, missing or error
         lines.append(line)
+    if missing and not any("effect" in line for line in lines):
+        raise missing
     return pd.DataFrame(lines).reindex(columns=[*columns.split(), "verdict", "reason"])
 
 

@@ -10,6 +10,7 @@ from scipy import stats
 from study import catalogue, claims, figures
 from study.claims import NOT_TESTABLE, Claim, count_by_luck, estimate, paired_effects, read_claims, verdicts
 from study.settings import ROOT, load_preset
+from study.store import record_path
 
 EDGES = {"immunity": 0.3, "moe-mi": 0.1, "moe": 0.0, "moe-ps": 0.0, "standalone": -0.3}
 UNTESTABLE = {"cifar100", "poisoning", "prevailing-losses", "best-network-alone", "best-network-in-immunity"}
@@ -71,6 +72,23 @@ def test_verdicts_of_a_world_that_is_known(three_trainings):
     assert ((tested["low"] <= tested["effect"]) & (tested["effect"] <= tested["high"])).all()
     held = ((found["verdict"] == "holds") & ~found["check"]).sum()
     assert count_by_luck(found).startswith(f"{held} of {(tested['check'] == False).sum()} claims")  # noqa: E712
+
+
+def test_what_a_study_has_not_measured_yet_waits_and_the_rest_is_judged(make_world):
+    settings = make_world([0, 1, 2], pretrained=False).settings
+    whole = verdicts(settings, read_claims()).set_index("claim")
+    missing = record_path(settings, ablated(settings, "moe-mi")[1], "attacks")
+    missing.unlink()
+    found = verdicts(settings, read_claims()).set_index("claim")
+    waiting = ["moe-clean", "mutual-information-attacked", "both-losses-attacked"]
+    assert list(found.index[found["verdict"] == claims.NOT_MEASURED]) == waiting
+    assert found.loc[waiting, ["effect", "stays"]].isna().all(axis=None)
+    pd.testing.assert_frame_equal(found.drop(waiting), whole.drop(waiting))
+    for kind in ("attacks", "adaptive", "scores"):
+        for name in catalogue.measured_models(settings, kind):
+            record_path(settings, name, kind).unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="make reproduce"):
+        verdicts(settings, read_claims())
 
 
 def test_A1_one_training_is_no_verdict_however_large_the_effect(one_training):
