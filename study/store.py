@@ -74,7 +74,9 @@ def provenance() -> dict[str, Any]:
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     about = Path("/proc/cpuinfo")
     named = re.search("model name\\s*: (.*)", about.read_text() if about.exists() else "")
-    processor = f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
+    # Its instructions decide how it rounds
+    instructions = torch.backends.cpu.get_cpu_capability()
+    processor = f"{named[1] if named else platform.machine()}, {instructions}, {os.cpu_count()} cores"
     return {
         # An image has no history, but was told its commit when it was built
         "commit": _git("rev-parse", "HEAD") or os.environ.get("IMMUNITY_COMMIT") or None,
