@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -31,6 +32,7 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 SPLITS = ("train", "test")
+SPLIT_LIKE = {*SPLITS, "training", "testing", "val", "valid", "validation", "dev"}  # no class is called so
 
 # By split: what an error calls an image, its file, its label
 Rows = dict[str, list[tuple[str, str | BinaryIO, int]]]
@@ -94,16 +96,24 @@ def _parquet_source(name: str, folder: Path) -> Source:
     fine_label or else label. Rows whose path begins with "lossy/" went through JPEG: they are left out, since
     robustness is measured on exact pixels, and counted.
     """
-    rows, lossy = {split: [] for split in SPLITS}, 0
+    rows, lossy, told = {split: [] for split in SPLITS}, 0, []
     for split in SPLITS:
-        for file in sorted(folder.glob(f"{split}-*.parquet")):
+        files = sorted(folder.glob(f"{split}-*.parquet"))
+        # Their names say how many there are: a download may have been cut short, or be there twice
+        count = max((int(of[1]) for file in files if (of := re.search(r"-of-(\d+)", file.name))), default=len(files))
+        if len(files) > count:
+            found = f"'{folder}' has {len(files)} {split} files, by their names of {count}"
+            raise ValueError(f"{found}; keep one set")
+        told += [f"{len(files)} of {count} {split} files"] * (len(files) < count)
+        for file in files:
             found, paths = _read_parquet(file, len(CLASS_NAMES[name]))
             exact = [not str(path).startswith("lossy/") for path in paths]
             rows[split] += compress(found, exact)
             lossy += exact.count(False)
         if not rows[split]:
             raise ValueError(f"no {split}-*.parquet in '{folder}', or no images in them; put the {split} files there")
-    description = "parquet files" + (f" ({lossy} lossy rows left out)" if lossy else "")
+    told += [f"{lossy} lossy rows left out"] * bool(lossy)
+    description = "parquet files" + (f" ({', '.join(told)})" if told else "")
     available = {split: len(rows[split]) for split in SPLITS}
     return Source(description, CLASS_NAMES[name], available, partial(read_images, rows, True))
 
@@ -150,6 +160,8 @@ def folder_source(folder: Path) -> Source:
     if len(classes) < 2:
         found = f"has {len(classes)} class folders" if roots else "is no folder"
         raise ValueError(f"'{_text(folder)}' {found}; {LAYOUTS}")
+    if not chosen and (odd := [name for name in classes if name.lower() in SPLIT_LIKE]):
+        raise ValueError(f"'{_text(folder)}' has {_list(odd)} where classes should be; {LAYOUTS}")
     for root in roots:
         files = [(place, name, label) for label, of in enumerate(classes) for place, name in _files(root / of)]
         for place, name, label in sorted(files, key=lambda file: (_rank(file[1]), file[2], file[0])):
@@ -161,6 +173,9 @@ def folder_source(folder: Path) -> Source:
     if without := [name for name in needed if name not in found]:
         raise ValueError(f"'{_text(folder)}' has no images for {_list(without)}; {LAYOUTS}")
     description = "image folder " + ("with train/ and test/" if chosen else "split by file names")
+    beside = sorted(path.name for path in folder.iterdir() if chosen and path.is_dir() and path.name not in rows)
+    if left_out := [name for name in beside if not name.startswith(".")]:
+        description += f" ({_list(left_out)} left out)"
     available = {split: len(rows[split]) for split in rows}
     class_names = tuple(map(_text, classes))
     return Source(description, class_names, available, partial(read_images, rows, False))
@@ -169,7 +184,13 @@ def folder_source(folder: Path) -> Source:
 def _files(folder: Path) -> Iterator[tuple[str, str]]:
     """Folder and name of every file below, hidden ones aside; a folder once, though links lead back to it."""
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a class that the split lacks, which is told with all of them
+            told = f"{_text(error.filename)} cannot be read ({error.strerror})"
+            raise ValueError(f"{told}; mend that, or move it") from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         new = {os.path.realpath(place)} - seen
         seen |= new
         folders[:] = [name for name in sorted(folders) if new and not name.startswith(".")]

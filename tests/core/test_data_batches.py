@@ -97,6 +97,9 @@ def test_images_of_another_type_or_shape_are_refused_with_what_they_must_be(imag
     for wrong in ((of[:, :1], to), (of.movedim(1, -1), to), (of, to[:7]), (of, to[:, None])):
         with pytest.raises(ValueError, match=r"shape .* and labels of shape .*; an ImageSet holds \(B, 3, 32, 32\)"):
             ImageSet(*wrong)
+    for labels in (to.int(), to.double(), to - 1):
+        with pytest.raises(ValueError, match=r"labels are .*, from .*; an ImageSet holds classes 0, 1, .* torch.int64"):
+            ImageSet(of, labels)
     again = ImageSet((255 * (image_set.images / 255)).round().to(torch.uint8), image_set.labels)
     # C2: of fewer images than a notebook shows, all are taken
     assert again.checksum == image_set.first(102).checksum == image_set.checksum and len(image_set.first(3)) == 3

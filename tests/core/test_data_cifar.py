@@ -67,6 +67,16 @@ def test_C9_parquet_files_are_read_in_order_and_lossy_rows_are_told(folder):
     assert opened.call_count == 15
 
 
+def test_C9_neighbours_a_file_that_is_missing_is_told_and_one_that_is_there_twice_refused(folder):
+    (second := folder / "cifar10" / "train-00001-of-00002.parquet").rename(folder / "other.parquet")
+    told = load_dataset("cifar10", folder, validation_images=3).source
+    assert told == "parquet files (1 of 2 train files, 2 lossy rows left out)"
+    for copy in (second, second.with_stem(f"{second.stem}-9f8e")):
+        copy.write_bytes((folder / "other.parquet").read_bytes())
+    with pytest.raises(ValueError, match="3 train files, by their names of 2; keep one set"):
+        load_dataset("cifar10", folder, validation_images=3)
+
+
 @pytest.mark.parametrize("column", ["fine_label", "label"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_C8_the_usual_columns_are_understood(tmp_path, column, nested):

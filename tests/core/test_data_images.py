@@ -59,6 +59,35 @@ def test_images_are_those_of_torchvision_s_image_folder(tmp_path):
     assert dataset.source == "image folder with train/ and test/"
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train", "test", "val")])
+def test_folders_of_splits_are_no_classes(tmp_path, names):
+    for split, name in zip(names, ("train", "test", "test"), strict=False):
+        _fill(tmp_path / "good")
+        (tmp_path / split).mkdir(exist_ok=True)
+        os.rename(tmp_path / "good" / name, tmp_path / split)
+    (tmp_path / "good").rename(tmp_path / ".good")
+    if len(names) == 3:
+        assert _load(tmp_path).source == "image folder with train/ and test/ (val left out)"
+    else:
+        with pytest.raises(ValueError, match=f"has {', '.join(sorted(names))} where classes should be; valid are"):
+            _load(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """For root, who runs some of these tests, every folder can be."""
+    (locked := _fill(tmp_path) / "train" / "cat" / "locked").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if os.path.samefile(path, locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"cat/locked cannot be read \(Permission denied\); mend that"):
+        _load(tmp_path)
+
+
 def test_statistics_are_those_of_the_training_images(tmp_path):
     for path in _fill(tmp_path).rglob("*.png"):
         picture = np.array(Image.open(path))
