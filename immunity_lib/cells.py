@@ -119,7 +119,7 @@ class Cell(nn.Module):
             for edges in design
         )
         self.out_channels = len(design) * channels
-        self.drop_path = 0.0
+        self.drop_path: Tensor | None = None  # a tensor, since a compiled step would be compiled anew for each number
 
     def forward(self, outputs: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor]:
         outputs = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
@@ -135,15 +135,15 @@ class Cell(nn.Module):
                         rectified[source] = self.relu(state)
                     state = rectified[source]
                 summand = operation(state)
-                dropped = self.training and self.drop_path and type(operation) is not nn.Identity
+                dropped = self.training and self.drop_path is not None and type(operation) is not nn.Identity
                 summands.append(_drop_path(summand, self.drop_path) if dropped else summand)
             states.append(sum(summands[1:], summands[0]))
         return outputs[1], torch.cat(states[2:], 1)
 
 
-def _drop_path(summand: Tensor, share: float) -> Tensor:
+def _drop_path(summand: Tensor, share: Tensor) -> Tensor:
     """(B, K, u, v): zero for a random share of the images, scaled up for the others to make up."""
-    kept = torch.empty(len(summand), 1, 1, 1, device=summand.device).bernoulli_(1 - share)
+    kept = torch.rand(len(summand), 1, 1, 1, device=summand.device) >= share
     return summand * (kept / (1 - share)).to(summand.dtype)
 
 
@@ -198,7 +198,7 @@ class CellNetwork(Expert):
     def set_drop_path(self, share: float) -> None:
         """From now on, in train mode, drop this share of the operations' outputs, in [0, 1)."""
         for cell in self.stages[1:]:
-            cell.drop_path = share
+            cell.drop_path = torch.tensor(share, device=self.classifier.weight.device) if share else None
 
 
 def build_cells(name: str, width: float, layers: int | None = None, **options: Any) -> CellNetwork:

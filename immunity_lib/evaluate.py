@@ -161,18 +161,27 @@ def _what_checks_need(
 
     def under_exact(eps: float, step_size: float, steps: int) -> float:
         """Accuracy expected over the gate under PGD on the exact expectation."""
-        attacked = exact_pgd(target, images, labels, eps=eps, step_size=step_size, steps=steps, early_exit=True)
-        return 1 - verdicts_over_gates(target, [(attacked, labels)]).failure.mean().item()
+        budget = {"eps": eps, "step_size": step_size, "steps": steps, "early_exit": True}
+
+        def judge(rows: slice) -> GateVerdicts:
+            return verdicts_over_gates(
+                target, [(exact_pgd(target, images[rows], labels[rows], **budget), labels[rows])]
+            )
+
+        return 1 - GateVerdicts.join(in_parts(judge, len(images))).failure.mean().item()
 
     def worst(families: Sequence[str]) -> Tensor:
         """On the images that every one of the attacks has met."""
         failures = [found.failure for found, told in results.values() if told["family"] in families]
         return torch.stack([one[: effort.auto_attack_images] for one in failures]).amax(0)
 
-    points = images.clone().requires_grad_()
-    # Under other gates the gate's own gradient could hide that experts have none
-    loss = functional.nll_loss(target(points, "uniform"), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, points)
+    def gradient(rows: slice) -> Tensor:
+        points = images[rows].clone().requires_grad_()
+        # Under other gates the gate's own gradient could hide that experts have none
+        loss = functional.nll_loss(target(points, "uniform"), labels[rows], reduction="sum")
+        return torch.autograd.grad(loss, points)[0]
+
+    gradients = torch.cat(in_parts(gradient, len(images)))
     with torch.no_grad():
         twice_the_same = target(images, "trained") - target(images, "trained")
     return {
@@ -185,7 +194,7 @@ def _what_checks_need(
         "once": under_exact(effort.eps, effort.step_size, effort.steps),
         "twice": under_exact(effort.eps, effort.step_size, 2 * effort.steps),
         # An attack stands still on NaN as on zero, and NaN is not above 0
-        "zero_gradients": (~(gradient.flatten(1).abs() > 0).any(1)).double().mean().item(),
+        "zero_gradients": (~(gradients.flatten(1).abs() > 0).any(1)).double().mean().item(),
         "frozen": results["pgd-trained"][0].accuracy.trained,
         "alone": [
             results[f"pgd-expert-{k + 1}"][0].experts[:, k].double().mean().item() for k in range(len(target.experts))

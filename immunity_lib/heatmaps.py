@@ -71,6 +71,8 @@ def grad_cam(outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False,
     """
     if explained not in EXPLAINED:
         raise ValueError(f"explained must be one of {', '.join(EXPLAINED)}; got {explained!r}")
+    if labels.shape != outputs.logits.shape[:1]:  # fewer would be taken for the first images
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(outputs.logits)} images; give each image one")
     scores = EXPLAINED[explained](outputs)
     scores = scores.gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1))
     gradients = torch.autograd.grad(scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True)

@@ -76,7 +76,8 @@ class ConvolutionalGate(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, 32, 32) normalised images to (B, N) log gate weights."""
-        return self.linear(self.features(images).mean((2, 3))).log_softmax(-1)
+        scores = self.linear(self.features(images).mean((2, 3)))
+        return scores.to(images.dtype).log_softmax(-1)  # in bfloat16, weights would not sum to 1
 
 
 class ConstantGate(nn.Module):
@@ -236,7 +237,7 @@ ROUNDING = 1e-6  # a float32 image plus a float32 perturbation may miss its boun
 
 def check_images(images: Tensor) -> None:
     """Raise ValueError unless the images lie in [0, 1]."""
-    low, high = images.min().item(), images.max().item()
+    low, high = torch.stack(images.aminmax()).tolist()  # together, since a GPU is waited for each time
     if not (-ROUNDING <= low and high <= 1 + ROUNDING):  # so phrased that NaN fails
         remedy = "divide 8-bit images by 255, and do not normalise them: the model does that first"
         raise ValueError(f"images must lie in [0, 1], found {low:g} to {high:g}: {remedy}")
@@ -254,7 +255,7 @@ def check_batch(model: ImmunityMoE, images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"{found}; give each image one, torch.int64")
     check_images(images)
     classes = model.experts[0].num_classes
-    low, high = labels.min().item(), labels.max().item()
+    low, high = torch.stack(labels.aminmax()).tolist()
     if low < 0 or high >= classes:
         found = f"labels must lie in 0 to {classes - 1}, found {low} to {high}"
         remedy = f"build it with num_classes={high + 1} or mend the labels"

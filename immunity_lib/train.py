@@ -74,6 +74,8 @@ def train(
     for split, least in (("train", 2), ("validation", 1)):  # for a batch norm, and for the log
         if (count := len(dataset.splits.get(split, ()))) < least:
             raise ValueError(f"{count} {split} images of {dataset.name}; training needs at least {least}: load more")
+        if (highest := dataset.splits[split].labels.max().item()) >= (classes := len(dataset.class_names)):
+            raise ValueError(f"{split} label {highest} of {dataset.name}, which has {classes} classes, from 0 on")
     model = build_model(recipe, dataset).to(device)
     loss = compiled_loss() if is_compiled(recipe, next(model.parameters()).device) else training_loss
     optimiser = make_optimiser(model, recipe)
@@ -102,7 +104,7 @@ def train(
         except (SystemExit, KeyboardInterrupt):
             print(f"{name} stopped; the same command goes on after epoch {len(log)} of {recipe.epochs}", flush=True)
             raise
-    return model, log
+    return model.eval(), log
 
 
 def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name) -> dict[str, float]:
@@ -147,7 +149,9 @@ def _train_epoch(model, loss, optimiser, recipe, dataset, epoch, name) -> dict[s
 
 def compiled_loss(**options: Any) -> Callable[..., ImmunityLoss]:
     """`training_loss`, compiled; options: of `torch.compile`. A compiled loss is one for each value of its weights and
-    for each size of a batch, so that steps of the warm-up and smaller batches are not compiled."""
+    for each size of a batch, so that steps of the warm-up and smaller batches are not compiled. Whatever else is
+    compiled in this process is compiled anew."""
+    torch._dynamo.reset()  # it takes no more than eight of one function
     torch._dynamo.config.trace_autograd_ops = True  # the heat maps' gradient, inside the loss
     compiled = torch.compile(training_loss, dynamic=False, **options)
 
@@ -287,20 +291,22 @@ def mixed_precision(recipe: Recipe, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16) if is_mixed(recipe, device) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # what a machine can do is not to be traced
 def is_mixed(recipe: Recipe, device: torch.device) -> bool:
     """Whether a recipe trains in bfloat16 there: with "auto", where the device computes in it, and does not emulate."""
-    if recipe.precision != "auto":
-        return recipe.precision == "bfloat16"
-    if device.type == "cuda":
+    return _has_bfloat16(device.type) if recipe.precision == "auto" else recipe.precision == "bfloat16"
+
+
+@torch.compiler.assume_constant_result  # what a machine can do is not to be traced
+def _has_bfloat16(device_type: str) -> bool:
+    if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def is_compiled(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a recipe's step is compiled there: with "auto", on a GPU; a CPU took 0.87 of the time for
-    an Immunity of ResNet18s and 1.1 for the plain mixture, and a minute to compile."""
+    """Whether a recipe's step is compiled there: with "auto", on a GPU; a CPU took 0.87 of
+    the time for an Immunity of ResNet18s and 1.1 for the plain mixture, and a minute to compile."""
     return device.type == "cuda" if recipe.compiled == "auto" else recipe.compiled
 
 

@@ -292,7 +292,7 @@ def test_drop_path_spares_plain_skips_and_makes_up_for_what_it_drops():
         cell = cells.Cell([edges], 4, 4, 4, halves=False, after_halving=False, affine=True).eval()
         cell.preprocess_before_last[1].eps = cell.preprocess_last[1].eps = 1e-9
         whole = cell(state)[1]
-        cell.training, cell.drop_path = True, 0.3  # batch norms stay in eval mode
+        cell.training, cell.drop_path = True, torch.tensor(0.3)  # batch norms stay in eval mode
         thinned = cell(state)[1]
         zeroed = (thinned.flatten(1) == 0).all(1)
         assert zeroed.float().mean().item() == pytest.approx(0.3 if dropped else 0.0, abs=0.05)

@@ -83,7 +83,7 @@ def test_inner_attack_gets_the_recipe_s_budget_and_drop_path_rises_linearly(
 
     def attack(model, images, labels, name, gate, **budget):
         seen.append((name, gate, budget, model.training))
-        shares.append({m.drop_path for m in model.modules() if isinstance(m, Cell)})
+        shares.append({m.drop_path and round(m.drop_path.item(), 6) for m in model.modules() if isinstance(m, Cell)})
         return images
 
     monkeypatch.setattr(training, "attack_images", attack)
@@ -91,7 +91,7 @@ def test_inner_attack_gets_the_recipe_s_budget_and_drop_path_rises_linearly(
     train(replace(recipe, expert="pdarts", layers=3, drop_path=0.3), dataset, tmp_path)
     call = ("pgd", "trained", {"eps": 4 / 255, "step_size": 2 / 255, "steps": 2, "strict": False})
     assert seen == ([(*call, True)] * STEPS + [(*call, False)]) * 2  # the last one of an epoch for the log
-    assert shares == [{0.0}] * (STEPS + 1) + [{0.3 / 2}] * (STEPS + 1)
+    assert shares == [{None}] * (STEPS + 1) + [{0.3 / 2}] * (STEPS + 1)
 
 
 def test_seeds_and_experts_differ_and_the_caller_s_random_state_stays(make_recipe, dataset):
@@ -221,6 +221,21 @@ def test_compiled_training_does_what_it_does_otherwise(make_recipe, dataset, tmp
         assert logs[1][part] == pytest.approx(logs[0][part], rel=1e-2)  # 1e-3 was measured
 
 
+@pytest.mark.slow
+def test_a_network_of_cells_is_compiled_once_however_its_drop_path_rises(make_recipe, dataset, batch):
+    recipe, graphs = make_recipe("standalone", expert="pdarts", layers=3, batch_size=8), []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    loss, model = training.compiled_loss(backend=backend, fullgraph=True), build_model(recipe, dataset).train()
+    for share in (0.1, 0.2, 0.3):
+        model.experts[0].set_drop_path(share)
+        loss(model, *batch, recipe, recipe.warmup_epochs)
+    assert len(graphs) == 1
+
+
 # What training descends beside eq (12)
 
 
@@ -309,4 +324,5 @@ def test_mixed_precision_is_close_and_ends_before_probabilities(make_recipe, dat
     maps = normalise_maps(grad_cam(outputs, batch[1]))
     assert outputs.activations[0].dtype == torch.bfloat16
     assert outputs.log_probs.dtype == maps.dtype == torch.float32
+    torch.testing.assert_close(outputs.gate.sum(1), torch.ones(8))
     torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(8, 2))
