@@ -23,7 +23,7 @@ workdir: RUNS
 # What is drawn depends on all that may draw it: both packages, but for the graph's own commands
 CODE = [path for path in code_files() if path.parent != ROOT / "study/graph"]
 # And on all that the preset says, as which models there are
-DRAWN = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
+DRAWN = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT) | {"classes": config.get("classes")}
 DATA = config.get("data", {})  # checksums, by the name of the data set
 REQUESTS = config.get("requests", {})  # of a cluster; without one, jobs take what there is
 GPU = int(bool(REQUESTS or config.get("gpus")))

@@ -65,13 +65,21 @@ def differing_verdicts(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFram
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what differs; returns the exit status."""
+    """Read the command line, and compare."""
     parser = ArgumentParser(prog="python figures/compare.py", description="Whether two runs of a preset agree.")
     parser.add_argument("folders", nargs=2, type=Path, help="as figures/demo, of each run")
     folders = parser.parse_args(arguments).folders
     for folder in folders:
         if not (folder / "claims.csv").is_file():
             parser.error(f"{folder} has no claims.csv; name two folders of figures, as figures/demo")
+    try:
+        return compare(*folders)
+    except (OSError, KeyError, ValueError) as error:
+        parser.error(f"no whole folder of figures ({error}); copy it with its .json files and records")
+
+
+def compare(*folders: Path) -> int:
+    """Print what differs between two folders; returns the exit status."""
     same, shared_records = same_weights(*folders)
     by_construction = ": the same trainings, which agree by construction" * bool(same)
     print(f"{same} of {shared_records} records in both are of the same weights{by_construction}")

@@ -6,8 +6,6 @@ these alone, from the records and tables that are there). Of a study too long to
 tables and verdicts from all training records and measurements: --measurements writes these alone.
 """
 
-import shutil
-
 import torch
 from cards import write_cards
 
@@ -25,24 +23,29 @@ from study.store import (
     load_data,
     own_folder,
     pretrained_folder,
+    read_if_answered,
     read_record,
     record_path,
     trained_model,
+    write_atomically,
     write_json,
 )
 
 
 def publish_measurements(settings: Settings, name: ModelName) -> None:
     """Write what was measured of a model, and how it was trained, to pretrained/<preset>/<name>/."""
-    folder = pretrained_folder(settings, name)
-    sources = {} if (folder / WEIGHTS).exists() else {"record.json": own_folder(settings, name) / "record.json"}
-    for kind in ASKED:
+    folder, own = pretrained_folder(settings, name), settings.model_copy(update={"pretrained": False})
+    for kind in ["training"] * (not (folder / WEIGHTS).exists()) + [*ASKED]:
         found = record_path(settings, name, kind)
-        sources |= {f"{kind}{path.suffix}": path for path in (found, found.with_suffix(".parquet"))}
-    for called, path in sources.items():
-        if path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, folder / called)
+        if not found.exists():
+            continue
+        if not read_if_answered(found, own, name, kind):
+            print(f"{found} is of other settings or weights and was left out")
+            continue
+        called = "record" if kind == "training" else kind
+        # The record last, so that it speaks of a frame that is there
+        for path in (found.with_suffix(".parquet"), found)[kind == "training" :]:
+            write_atomically(folder / f"{called}{path.suffix}", path.read_bytes())
 
 
 def publish_weights(settings: Settings, name: ModelName, dataset: Dataset) -> None:

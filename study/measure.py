@@ -232,7 +232,8 @@ def _measure_once(
     started = time.perf_counter()
     frame, summary = measure(model)
     write_atomically(path.with_suffix(".parquet"), frame.to_parquet(index=False))
-    content = {"kind": kind, "model": str(name), **_question(kind, settings, name, dataset, further)}
+    content = {"kind": kind, "model": str(name), "frame": store.checksum(path.with_suffix(".parquet"))}
+    content |= _question(kind, settings, name, dataset, further)
     content |= {"summary": summary, "data_source": dataset.source}
     took = round(time.perf_counter() - started, 1)
     store.write_json(path, content | {"seconds": took, "provenance": store.provenance()})

@@ -98,7 +98,10 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def _consistent(self) -> Self:
         wrong = []
         for field, values in [("datasets", self.datasets), *self]:
-            if isinstance(values, list) and len(set(values)) < len(values):
+            told = (
+                [f"{255 * float(one):.4g}" for one in values] if field == "magnitudes" else values
+            )  # as tables write it
+            if isinstance(values, list) and len(set(told)) < len(values):
                 wrong.append(f"{field} repeat: {values}; give each once")
         if (experts := self.recipe.experts) < 2:
             wrong.append(f"experts is {experts}; a mixture has at least 2")
@@ -164,11 +167,21 @@ def load_preset(preset: str, **changes: Any) -> Settings:
     return settings
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's own reader takes the last of several."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"{', '.join(sorted(repeated))} given twice; give each once")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file; raises ValueError that names a file that is none."""
     text = path.read_bytes()  # PyYAML knows UTF-16 from UTF-8
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _EachKeyOnce)
     except Exception as error:  # for a date that is none or a thousand brackets, it raises errors of all kinds
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -230,11 +243,16 @@ def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
     names: set[str] = set()
     for cell in namespace.get("In", []):
         if cell.startswith(PARAMETERS):
-            found = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
+            try:
+                found = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
+            except SyntaxError:  # of a cell that was mended since
+                continue
             # The notebook's own cell names its preset first, and begins anew
             names = names if cell.startswith(f"{PARAMETERS}\n") else set()
             names |= {node.id for node in found if isinstance(node.ctx, ast.Store)}
     if not names:
         raise ValueError(f"no cell of parameters has run: its first line is {PARAMETERS!r}, and must stay so")
+    if missing := names - namespace.keys():
+        raise ValueError(f"the cell of parameters has not set {', '.join(sorted(missing))}: run it again to its end")
     parameters = {name: namespace[name] for name in sorted(names)}
     return load_preset(parameters.pop("preset", "demo"), **parameters)

@@ -335,18 +335,20 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
     Raises as `read_record`, also for a frame that is damaged."""
     frames = []
     for name in names:
-        read_record(settings, name, kind)  # says what is missing
+        known = read_record(settings, name, kind)  # says what is missing
         path = find_record(settings, name, kind).with_suffix(".parquet")
         content = path.read_bytes() if path.exists() else b""  # a disk that fails now may not later
         try:
             frame = pd.read_parquet(BytesIO(content))
             if lacking := COLUMNS - set(frame):
                 raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            if known.get("frame") not in (None, hashlib.sha256(content).hexdigest()):
+                raise ValueError("its record speaks of another")
         except Exception as error:  # for a damaged file, pandas and pyarrow raise errors of all kinds
             raise set_record_aside(path.with_suffix(".json"), f"{path} cannot be read ({error})") from error
         called = {"model": method_title(name.method, name.expert), "data": DATA[name.dataset], "training": name.regime}
-        known = name.model_dump(include={"method", "expert", "seed"})
-        frames.append(frame.assign(name=str(name), **called, **known))
+        called |= name.model_dump(include={"method", "expert", "seed"})
+        frames.append(frame.assign(name=str(name), **called))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -129,5 +129,6 @@ def visible_gpus() -> list[str]:
     if named and names_gpus(named) and not device_count():
         told = f"CUDA_VISIBLE_DEVICES is {named!r}, but PyTorch finds no GPU (see nvidia-smi for the driver)"
         raise ValueError(f"{told}; mend either, or choose the CPU by -1")
-    names = named.split(",") if named else map(str, range(device_count()))
-    return [name.strip() for name in names][: device_count()]
+    names = [name.strip() for name in named.split(",")] if named else list(map(str, range(device_count())))
+    # Of several slices, CUDA shows a process the first alone
+    return names if names and names[0].startswith("MIG-") else names[: device_count()]

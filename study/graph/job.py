@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parent, started = os.getppid(), datetime.now(UTC)
     parser = preset_parser("-m study.graph.job", "One notebook of the graph, run in batch.")
     parser.add_argument("notebook", choices=NOTEBOOKS)
-    parser.add_argument("--model", type=ModelName.parse, help="one of the preset; default: all")
+    parser.add_argument("--model", type=_model_name, help="one of the preset; default: all")
     parser.add_argument("--gpus", default="", help="GPUs to choose one from, as in 0,1,2,3")
     parser.add_argument("--pretrained", action="store_true", help="what is in pretrained/ counts as done")
     options, settings = parse_options(parser, arguments)
@@ -73,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{job} failed: {failure} (see {log})", file=shown)
     report("stopped" if stop else "failed" if failure else "done", failure)
     return 128 + stop if stop else int(bool(failure))
+
+
+def _model_name(text: str) -> ModelName:
+    try:
+        return ModelName.parse(text)
+    except ValueError as error:  # of which argparse would tell nothing
+        raise ArgumentTypeError(f"invalid name: {error}") from None
 
 
 def _run(notebook, executed, parameters, shown, report: Callable, parent: int) -> tuple[str, int]:

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = {"preset": options.preset} | settings.model_dump(include=given)
         # Of your own images, one name may stand for other images tomorrow
         config["data"] = {name: [one.checksum for one in found.splits.values()] for name, found in data.items()}
+        # As figures name the classes
+        config["classes"] = {name: list(found.class_names) for name, found in data.items()}
         if gpus is None:
             config["requests"] = requests(settings, options.tflops, gives_gpus(profile))
             limits = ["--jobs", str(options.jobs)] if options.jobs else []

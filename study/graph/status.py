@@ -54,7 +54,10 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
                 times = pd.Series([Epoch.model_validate_json(line).seconds for line in lines], dtype=float)
             row |= {"network": model.expert, "epochs": catalogue.recipe_of(settings, model).epochs}
             row |= {"trained": len(times), "epoch": times.mean()}
-    return pd.DataFrame.from_dict(rows, orient="index").astype({"seconds": float})
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    # Where all trainings come with the project, none of these jobs is one
+    columns = frame.columns.union(["network", "epochs", "trained", "epoch"], sort=False)
+    return frame.reindex(columns=columns).astype({"seconds": float, "epoch": float})
 
 
 def _is_made(settings: Settings, model: catalogue.ModelName, kind: str) -> bool:

@@ -1,6 +1,7 @@
 """Two runs of a preset agree where chance explains what differs, and contradict each other where it does not."""
 
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -73,6 +74,14 @@ def test_a_folder_without_results_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path), str(tmp_path)])
     assert ended.value.code == 2 and f"{tmp_path} has no claims.csv" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_not_copied_whole_is_named(write, capsys):
+    first, second = write("first", TABLE, CLAIMS), write("second", TABLE, CLAIMS)
+    Path(second, "table2.json").unlink()
+    with pytest.raises(SystemExit) as ended:
+        main([first, second])
+    assert ended.value.code == 2 and "table2.json'); copy it with its .json" in capsys.readouterr().err
 
 
 def test_one_training_beside_several_is_told_as_it_is(capsys):

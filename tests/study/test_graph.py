@@ -148,6 +148,7 @@ def test_a_job_ends_with_the_graph_that_started_it(training):
 @pytest.mark.parametrize(
     ("inherited", "count", "expected"),
     [("7, GPU-d5b7a1cc,3", 2, ["7", "GPU-d5b7a1cc"]), (None, 2, ["0", "1"]), ("", 0, []), ("NoDevFiles", 0, []),
+     ("MIG-1, MIG-2", 1, ["MIG-1", "MIG-2"]),
      *((named, 0, None) for named in ("0", "2,3", "GPU-d5b7a1cc", "MIG-GPU-d5b7a1cc/1/0"))],
 )  # fmt: skip
 def test_D2_G3_G5_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
@@ -378,6 +379,7 @@ def test_the_status_leaves_out_what_comes_with_the_project(tmp_path):
     given = load_preset("parts10", output_folder=str(tmp_path), pretrained=True)
     left = status.list_jobs(given, datetime.now(UTC))["notebook"]
     assert list(left) == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if "02" not in path.stem]
+    assert "0 of 7 jobs done" in status.format_status(given, datetime.now(UTC))
 
 
 @pytest.mark.slow

@@ -128,6 +128,27 @@ def test_what_comes_with_the_project_needs_no_weights_and_answers_its_own_questi
     assert measurement.called and record_path(elsewhere, NAME, "attacks").exists()
 
 
+def test_D8_neighbours_a_frame_of_another_record_is_not_read(settings, dataset, measurement):
+    path = record_path(settings, NAME, "attacks").with_suffix(".parquet")
+    pd.read_parquet(path).assign(switched=1.0).to_parquet(path)
+    with pytest.raises(DamagedFile, match="cannot be read .its record speaks of another"):
+        read_frame(settings, [NAME], "attacks")
+    measure_attacks(settings, NAME, dataset)
+    assert measurement.called and len(read_frame(settings, [NAME], "attacks"))
+
+
+def test_what_is_of_other_settings_is_not_published(settings, dataset, measurement, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(store, "PRETRAINED", tmp_path / "pretrained")
+    publish_measurements(settings, NAME)
+    before = (store.pretrained_folder(settings, NAME) / "attacks.json").read_bytes()
+    other = settings.model_copy(update={"steps": 2})
+    measure_attacks(other, NAME, dataset)
+    publish_measurements(settings, NAME)
+    assert "of other settings or weights and was left out" in capsys.readouterr().out
+    assert (store.pretrained_folder(settings, NAME) / "attacks.json").read_bytes() == before
+    assert measurement.called
+
+
 @pytest.mark.parametrize(("ending", "how"), [(".json", "truncated"), (".json", "foreign"), (".parquet", "truncated")])
 def test_D8_neighbours_a_damaged_record_of_the_project_stays_and_is_measured_here(
     settings, dataset, measurement, monkeypatch, tmp_path, capsys, ending, how

@@ -1,6 +1,7 @@
 """Settings refuse what they do not know, by name, before anything is computed."""
 
 import math
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def mine(tmp_path):
     ("content", "message"),
     [("epochs: [", "mine.yaml is not YAML"), ("- epochs", "mine.yaml must hold fields like"),
      ("# nothing", "mine.yaml must hold fields like"), ("epochs: 3", "compared_experts is missing: the networks"),
-     ("output_folder: gs://bucket", "output_folder = 'gs://bucket' is an address")],
+     ("output_folder: gs://bucket", "output_folder = 'gs://bucket' is an address"),
+     ("epochs: 3\nseeds: [0]\nepochs: 4", "mine.yaml is not YAML: epochs given twice; give each once")],
 )  # fmt: skip
 def test_C6_a_preset_that_cannot_be_used_is_named(mine, content, message):
     with pytest.raises(ValueError, match=message):
@@ -91,7 +93,8 @@ def settings_of(*cells):
     """What a notebook gets from its `globals()` once its cells have run, beside names of other origin."""
     namespace = {"__name__": "__main__", "math": math, "pi": math.pi, "exit": exit, "In": ["", *cells]}
     for cell in cells:
-        exec(cell, namespace)
+        with suppress(SyntaxError, NameError):  # which the notebook shows, and its user mends
+            exec(cell, namespace)
     return notebook_settings(namespace)
 
 
@@ -104,6 +107,7 @@ def settings_of(*cells):
         (["from math import pi as tau\n", OWN, "width = 3\nsettings = None\nepochs = 'many'\n", OWN],
          load_preset("smoke")),
         ([OWN, "x = 1\n", OWN.replace("smoke", "demo")], load_preset("demo")),
+        ([OWN.replace('""', '"'), OWN], load_preset("smoke")),
         # By hand, the notebook's own cell begins anew
         ([OWN, INJECTED, OWN], load_preset("smoke")),
     ],
@@ -115,6 +119,11 @@ def test_B1_B2_only_cells_of_parameters_count_on_top_of_the_preset(cells, expect
 def test_B1_neighbours_a_changed_first_line_is_not_passed_over():
     with pytest.raises(ValueError, match="no cell of parameters has run: its first line is '# Parameters'"):
         settings_of("# my run\n" + OWN)
+
+
+def test_a_cell_of_parameters_that_ended_half_way_is_to_be_run_again():
+    with pytest.raises(ValueError, match="has not set width: run it again to its end"):
+        settings_of(OWN + "width = one / 4\n")
 
 
 @pytest.mark.parametrize("cells", [[OWN, "# Parameters\nepohcs = 9\n"], [OWN + "epohcs: int = 9\n"]])

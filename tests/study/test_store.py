@@ -95,6 +95,19 @@ def test_D6_a_model_is_loaded_where_nothing_may_be_written(settings, dataset, tr
     assert torch.equal(loaded(images, "trained"), again(images, "trained"))
 
 
+def test_D6_neighbours_a_training_whose_weights_could_not_be_written_ends_as_it_would_have(
+    settings, make_settings, dataset, monkeypatch, tmp_path
+):
+    """Its last checkpoint is all of it; what counts operations must not move a batch norm."""
+    again = make_settings(output_folder=str(tmp_path / "again"), epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_tensors", Mock(side_effect=OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            trained_model(again, NAME, dataset)
+    trained_model(again, NAME, dataset)
+    assert read_record(again, NAME, "training")["weights"] == read_record(settings, NAME, "training")["weights"]
+
+
 def test_D4_a_lock_that_nobody_lets_go_is_named(settings, dataset, monkeypatch):
     monkeypatch.setattr(store, "LOCKED", 0.1)
     other = NAME.model_copy(update={"seed": 5})
