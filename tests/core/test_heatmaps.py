@@ -43,6 +43,11 @@ def test_maps_are_eq_3_image_by_image_and_expert_by_expert(model, images, labels
         expert_heatmaps(model, images, labels, explained="probability")
 
 
+def test_A9_each_image_needs_a_label(model, images, labels):
+    with pytest.raises(ValueError, match=rf"labels of shape \(1,\) for {len(images)} images; give each image one"):
+        grad_cam(model.expert_outputs(images.requires_grad_()), labels[:1])
+
+
 def test_maps_agree_with_pytorch_grad_cam_up_to_scaling(model, images):
     """It scales every map to 0 .. 1, so ours is scaled so too, after resizing to 32x32."""
     living = 0

@@ -64,6 +64,12 @@ def test_data_that_no_epoch_can_end_on_are_refused_before_training(make_recipe, 
         train(make_recipe(), few, tmp_path)
 
 
+def test_a_label_of_no_class_is_refused_before_training(make_recipe, dataset, tmp_path):
+    few = replace(dataset, class_names=dataset.class_names[:-1])
+    with pytest.raises(ValueError, match="train label 9 of parts10, which has 9 classes, from 0 on"):
+        train(make_recipe(), few, tmp_path)
+
+
 def test_a_recipe_is_known_again_from_json(make_recipe):
     """Also from before a field was there, which then stands for its default."""
     recipe = make_recipe(regime="adversarial", eps="4/255")
@@ -223,7 +229,7 @@ def test_compiled_training_does_what_it_does_otherwise(make_recipe, dataset, tmp
 
 @pytest.mark.slow
 def test_a_network_of_cells_is_compiled_once_however_its_drop_path_rises(make_recipe, dataset, batch):
-    recipe, graphs = make_recipe("standalone", expert="pdarts", layers=3, batch_size=8), []
+    recipe, graphs = replace(make_recipe("standalone", batch_size=8), expert="pdarts", layers=3), []
 
     def backend(graph, examples):
         graphs.append(graph)

@@ -1,5 +1,6 @@
 """Tables show what the frames say, and nothing that the paper is not known to say."""
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from statistics import mean, stdev
@@ -131,6 +132,12 @@ def test_numbers_of_the_paper_are_the_known_ones_and_nothing_else(settings, arte
     text, told = tables.table_text(table), tables.evidence(settings, table)
     assert (text.get("source", pd.Series()) == "paper").sum() == len(known)
     assert ("The rows marked paper are CIFAR-10 at full scale." in told) == bool(len(known))
+
+
+def test_the_caption_says_whose_numbers_of_the_paper_stand_there(settings):
+    hundred = settings.model_copy(update={"recipe": replace(settings.recipe, dataset="cifar100")})
+    table = tables.table3(settings).assign(paper=1.0)
+    assert "The rows marked paper are CIFAR-100 at full scale." in tables.evidence(hundred, table)
 
 
 def test_a_reader_can_add_numbers_of_the_paper_and_a_faulty_file_is_named(settings, tmp_path, monkeypatch):
