@@ -3,14 +3,18 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from shutil import disk_usage
+from shutil import disk_usage, which
 
 import psutil
+import torch
+from torch.utils._triton import has_triton
 
 from immunity_lib.data import Dataset
+from immunity_lib.recipe import Recipe
+from immunity_lib.train import is_compiled
 from study import catalogue
 from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
@@ -57,6 +61,8 @@ def look_ahead(
     gpus = None if folder and submits(folder) else visible_gpus()
     if gpus is not None:
         wrong += missing_kernels()
+        recipes = [catalogue.recipe_of(settings, name) for name in costs]
+        wrong += missing_compilers(recipes, torch.device("cuda" if gpus else "cpu"))
         largest = max(costs, key=lambda name: costs[name]["memory"], default=None)
         room, where = memory(bool(gpus))
         if largest and (needed := costs[largest]["memory"] + BYTES_OF_LIBRARIES) > room:
@@ -98,6 +104,18 @@ def missing_kernels() -> list[str]:
             remedy = "install one that has, or leave the GPU out with CUDA_VISIBLE_DEVICES"
             found.append(f"{told} PyTorch {__version__} has no kernels; {remedy}")
     return found
+
+
+def missing_compilers(recipes: Iterable[Recipe], device: torch.device) -> list[str]:
+    """A sentence for what lacks where a recipe's steps are compiled."""
+    if not any(is_compiled(recipe, device) for recipe in recipes):
+        return []
+    lacking = ["Triton, for GPUs of compute capability 7.0 or more,"] * (device.type == "cuda" and not has_triton())
+    if not any(map(which, filter(None, (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang")))):
+        lacking.append("a C++ compiler, as g++,")
+    return [
+        f"steps are to be compiled, for which {one} is not here; install it, or set compiled: false" for one in lacking
+    ]
 
 
 def profile_folder(name: str) -> Path:

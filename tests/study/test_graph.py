@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from graph import job_command, reproduce_command, wait_for
@@ -292,6 +293,17 @@ def test_G4_a_gpu_without_kernels_is_named(monkeypatch, capability, runs):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "One")
     monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_80", "sm_90a", "compute_90"])
     assert bool(checks.missing_kernels()) != runs
+
+
+@pytest.mark.parametrize(
+    ("compiled", "device", "lacking"),
+    [("auto", "cpu", []), (True, "cpu", ["a C"]), ("auto", "cuda", ["Triton", "a C"]), (False, "cuda", [])],
+)
+def test_what_compiles_a_step_is_looked_for_where_one_is_compiled(make_recipe, monkeypatch, compiled, device, lacking):
+    monkeypatch.setattr(checks, "has_triton", lambda: False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = checks.missing_compilers([make_recipe(compiled=compiled)], torch.device(device))
+    assert [re.search(r"for which (a C|Triton).* is not here; install it, or set", one)[1] for one in found] == lacking
 
 
 @pytest.fixture
