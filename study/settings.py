@@ -181,7 +181,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file; raises ValueError that names a file that is none."""
     text = path.read_bytes()  # PyYAML knows UTF-16 from UTF-8
     try:
-        content = yaml.load(text, _EachKeyOnce)
+        content = _EachKeyOnce(text).get_single_data()
     except Exception as error:  # for a date that is none or a thousand brackets, it raises errors of all kinds
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):

@@ -54,7 +54,7 @@ def test_it_is_what_would_be_built_from_what_is_committed_now(tmp_path):
     """Of the presets that it shows: others may lie beside them, from a run of the reader's own."""
     known = read_json(SITE / "sources.json")
     site = Site(ROOT / "figures", tmp_path, "demo")
-    site.made = {name: made for name, made in site.made.items() if f"figures/{name}/table1.json" in known}
+    site.made = {name: made for name, made in site.made.items() if f"figures/{name}/claims.json" in known}
     changed = {path for path, _ in known.items() ^ site.sources().items()}
     assert "README.md" in known and not changed, "`make site` builds it anew"
     site.build()
