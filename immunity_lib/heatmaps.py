@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from immunity_lib.moe import ExpertOutputs, ImmunityMoE, check_batch, in_eval_mode
+from immunity_lib.moe import ExpertOutputs, ImmunityMoE, check_batch, check_labels, in_eval_mode
 
 GRID = 32  # heat maps have the resolution of the images
 # As `grad_cam` describes them: (B, N, C) or, of the mixture, (B, 1, C)
@@ -71,8 +71,7 @@ def grad_cam(outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False,
     """
     if explained not in EXPLAINED:
         raise ValueError(f"explained must be one of {', '.join(EXPLAINED)}; got {explained!r}")
-    if labels.shape != outputs.logits.shape[:1]:  # fewer would be taken for the first images
-        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(outputs.logits)} images; give each image one")
+    check_labels(outputs, labels)
     scores = EXPLAINED[explained](outputs)
     scores = scores.gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1))
     gradients = torch.autograd.grad(scores.sum(), outputs.activations, create_graph=create_graph, retain_graph=True)

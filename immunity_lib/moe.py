@@ -220,11 +220,16 @@ def switched_probabilities(outputs: ExpertOutputs) -> Tensor:
     return outputs.gate[:, states] @ outputs.log_probs.exp()
 
 
+def check_labels(outputs: ExpertOutputs, labels: Tensor) -> None:
+    """Raise ValueError unless labels are (B,): others would be broadcast, or be taken for the first images'."""
+    if labels.shape != outputs.logits.shape[:1]:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(outputs.logits)} images; give each image one")
+
+
 def verdicts(outputs: ExpertOutputs, labels: Tensor) -> GateVerdicts:
     """Which images are classified correctly under each gate and by each expert, from one pass of the experts.
     Raises ValueError unless labels are (B,)."""
-    if labels.shape != outputs.logits.shape[:1]:  # which would be broadcast
-        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(outputs.logits)} images; give each image one")
+    check_labels(outputs, labels)
     mixtures = [outputs.mixture(one)[:, None] for one in ("trained", "uniform")]
     found = (scores.max(-1) for scores in (*mixtures, switched_probabilities(outputs), outputs.logits))
     # NaN is no answer, not class 0

@@ -98,9 +98,7 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def _consistent(self) -> Self:
         wrong = []
         for field, values in [("datasets", self.datasets), *self]:
-            told = (
-                [f"{255 * float(one):.4g}" for one in values] if field == "magnitudes" else values
-            )  # as tables write it
+            told = [*map(budget_text, values)] if field == "magnitudes" else values  # by which tables know them
             if isinstance(values, list) and len(set(told)) < len(values):
                 wrong.append(f"{field} repeat: {values}; give each once")
         if (experts := self.recipe.experts) < 2:
@@ -140,6 +138,11 @@ class Settings(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     @property
     def figures(self) -> Path:
         return Path(self.output_folder or ROOT) / "figures" / self.preset
+
+
+def budget_text(eps: float) -> str:
+    """A budget in 255ths, as papers write it: 8/255, 7.905/255."""
+    return f"{255 * float(eps):.4g}/255"
 
 
 def preset_names() -> list[str]:

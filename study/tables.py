@@ -17,7 +17,7 @@ from immunity_lib.attacks import FAMILIES
 from immunity_lib.moe import DRAWN
 from study import catalogue
 from study.catalogue import ATTACK_TITLES, DATA, MIXTURES, NETWORKS, ModelName
-from study.settings import Settings
+from study.settings import Settings, budget_text
 from study.store import read_frame, read_record, write_artefact
 
 FIELDS = ["column", "unit", "value", "standard_deviation", "count", "images", "paper"]
@@ -289,11 +289,6 @@ def evidence(settings: Settings, table: pd.DataFrame) -> str:
             sentences.append(f"The rows marked paper are {of} at full scale.")
         sentences.append("Numbers of the paper that our source does not show are left out.")
     return " ".join(sentences)
-
-
-def budget_text(eps: float) -> str:
-    """A budget in 255ths, as papers write it: 8/255, 7.905/255."""
-    return f"{255 * float(eps):.4g}/255"
 
 
 def attack_title(attack: str) -> str:

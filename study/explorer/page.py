@@ -23,7 +23,7 @@ from immunity_lib.moe import permutations
 from study.catalogue import DATA, ModelName
 from study.explorer.exploration import OURS, TRUE_CLASS, Answers, Exploration, Subject
 from study.figures import BARE, COLOURS, literal, make_grid, make_panels
-from study.tables import budget_text
+from study.settings import budget_text
 
 COLOUR_MAP = "magma"  # rises evenly in lightness: readable without colours, and in print
 PART_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")  # Okabe and Ito's, for the colour-blind too

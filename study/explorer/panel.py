@@ -10,7 +10,7 @@ import ipywidgets as widgets
 from immunity_lib.files import write_atomically
 from study.explorer.exploration import ANSWER, CAM_METHODS, PRESET_BUDGET, TRUE_CLASS, Exploration, Subject, own_subject
 from study.explorer.page import ATTACKED_GATES, colours, data_address, explorer_page
-from study.tables import budget_text
+from study.settings import budget_text
 
 GALLERY_STYLE = """
 .explorer-gallery { flex-flow: row wrap; max-height: 132px; overflow: auto; }

@@ -106,6 +106,12 @@ def real_images():
 
 def test_what_is_told_of_real_images_is_what_their_frames_have():
     told = (ROOT / "docs/findings.md").read_text().partition("The preset `cifar10`, ")[2].partition("\n## ")[0]
+    paths = [*(ROOT / "pretrained/cifar10").glob("*/attacks.parquet")]
+    assert len(paths) == 10 and "trainings ten are done" in told
+    for path in paths:
+        frame = pd.read_parquet(path).query("split == 'test'")
+        assert f"{(frame['attack'] == 'clean').sum():,} test" in told
+        assert "standard" not in path.parent.name or not frame.query("attack == 'pgd'")["switched"].any()
     for (model, attack), right in real_images().items():
         if attack in ("clean", "fgsm", "pgd", "pgd at 2/255", "pgd at 4/255"):
             assert re.search(rf"\b{right:.1f}\b", told), (model, attack)

@@ -1,7 +1,6 @@
 """Settings refuse what they do not know, by name, before anything is computed."""
 
 import math
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -89,12 +88,12 @@ OWN = '# Parameters: papermill sets them\npreset = "smoke"\nmodel = ""\n'
 INJECTED = "# Parameters\nepochs = 9\n"
 
 
-def settings_of(*cells):
-    """What a notebook gets from its `globals()` once its cells have run, beside names of other origin."""
-    namespace = {"__name__": "__main__", "math": math, "pi": math.pi, "exit": exit, "In": ["", *cells]}
+def settings_of(*cells, failed=""):
+    """What a notebook gets from its `globals()` once its cells have run, beside names of other origin. failed: a cell
+    before them that set nothing."""
+    namespace = {"__name__": "__main__", "math": math, "pi": math.pi, "exit": exit, "In": ["", failed, *cells]}
     for cell in cells:
-        with suppress(SyntaxError, NameError):  # which the notebook shows, and its user mends
-            exec(cell, namespace)
+        exec(cell, namespace)
     return notebook_settings(namespace)
 
 
@@ -107,7 +106,6 @@ def settings_of(*cells):
         (["from math import pi as tau\n", OWN, "width = 3\nsettings = None\nepochs = 'many'\n", OWN],
          load_preset("smoke")),
         ([OWN, "x = 1\n", OWN.replace("smoke", "demo")], load_preset("demo")),
-        ([OWN.replace('""', '"'), OWN], load_preset("smoke")),
         # By hand, the notebook's own cell begins anew
         ([OWN, INJECTED, OWN], load_preset("smoke")),
     ],
@@ -121,9 +119,10 @@ def test_B1_neighbours_a_changed_first_line_is_not_passed_over():
         settings_of("# my run\n" + OWN)
 
 
-def test_a_cell_of_parameters_that_ended_half_way_is_to_be_run_again():
+def test_a_cell_of_parameters_that_failed_is_passed_over_once_mended_and_to_be_run_again_before():
+    assert settings_of(OWN, failed=OWN.replace('""', '"')) == load_preset("smoke")
     with pytest.raises(ValueError, match="has not set width: run it again to its end"):
-        settings_of(OWN + "width = one / 4\n")
+        settings_of(INJECTED, failed="# Parameters: mine\nwidth = one / 4\n")
 
 
 @pytest.mark.parametrize("cells", [[OWN, "# Parameters\nepohcs = 9\n"], [OWN + "epohcs: int = 9\n"]])
