@@ -25,6 +25,7 @@ from tqdm import tqdm
 from immunity_lib.attacks import attack_images
 from immunity_lib.data import Dataset, ImageSet
 from immunity_lib.data.batches import evaluation_batches, training_batches
+from immunity_lib.evaluate import BATCH, in_parts
 from immunity_lib.experts import build_expert
 from immunity_lib.files import DamagedFile, read_tensors, set_aside, write_atomically, write_tensors
 from immunity_lib.heatmaps import grad_cam, is_empty, normalise_maps
@@ -222,28 +223,35 @@ def diagnose(model: ImmunityMoE, validation: ImageSet, recipe: Recipe) -> dict:
     cross entropy; robust_accuracy of the mixture under the recipe's own attack, if it has one.
     """
     model.eval()
-    sums: dict[str, Tensor | float] = defaultdict(float)
-    for images, labels in evaluation_batches(validation, 250, next(model.parameters()).device):
+    device = next(model.parameters()).device
+
+    def look(rows: slice) -> dict[str, Tensor | float]:
+        """Sums over some of the images."""
+        ((images, labels),) = evaluation_batches(validation.select(rows), BATCH, device)
         images.requires_grad_()
         outputs = model.expert_outputs(images)
-        mixture = outputs.mixture()
+        mixture, maps = outputs.mixture(), normalise_maps(grad_cam(outputs, labels)).detach()
         cross_entropy = functional.nll_loss(mixture, labels, reduction="sum")
-        maps = normalise_maps(grad_cam(outputs, labels)).detach()
         (gradient,) = torch.autograd.grad(cross_entropy, images)
-        sums["accuracy"] += (mixture.argmax(-1) == labels).sum()
-        sums["expert_accuracy"] += (outputs.logits.argmax(-1) == labels[:, None]).sum(0)
-        sums["gate_entropy"] -= (outputs.gate * outputs.log_gate).sum().detach()
-        sums["empty_maps"] += is_empty(maps).float().mean(0).mean() * len(labels)
-        sums["mutual_information"] += mutual_information(maps) * len(labels)
-        sums["input_gradient"] += gradient.flatten(1).norm(dim=1).sum()
+        found = {
+            "accuracy": (mixture.argmax(-1) == labels).sum(),
+            "expert_accuracy": (outputs.logits.argmax(-1) == labels[:, None]).sum(0),
+            "gate_entropy": -(outputs.gate * outputs.log_gate).sum().detach(),
+            "empty_maps": is_empty(maps).float().mean(0).mean() * len(labels),
+            "mutual_information": mutual_information(maps) * len(labels),
+            "input_gradient": gradient.flatten(1).norm(dim=1).sum(),
+        }
         if recipe.adversary:
             with torch.random.fork_rng():
                 torch.manual_seed(recipe.seed)
                 attacked = adversarial_images(model, images.detach(), labels, recipe)
             with torch.no_grad():
                 predicted = model(attacked, gate="trained").argmax(-1)
-            sums["robust_accuracy"] += (predicted == labels).sum()
-    return {key: torch.as_tensor(one).div(len(validation)).tolist() for key, one in sums.items()}
+            found["robust_accuracy"] = (predicted == labels).sum()
+        return found
+
+    parts = in_parts(look, len(validation))
+    return {key: torch.as_tensor(sum(one[key] for one in parts)).div(len(validation)).tolist() for key in parts[0]}
 
 
 def progress_line(name: str, epochs: int, entry: dict) -> str:

@@ -34,17 +34,16 @@ from study.store import (
 
 def publish_measurements(settings: Settings, name: ModelName) -> None:
     """Write what was measured of a model, and how it was trained, to pretrained/<preset>/<name>/."""
-    folder, own = pretrained_folder(settings, name), settings.model_copy(update={"pretrained": False})
+    folder = pretrained_folder(settings, name)
     for kind in ["training"] * (not (folder / WEIGHTS).exists()) + [*ASKED]:
-        found = record_path(settings, name, kind)
-        if not found.exists():
+        found, called = record_path(settings, name, kind), "record" if kind == "training" else kind
+        files = [found] if kind == "training" else [found.with_suffix(".parquet"), found]
+        if not all(path.exists() for path in files):
             continue
-        if not read_if_answered(found, own, name, kind):
+        if not read_if_answered(found, settings, name, kind):
             print(f"{found} is of other settings or weights and was left out")
             continue
-        called = "record" if kind == "training" else kind
-        # The record last, so that it speaks of a frame that is there
-        for path in (found.with_suffix(".parquet"), found)[kind == "training" :]:
+        for path in files:  # the record last, so that it speaks of a frame that is there
             write_atomically(folder / f"{called}{path.suffix}", path.read_bytes())
 
 

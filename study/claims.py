@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 from scipy import stats
 
 from study import catalogue
-from study.catalogue import DATA, METHODS, NETWORKS
+from study.catalogue import DATA, METHODS, NETWORKS, ModelName
 from study.settings import Settings
 from study.tables import SCORES, read_rows, right_experts
 
@@ -204,8 +204,12 @@ def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray
         column = "experts"  # each of the networks alone
     own = {"kind": measure.kind, "column": column, "method": measure.model, "regime": measure.regime}
     own |= {"dataset": measure.data or settings.recipe.dataset, "expert": measure.network or settings.recipe.expert}
+    _names(settings, **own)  # what a preset cannot say is told whether or not the rest is measured yet
+    others = _others(settings, measure, own)
+    for other in others.values():
+        _names(settings, **other)
     mine, effects = by_image(settings, **own), {}
-    for title, other in _others(settings, measure, own).items():
+    for title, other in others.items():
         # Seed by seed, from the same start, in the same order of images; and on the images that both sides met
         pair = mine.align(by_image(settings, **other), join="inner")
         ours, theirs = (one.to_numpy(float) for one in pair)
@@ -235,24 +239,31 @@ def _others(settings: Settings, measure: Measure, own: dict[str, str]) -> dict[s
     return others
 
 
-def by_image(settings: Settings, kind: str, column: str, **model: str) -> pd.DataFrame:
-    """A column of the long frame, by seed and image, of a model by the parts of its name: the mean over the rows of a
-    kind, or the worst case of those adaptive attacks that an image met."""
+def _names(settings: Settings, kind: str, column: str, **model: str) -> list[ModelName]:
+    """The models of a side of a measure, by the parts of their names; raises NotTestable where there are none."""
     data = model["dataset"]
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
-    frame, chosen_by, wanted_rows, _ = KINDS[kind]
+    # Only Parts-10 knows its background
+    if {"magnitudes": not settings.magnitudes, "background_heat": data != "parts10"}.get(kind):
+        raise NotTestable(f"the preset measures no {kind.replace('_', ' ')} of {DATA[data]}")
+    frame, *_ = KINDS[kind]
     names = [name for name in catalogue.measured_models(settings, frame) if model.items() <= name.model_dump().items()]
     if not names:
         raise NotTestable(f"the preset has no {catalogue.method_title(model['method'], model['expert'])} for it")
-    rows = read_rows(settings, names, frame)
+    return names
+
+
+def by_image(settings: Settings, kind: str, column: str, **model: str) -> pd.DataFrame:
+    """A column of the long frame, by seed and image, of a model by the parts of its name: the mean over the rows of a
+    kind, or the worst case of those adaptive attacks that an image met."""
+    frame, chosen_by, wanted_rows, _ = KINDS[kind]
+    rows = read_rows(settings, _names(settings, kind, column, **model), frame)
     rows = rows[rows[chosen_by].str.fullmatch(wanted_rows)]
     if frame == "attacks":
         rows = rows[rows["sees"].isin(["", settings.attack_gates[0]])]
-    if "expert" in column and len(rows):
+    if "expert" in column:
         rows = rows.assign(**right_experts(rows, settings.recipe.experts))
-    if rows.empty or column not in rows or rows[column].isna().all():
-        raise NotTestable(f"the preset measures no {kind} of {DATA[data]}")
     groups = rows.groupby(["seed", "image"])[column]
     return (groups.min() if kind == "worst-case" else groups.mean()).unstack()
 

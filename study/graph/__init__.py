@@ -28,9 +28,9 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None = None
     if options.preset not in preset_names() and os.path.isfile(options.preset):
         options.preset = os.path.abspath(options.preset)
     with refusing(parser):
-        for name in ("jobs", "tflops"):
+        for name in ("jobs", "jobs_per_gpu", "tflops"):
             if (number := getattr(options, name, None)) is not None and not number > 0:
-                raise ValueError(f"--{name} is {number}; it must be above 0")
+                raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be above 0")
         changes = {"data_folder": options.data, "output_folder": options.output}
         if "pretrained" in options:
             changes["pretrained"] = options.pretrained

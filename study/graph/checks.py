@@ -26,7 +26,7 @@ BYTES_OF_LIBRARIES = 10**9  # of a process that has loaded them
 
 
 def look_ahead(
-    settings: Settings, profile: str, jobs: int | None
+    settings: Settings, profile: str, jobs: int | None, jobs_per_gpu: int = 1
 ) -> tuple[Path | None, dict[str, Dataset], list[str] | None]:
     """The folder of the profile, the data sets by name, and the GPUs of this machine (None where a scheduler has the
     jobs). Raises ValueError with all that stands in the way, as far as it can be known before anything is computed."""
@@ -68,9 +68,12 @@ def look_ahead(
         if largest and (needed := costs[largest]["memory"] + BYTES_OF_LIBRARIES) > room:
             told = f"{largest} takes {needed / 1e9:.1f} GB of memory, but {where} has {room / 1e9:.1f} GB"
             wrong.append(f"{told}; lower width, experts or batch_size, or take a larger machine")
-        elif largest and not gpus and needed * (beside := min(jobs or os.cpu_count() or 1, len(costs))) > room:
-            told = f"{beside} jobs beside each other may take {needed * beside / 1e9:.1f} GB of memory"
-            print(f"{told} of {room / 1e9:.1f} GB; JOBS={int(room // needed)} surely fits", file=sys.stderr)
+        elif largest:
+            beside, option = (jobs_per_gpu, "--jobs-per-gpu") if gpus else (jobs or os.cpu_count() or 1, "JOBS")
+            beside = min(beside, len(costs))
+            if needed * beside > room:
+                told = f"{beside} jobs beside each other may take {needed * beside / 1e9:.1f} GB of memory"
+                print(f"{told} of {room / 1e9:.1f} GB; {option}={int(room // needed)} surely fits", file=sys.stderr)
     if wrong:
         raise ValueError("\n".join(dict.fromkeys(wrong)))  # each once
     return folder, data, gpus

@@ -30,6 +30,7 @@ from study.settings import ROOT
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 LOOK_AGAIN, REFRESHED = 1, 20  # seconds between two looks, and between two signs of life
+ALLOCATIONS = "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID"  # variables that name a scheduler's allocation
 LONGEST_FOLDER = 60  # characters, of a kernel's sockets: their paths have 107 at most
 
 # The same whoever starts the job, and whatever the shell says of Python, PyTorch's libraries and matplotlib: a sum's
@@ -137,14 +138,18 @@ def own_kernel() -> Iterator[str]:
 
 @contextmanager
 def free_gpu(gpus: str) -> Iterator[str]:
-    """Wait for one of the GPUs "0,1,2,...", numbers or UUIDs, that no other job of this user holds on this machine, and
-    hold it, by a lock that ends with the job; gives its name as CUDA_VISIBLE_DEVICES takes it. Snakemake counts GPUs
-    but tells no job which is its own (github.com/snakemake/snakemake/issues/281)."""
-    folder = Path(tempfile.gettempdir(), f"immunity-gpus-{os.getuid()}")
+    """Wait for one of the GPUs "0,1,2,...", numbers or UUIDs, each named once for every job it has room for, that no
+    other job of this user holds on this machine (of a scheduler: in this allocation), and hold it, by a lock that ends
+    with the job; gives its name as CUDA_VISIBLE_DEVICES takes it. Snakemake counts GPUs but tells no job which is its
+    own (github.com/snakemake/snakemake/issues/281)."""
+    # Two allocations of one node may each call their own GPU 0
+    allocation = next(filter(None, map(os.environ.get, ALLOCATIONS)), "")
+    folder = Path(tempfile.gettempdir(), f"immunity-gpus-{os.getuid()}{allocation}")
     folder.mkdir(mode=0o700, exist_ok=True)
+    names = gpus.split(",")
     for look in itertools.count():
-        for gpu in gpus.split(","):
-            with suppress(Timeout), FileLock(folder / f"{gpu}.lock", timeout=0):
+        for place, gpu in enumerate(names):
+            with suppress(Timeout), FileLock(folder / f"{gpu}.{names[:place].count(gpu)}.lock", timeout=0):
                 yield gpu
                 return
         if look == 0:

@@ -175,7 +175,9 @@ def format_power(settings: Settings) -> str:
         return f"Trainings of each model: {trainings}; no verdicts, for which there must be {FEWEST_TRAININGS}"
     counts = f"{trainings_text(settings)}, {settings.attacked_images} attacked images"
     visible = smallest_visible(trainings, settings.attacked_images)
-    return f"{counts}: an effect of {visible:.1f} points would be seen with a probability of 80 %"
+    told = f"{counts}: an effect of {visible:.1f} points would be seen with a probability of 80 %"
+    few = settings.baselines and (settings.baseline_seeds or trainings) < FEWEST_TRAININGS
+    return told + "; beside baselines no verdicts" * bool(few)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

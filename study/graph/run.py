@@ -32,12 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="", help="a folder of profiles/, as slurm, or a path")
     told = "sustained speed of a cluster's GPU in TFLOP/s, for time limits (%(default)g)"
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help=told)
+    told = "jobs on one GPU, where its memory has room for them (%(default)d; which is fastest is not measured)"
+    parser.add_argument("--jobs-per-gpu", type=int, default=1, help=told)
     told = "go on from what comes with the project: what is trained and measured in pretrained/ counts as done"
     parser.add_argument("--pretrained", action="store_true", help=told)
     options, settings = parse_options(parser, arguments)
     lock = settings.runs / ".lock"
     try:
-        profile, data, gpus = look_ahead(settings, options.profile, options.jobs)
+        profile, data, gpus = look_ahead(settings, options.profile, options.jobs, options.jobs_per_gpu)
         given = {"data_folder", "output_folder", "pretrained"}
         config = {"preset": options.preset} | settings.model_dump(include=given)
         # Of your own images, one name may stand for other images tomorrow
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config["requests"] = requests(settings, options.tflops, gives_gpus(profile))
             limits = ["--jobs", str(options.jobs)] if options.jobs else []
         else:
+            gpus = gpus * options.jobs_per_gpu
             config["gpus"] = ",".join(gpus)
             limits = ["--cores", str(options.jobs or "all"), "--resources", f"gpu={len(gpus)}"]
         sources = "; ".join(f"{name} from {found.source}" for name, found in data.items())

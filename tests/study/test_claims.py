@@ -241,10 +241,15 @@ def test_parts_are_all_trainings_but_one_and_halves_of_the_images():
     assert len(halves) == claims.HALVES and {half.shape for half in halves} == {(3, 2)}
 
 
-def test_a_missing_model_is_no_verdict(one_training):
-    without = one_training.settings.model_copy(update={"baselines": []})
-    with pytest.raises(claims.NotTestable, match="no baselines"):
-        paired_effects(without, claim("standard-attacked").measure)
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [("standard-attacked", "no baselines"), ("magnitudes", "no magnitudes"), ("cifar100", "no CIFAR-100"),
+     ("experts-on-parts", "no background heat of CIFAR-10")],
+)  # fmt: skip
+def test_what_a_preset_cannot_say_is_told_before_anything_is_measured(make_settings, tmp_path, wanted, told):
+    settings = make_settings(output_folder=str(tmp_path), dataset="cifar10", baselines=[], magnitudes=[])
+    with pytest.raises(claims.NotTestable, match=told):
+        paired_effects(settings, claim(wanted).measure)
 
 
 @pytest.mark.parametrize(

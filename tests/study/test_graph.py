@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -187,15 +186,20 @@ with job.free_gpu(sys.argv[1]) as gpu:
 def test_jobs_beside_each_other_take_different_gpus(tmp_path):
     """As many at once as there are GPUs; one more waits until another has ended, however."""
 
-    command, environment = [sys.executable, "-c", HOLD, "2,MIG-GPU-d5b7/1/0,5"], os.environ | {"TMPDIR": str(tmp_path)}
+    command, environment = [sys.executable, "-c", HOLD, "2,MIG-GPU-d5b7/1/0,2"], os.environ | {"TMPDIR": str(tmp_path)}
     heard = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    hold = partial(subprocess.Popen, command, env=environment, **heard)
+
+    def hold(**allocation):
+        return subprocess.Popen(command, env=environment | allocation, **heard)
+
     holders = [hold() for _ in range(3)]
     try:
         taken = [one.stdout.readline().strip() for one in holders]
-        assert sorted(taken) == ["2", "5", "MIG-GPU-d5b7/1/0"]
+        assert sorted(taken) == ["2", "2", "MIG-GPU-d5b7/1/0"]  # one of them may be shared by two
         holders.append(hold())
         assert "waits until another job leaves one of the GPUs" in holders[3].stderr.readline()
+        holders.append(hold(SLURM_JOB_ID="7"))  # whose GPU 2 is another one
+        assert holders[4].stdout.readline().strip() == "2"
         holders[1].kill()
         assert holders[3].stdout.readline().strip() == taken[1]
     finally:
@@ -283,6 +287,16 @@ def test_all_that_stands_in_the_way_is_told_at_once(tmp_path, monkeypatch, capsy
     ):  # fmt: skip
         assert told.count(one) == 1, told
     assert not output.exists()
+
+
+@pytest.mark.parametrize(("gpus", "option"), [([], "JOBS"), (["0"], "--jobs-per-gpu")])
+def test_more_jobs_beside_each_other_than_memory_surely_holds_are_told(tmp_path, monkeypatch, capsys, gpus, option):
+    monkeypatch.setattr(checks, "memory", lambda _: (25 * 10**8, "One"))
+    monkeypatch.setattr(checks, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(checks, "missing_kernels", list)
+    checks.look_ahead(smoke_preset(tmp_path, compiled=False)[1], "", jobs=3, jobs_per_gpu=3)
+    told = rf"3 jobs beside each other may take 3\.\d GB of memory of 2\.5 GB; {option}=2 surely fits"
+    assert re.search(told, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((8, 6), True), ((9, 0), True), ((10, 0), True), ((7, 0), False)])

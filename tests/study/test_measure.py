@@ -126,6 +126,14 @@ def test_what_comes_with_the_project_needs_no_weights_and_answers_its_own_questi
     monkeypatch.setattr(store, "trained_model", lambda *_: model)
     measure_attacks(elsewhere.model_copy(update={"steps": 2}), NAME, dataset)
     assert measurement.called and record_path(elsewhere, NAME, "attacks").exists()
+    # Measured here, of a training that came along; without its frame, it is as if it were not
+    publish_measurements(other := elsewhere.model_copy(update={"steps": 2}), NAME)
+    shipped = store.pretrained_folder(settings, NAME) / "attacks.json"
+    assert read_json(shipped)["asked"]["steps"] == 2 and len(read_frame(other, [NAME], "attacks"))
+    before = shipped.read_bytes()
+    record_path(other, NAME, "attacks").with_suffix(".parquet").unlink()
+    publish_measurements(other, NAME)
+    assert shipped.read_bytes() == before
 
 
 def test_D8_neighbours_a_frame_of_another_record_is_not_read(settings, dataset, measurement):
