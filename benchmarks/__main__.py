@@ -5,7 +5,17 @@ from importlib import import_module
 
 import torch
 
-NAMES = ("input_pipeline", "heatmaps", "exact", "attacks", "regularised_step", "cells", "plan", "memory")
+NAMES = (
+    "input_pipeline",
+    "heatmaps",
+    "exact",
+    "attacks",
+    "regularised_step",
+    "stacked_experts",
+    "cells",
+    "plan",
+    "memory",
+)
 
 parser = ArgumentParser(prog="python -m benchmarks", description="Time the library beside its peers.")
 parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; none: all")
