@@ -4,7 +4,7 @@
 from study import catalogue
 from study.graph import job_command
 from study.settings import NOT_OF_THE_RESULT, ROOT, load_preset
-from study.store import WEIGHTS, code_files, find_record, question_of
+from study.store import WEIGHTS, code_files, draws_heat_maps, find_record, question_of
 
 settings = load_preset(
     config["preset"],
@@ -290,10 +290,6 @@ rule claims:
         run_notebook("07_claims")
 
 
-# Heat maps are drawn of weights, which do not come with all that was measured
-DRAWABLE = len(trained(OF_TABLE3)) == 2 * len(OF_TABLE3)
-
-
 rule all:
     default_target: True
     input:
@@ -305,6 +301,6 @@ rule all:
         rules.expert_selection.output,
         rules.attacks.output,
         rules.ablation.output,
-        rules.heatmaps.output if DRAWABLE else [],
+        rules.heatmaps.output if draws_heat_maps(settings) else [],
         rules.adaptive_attacks.output,
         rules.claims.output,

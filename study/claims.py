@@ -27,9 +27,10 @@ MARGIN = 1.0  # points, or %: what lies within is no effect
 HALVES = 20  # of the images, drawn to see whether a verdict stays
 # Of an effect under attack, in points, from training to training and from image to image: as the demo showed them
 DEVIATIONS = 6.0, 40.0
+PAPER = ("fgsm", "bim", "mim", "pgd")  # its attacks; a preset may have others beside them
 KINDS = {  # of measures: the frame, which of its rows, by a column and what that matches, and the column that is read
     "clean": ("attacks", "family", "clean", "switched"),
-    "attacks": ("attacks", "family", "paper", "switched"),
+    "attacks": ("attacks", "attack", "|".join(PAPER), "switched"),
     "magnitudes": ("attacks", "family", "magnitude", "switched"),
     "worst-case": ("adaptive", "family", "(?!clean).*", "switched"),
     "unattacked": ("adaptive", "family", "clean", "switched"),
@@ -245,7 +246,8 @@ def _names(settings: Settings, kind: str, column: str, **model: str) -> list[Mod
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
     # Only Parts-10 knows its background
-    if {"magnitudes": not settings.magnitudes, "background_heat": data != "parts10"}.get(kind):
+    absent = {"magnitudes": not settings.magnitudes, "attacks": not {*PAPER} & {*settings.attacks}}
+    if (absent | {"background_heat": data != "parts10"}).get(kind):
         raise NotTestable(f"the preset measures no {kind.replace('_', ' ')} of {DATA[data]}")
     frame, *_ = KINDS[kind]
     names = [name for name in catalogue.measured_models(settings, frame) if model.items() <= name.model_dump().items()]

@@ -194,7 +194,7 @@ def _frame(found: GateVerdicts, rows: Tensor, labels: Tensor, attack="clean", fa
 def _question(kind: str, settings: Settings, name: ModelName, dataset: Dataset, further: dict) -> dict[str, Any]:
     """What a record answers: of which trainings and test images, and what is asked of them."""
     return {
-        "weights": store.weights_of(settings, name),
+        "weights": store.weights_of(settings, name, store.record_path(settings, name, kind)),
         "data": {split: images.checksum for split, images in test_splits(dataset)},
         "asked": store.question_of(settings, kind) | further,
     }

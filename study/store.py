@@ -39,7 +39,7 @@ from immunity_lib.files import (
 from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
-from study.catalogue import DATA, ModelName, members, method_title, own_recipe, recipe_of, single
+from study.catalogue import DATA, ModelName, members, method_title, own_recipe, recipe_of, single, table3_models
 from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, preset_names, validate
 
 PRETRAINED = ROOT / "pretrained"
@@ -77,10 +77,11 @@ def provenance() -> dict[str, Any]:
     # Its instructions decide how it rounds
     instructions = torch.backends.cpu.get_cpu_capability()
     processor = f"{named[1] if named else platform.machine()}, {instructions}, {os.cpu_count()} cores"
+    changes = _git("status", "--porcelain", "--", *CODE)
     return {
         # An image has no history, but was told its commit when it was built
         "commit": _git("rev-parse", "HEAD") or os.environ.get("IMMUNITY_COMMIT") or None,
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *CODE)),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "library": digest.hexdigest()[:16],  # by which a record tells which code made it
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -279,6 +280,12 @@ def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
     return own
 
 
+def draws_heat_maps(settings: Settings) -> bool:
+    """Whether the weights of Table 3's models are there or will be: they do not come with all that was measured."""
+    records = [find_record(settings, name, "training") for name in table3_models(settings)]
+    return all(path.is_relative_to(settings.runs) or path.with_name(WEIGHTS).exists() for path in records)
+
+
 def read_record(settings: Settings, name: ModelName, kind: str) -> dict[str, Any]:
     """The record that `find_record` finds. Raises FileNotFoundError, with the command that makes it, where there is
     none of these settings yet, and DamagedFile, which sets a measurement aside, to be made anew by the graph."""
@@ -308,7 +315,7 @@ def read_if_answered(path: Path, settings: Settings, name: ModelName, kind: str)
     except (KeyError, AttributeError) as error:
         raise DamagedFile(f"{path} cannot be read ({error!r})") from error
     with suppress(FileNotFoundError, DamagedFile):  # of the training
-        if question_of(settings, kind).items() <= asked and weights == weights_of(settings, name):
+        if question_of(settings, kind).items() <= asked and weights == weights_of(settings, name, path):
             return known
     return None
 
@@ -322,11 +329,12 @@ def question_of(settings: Settings, kind: str) -> dict[str, Any]:
     return asked if kind == "scores" else asked | {"eps": eps, "step_size": step_size}
 
 
-def weights_of(settings: Settings, name: ModelName) -> list[str]:
-    """Checksums of the weights behind a model, as its training left them, whatever became of them when they were
-    rounded to come with the project."""
+def weights_of(settings: Settings, name: ModelName, record: Path) -> list[str]:
+    """Checksums of the weights behind a model that a record is about: where they were rounded to come with the project,
+    one that came with it is about what its training left, one that was made here about what there is."""
     known = [read_record(settings, one, "training") for one in single(settings, [name])]
-    return [one.get("rounding", {}).get("from", one.get("weights")) for one in known]
+    exact = record.is_relative_to(PRETRAINED)
+    return [(exact and one.get("rounding", {}).get("from")) or one.get("weights") for one in known]
 
 
 def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.DataFrame:

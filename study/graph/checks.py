@@ -18,7 +18,7 @@ from immunity_lib.train import is_compiled
 from study import catalogue
 from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
-from study.store import find_record, load_data, names_gpus
+from study.store import ASKED, WEIGHTS, find_record, load_data, names_gpus
 
 PROFILES = ROOT / "profiles"
 BYTES_ON_DISK = 12  # for each parameter: weights, and in training a checkpoint with momentum
@@ -51,6 +51,7 @@ def look_ahead(
         if name.dataset in data and not find_record(settings, name, "training").exists():
             with noted(f"{name.model_copy(update={'seed': 0})} cannot be trained: "):
                 costs[name] = cost_of(catalogue.recipe_of(settings, name), len(data[name.dataset].class_names))
+    wrong += missing_weights(settings)
     existing = next(path for path in (settings.runs, *settings.runs.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         wrong.append(f"{existing} is no folder that can be written to; choose another output folder")
@@ -77,6 +78,24 @@ def look_ahead(
     if wrong:
         raise ValueError("\n".join(dict.fromkeys(wrong)))  # each once
     return folder, data, gpus
+
+
+def missing_weights(settings: Settings) -> list[str]:
+    """A sentence where something is to be measured of models that came with the project without their weights. To train
+    them again, beside what was measured of the first training, would mix two."""
+    lacking = []
+    for kind in ASKED:
+        for name in catalogue.measured_models(settings, kind):
+            if not find_record(settings, name, kind).exists():
+                others = catalogue.surrogates(settings, name) if kind == "adaptive" else []
+                needed = catalogue.single(settings, [name, *others])
+                records = [find_record(settings, one, "training") for one in needed]
+                if any(not (one.is_relative_to(settings.runs) or one.with_name(WEIGHTS).exists()) for one in records):
+                    lacking.append(f"{kind} of {name}")
+    if not lacking:
+        return []
+    told = f"{len(lacking)} measurements ({lacking[0]}, ...) need weights of models that came along without them"
+    return [f"{told}; leave PRETRAINED out, which trains all anew"]
 
 
 def memory(on_gpu: bool) -> tuple[int, str]:

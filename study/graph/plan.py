@@ -39,29 +39,30 @@ WORK = ["02_training", "03_attacks", "06_adaptive_attacks", "scores"]
 
 
 def plan(settings: Settings) -> pd.DataFrame:
-    """A row for each model that the preset trains, by its name: its `cost_of`, and the multiply-accumulates of all
-    that is done with it in the notebooks of WORK; "scores" are heat maps and accuracy on all test images. Nothing is
-    computed and no data are read, but for the names of the files of your own images."""
+    """A row for each model that the preset trains or measures, by its name: its `cost_of`, and the multiply-accumulates
+    of all that is done with it in the notebooks of WORK; "scores" are heat maps and accuracy on all test images.
+    Nothing is computed and no data are read, but for the names of the files of your own images."""
     attacked, adaptive = catalogue.measured_models(settings, "attacks"), catalogue.measured_models(settings, "adaptive")
     gradients, queries = adaptive_passes(settings)
     steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
     rows = {}
-    for name in catalogue.trained_models(settings):
-        recipe = catalogue.recipe_of(settings, name)
+    for name in dict.fromkeys([*catalogue.trained_models(settings), *attacked, *adaptive]):
+        (first, *others) = catalogue.single(settings, [name])  # an ensemble is trained as its members
+        recipe, networks = catalogue.recipe_of(settings, first), 1 + len(others)
         classes, train_images, test_images = _counts(settings, name.dataset)
-        cost = cost_of(recipe, classes)
+        cost = {what: networks * number for what, number in cost_of(recipe, classes).items()}
         forward, gradient = cost["forward"], cost["gradient"]
         own_steps = {None: 0, "ffgsm": 1, "pgd": recipe.adversary_steps}[recipe.adversary]
-        gates = 1 if recipe.experts == 1 else len(settings.attack_gates)
+        gates = 1 if networks * recipe.experts == 1 else len(settings.attack_gates)
         of_attacks = settings.attacked_images * gates * (sum(steps) * gradient + len(steps) * forward)
         of_attacks += settings.attacked_images * len(settings.magnitudes) * (settings.steps * gradient + forward)
         of_adaptive = settings.adaptive_count * (gradients * gradient + queries * forward)
         rows[str(name)] = cost | {
             "epochs": recipe.epochs,
-            "02_training": train_images * recipe.epochs * (cost["step"] + own_steps * gradient),
+            "02_training": train_images * recipe.epochs * (cost["step"] + own_steps * gradient) * (not others),
             "03_attacks": (of_attacks + test_images * forward) * (name in attacked),
             "06_adaptive_attacks": of_adaptive * (name in adaptive),
-            "scores": test_images * (forward + cost["maps"]),
+            "scores": test_images * (forward + cost["maps"]) * (not others),
         }
     return pd.DataFrame.from_dict(rows, orient="index").astype("float64")
 
@@ -92,11 +93,11 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
 
 
 def measured_tflops(settings: Settings) -> pd.Series:
-    """The sustained speed of training steps on this machine, in TFLOP/s, by the name of each model that the preset
-    trains. Measured of one expert of each network, on noise, for some CALIBRATED seconds after a first step."""
+    """The sustained speed of training steps on this machine, in TFLOP/s, by the name of each model of the plan. Measured
+    of one expert of each network, on noise, for some CALIBRATED seconds after a first step."""
     speeds, by_model, device = {}, {}, chosen_device()
-    for name in catalogue.trained_models(settings):
-        recipe = catalogue.recipe_of(settings, name)
+    for name in map(catalogue.ModelName.parse, plan(settings).index):
+        recipe = catalogue.recipe_of(settings, catalogue.single(settings, [name])[0])
         kind = name.expert, recipe.width, recipe.beta + recipe.gamma > 0  # with heat maps or without
         if kind not in speeds:
             recipe = replace(recipe, experts=1, gate_network="constant", adversary=None, pairing="none")
@@ -154,13 +155,14 @@ def format_plan(settings: Settings, tflops: float | pd.Series) -> str:
         speed = f"{tflops.min():.3g} to {tflops.max():.3g} TFLOP/s, as measured of each on this {chosen_device()}"
     else:
         speed = f"an assumed {tflops:g} TFLOP/s sustained (--tflops)"
-    disk = (4 * frame["parameters"] + 2e6).sum() / 1e9
+    trained = frame[frame["02_training"] > 0]
+    disk = (4 * trained["parameters"] + 2e6).sum() / 1e9
     _, _, assumptions = (__doc__ or "").partition("\n\n")
     return f"""\
 Preset {settings.preset}: what it would cost; per job, seeds of a model in one line.
 {table.to_string(float_format="{:,.3g}".format)}
 
-{len(frame)} trainings; {each.sum():,.0f} hours in all, {each.max():,.1f} for the longest job, \
+{len(trained)} trainings; {each.sum():,.0f} hours in all, {each.max():,.1f} for the longest job, \
 at {speed}
 {disk:.1f} GB of disk: weights, and about 2 MB a model for logs, records and notebooks
 {format_power(settings)}

@@ -15,7 +15,16 @@ from pydantic import AwareDatetime, Field, create_model
 from study import catalogue
 from study.graph import parse_options, preset_parser, refusing
 from study.settings import ROOT, Settings, read_yaml
-from study.store import ASKED, WEIGHTS, find_record, own_folder, read_if_answered, read_json, record_path
+from study.store import (
+    ASKED,
+    WEIGHTS,
+    draws_heat_maps,
+    find_record,
+    own_folder,
+    read_if_answered,
+    read_json,
+    record_path,
+)
 
 LOST = 120.0  # seconds without a sign of life, behind which a job counts as killed
 TOLD = ["running", "failed", "stopped", "lost", "waiting"]  # states beside "done"
@@ -36,7 +45,8 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
         jobs += [
             (job, one, kind) for one in models if find_record(settings, one, kind) == record_path(settings, one, kind)
         ]
-    jobs += [(path.stem, None, "") for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem[:2] != "02"]
+    apart = ("02_training",) if draws_heat_maps(settings) else ("02_training", "05_heatmaps")
+    jobs += [(path.stem, None, "") for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem not in apart]
     rows = {}
     for notebook, model, kind in jobs:
         job = f"{notebook}-{model}" if model else notebook
@@ -45,7 +55,7 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
             known = JobState(**read_json(settings.runs / "jobs" / f"{job}.json"))
             if known.state != "done" or not model or _is_made(settings, model, kind):
                 row |= dict(known) | {"silence": (now - known.seen).total_seconds()}
-            if row["state"] == "running" and row["silence"] > lost_after:
+            if row["state"] == "running" and abs(row["silence"]) > lost_after:  # a clock may have been put back
                 row["state"] = "lost"
         if notebook == "02_training":
             times = pd.Series(dtype=float)
