@@ -80,7 +80,6 @@ OPERATIONS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "max_pool_3x3": lambda _, step, __: nn.MaxPool2d(3, step, 1),
     "sep_conv_3x3": partial(_separable, size=3, times=2),
     "sep_conv_5x5": partial(_separable, size=5, times=2),
-    "sep_conv_7x7": partial(_separable, size=7, times=2),
     "dil_conv_3x3": partial(_separable, size=3, dilation=2),
     "dil_conv_5x5": partial(_separable, size=5, dilation=2),
 }
