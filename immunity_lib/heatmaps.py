@@ -81,7 +81,10 @@ def grad_cam(outputs: ExpertOutputs, labels: Tensor, create_graph: bool = False,
         # Mixed precision's activations are coarser than the scores
         activations, gradient = activations.to(scores.dtype), gradient.to(scores.dtype)
         weights = gradient.sum((-2, -1)) / activations.shape[1]
-        maps.append(_resize(torch.einsum("bk,bkuv->buv", weights, activations).relu()))
+        heat = torch.einsum("bk,bkuv->buv", weights, activations).relu()
+        # Resized by two products with a fixed matrix: deterministic on every device and cheap to differentiate twice
+        rows, columns = (_interpolation(size, heat.device, heat.dtype) for size in heat.shape[-2:])
+        maps.append(rows @ heat @ columns.mT)
     return torch.stack(maps, dim=1)
 
 
@@ -90,15 +93,9 @@ def is_empty(maps: Tensor) -> Tensor:
     return maps.amax((-2, -1)) == maps.amin((-2, -1))
 
 
-def _resize(maps: Tensor) -> Tensor:
-    """(B, u, v) to (B, 32, 32), bilinear, as two products with a fixed matrix: deterministic on every device and
-    cheap to differentiate twice."""
-    rows, columns = (_interpolation(size, maps.device, maps.dtype) for size in maps.shape[-2:])
-    return rows @ maps @ columns.mT
-
-
 @lru_cache
 def _interpolation(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(32, size), that resizes a side linearly."""
     with torch.inference_mode(False):  # kept for later callers, whose autograd takes no inference tensor
         identity = torch.eye(size, device=device, dtype=dtype)[None]
         return functional.interpolate(identity, size=GRID, mode="linear")[0].mT.contiguous()
