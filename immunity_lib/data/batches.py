@@ -37,9 +37,7 @@ class ImageSet:
         if self.images.shape[1:] != (3, 32, 32) or self.labels.shape != self.images.shape[:1]:
             found = f"images of shape {tuple(self.images.shape)} and labels of shape {tuple(self.labels.shape)}"
             raise ValueError(f"{found}; an ImageSet holds (B, 3, 32, 32) and (B,)")
-        if self.labels.dtype != torch.int64 or (
-            len(self.labels) and self.labels.min() < 0
-        ):  # training passes over -100
+        if self.labels.dtype != torch.int64 or (self.labels < 0).any():  # training passes over -100
             found = f"labels are {self.labels.dtype}, from {self.labels.min().item() if len(self.labels) else 'none'}"
             raise ValueError(f"{found}; an ImageSet holds classes 0, 1, ... as torch.int64")
 
