@@ -75,6 +75,7 @@ class Recipe:
             "train_images": 2, "validation_images": 1, "experts": 1, "layers": 3, "epochs": 1,
             "batch_size": 2, "adversary_steps": 1, "eps": SMALLEST_EPS, "step_size": SMALLEST_EPS,
         }  # fmt: skip
+        most = {"width": 4, "eps": 1, "step_size": 1, "experts": 100, "rotation": 180, "cutout": 32}
         wrong = []
         for name, valid in CHOICES.items():
             if (value := getattr(self, name)) not in valid:
@@ -87,10 +88,7 @@ class Recipe:
         for name, value in vars(self).items():
             if value is None or isinstance(value, bool | str):
                 continue
-            low = least.get(name, 0)
-            high = {"width": 4, "eps": 1, "step_size": 1, "experts": 100, "rotation": 180, "cutout": 32}.get(
-                name, 2**63 - 1 if isinstance(value, int) else math.inf
-            )
+            low, high = least.get(name, 0), most.get(name, 2**63 - 1 if isinstance(value, int) else math.inf)
             if not low <= value < math.inf:  # so phrased that NaN fails
                 wrong.append(f"{name} is {value}; it must be at least {low}")
             elif name in ("width", "learning_rate") and not value > 0:
