@@ -80,15 +80,14 @@ def train(
     model = build_model(recipe, dataset).to(device)
     loss = compiled_loss() if is_compiled(recipe, next(model.parameters()).device) else training_loss
     optimiser = make_optimiser(model, recipe)
-    name, log = name or folder.name, []
-    source = {"recipe": recipe.as_json(), "data": dataset.splits["train"].checksum}
+    name, log, data = name or folder.name, [], dataset.splits["train"].checksum
     with torch.random.fork_rng(), ExitStack() as at_end:
         if threading.current_thread() is threading.main_thread():  # no other handles signals
             before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
             at_end.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
         torch.manual_seed(recipe.seed)
         try:
-            log = _restore(folder, recipe, source, model, optimiser)
+            log = _restore(folder, recipe, data, model, optimiser)
             if 0 < len(log) < recipe.epochs:
                 print(f"{folder.name} goes on after epoch {len(log)} of {recipe.epochs}", flush=True)
             while len(log) < recipe.epochs:
@@ -98,7 +97,8 @@ def train(
                 entry |= diagnose(model, dataset.splits["validation"], recipe)
                 entry["seconds"] = round(time.perf_counter() - started, 2)
                 write_atomically(folder / "log.jsonl", "".join(json.dumps(one) + "\n" for one in [*log, entry]))
-                _save(folder, source | {"log": [*log, entry]}, model, optimiser)
+                notes = {"recipe": recipe.as_json(), "data": data, "log": [*log, entry]}
+                _save(folder, notes, model, optimiser)
                 log.append(entry)
                 print(progress_line(name, recipe.epochs, entry), flush=True)
                 tell(entry)
@@ -329,16 +329,16 @@ def _save(folder: Path, notes: dict, model: nn.Module, optimiser) -> None:
     write_tensors(folder / CHECKPOINT, tensors, notes)
 
 
-def _restore(folder: Path, recipe: Recipe, source: dict, model: nn.Module, optimiser) -> list[dict]:
-    """Load the checkpoint, if there is one of this recipe and data; the log so far. Any other is set aside, and
-    training starts from the beginning."""
+def _restore(folder: Path, recipe: Recipe, data: str, model: nn.Module, optimiser) -> list[dict]:
+    """Load the checkpoint, if there is one of this recipe and of the data with this checksum; the log so far. Any other
+    is set aside, and training starts from the beginning."""
     path, weights = folder / CHECKPOINT, model.state_dict()
     if not path.exists():
         return []
     try:
         tensors, notes = read_tensors(path)
         log = [dict(entry) for entry in notes["log"]]
-        if not (recipe.is_that_of(notes["recipe"]) and notes["data"] == source["data"]):
+        if not (recipe.is_that_of(notes["recipe"]) and notes["data"] == data):
             raise DamagedFile("it belongs to other settings or data")
         parameters = [one for group in optimiser.param_groups for one in group["params"]]
         needed = {f"model.{key}": value.shape for key, value in weights.items()}

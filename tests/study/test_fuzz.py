@@ -291,7 +291,8 @@ def test_checkpoints(folder, notes, header, others):
         read_tensors(path)
     with patch("immunity_lib.files.json.dumps", lambda *_, **__: notes.decode(errors="replace")):
         write_tensors(path, TENSORS | others, {})
-    log = train._restore(folder, Recipe(epochs=2), SOURCE, NETWORK, torch.optim.SGD(NETWORK.parameters(), 0.1, 0.9))
+    optimiser = torch.optim.SGD(NETWORK.parameters(), 0.1, 0.9)
+    log = train._restore(folder, Recipe(epochs=2), SOURCE["data"], NETWORK, optimiser)
     assert all(isinstance(entry, dict) for entry in log)
 
 
