@@ -93,8 +93,8 @@ def _counts(settings: Settings, data: str) -> tuple[int, int, int]:
 
 
 def measured_tflops(settings: Settings) -> pd.Series:
-    """The sustained speed of training steps on this machine, in TFLOP/s, by the name of each model of the plan. Measured
-    of one expert of each network, on noise, for some CALIBRATED seconds after a first step."""
+    """The sustained speed of training steps on this machine, in TFLOP/s, by the name of each model of the plan.
+    Measured of one expert of each network, on noise, for some CALIBRATED seconds after a first step."""
     speeds, by_model, device = {}, {}, chosen_device()
     for name in map(catalogue.ModelName.parse, plan(settings).index):
         recipe = catalogue.recipe_of(settings, catalogue.single(settings, [name])[0])

@@ -47,10 +47,10 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
         ]
     apart = ("02_training",) if draws_heat_maps(settings) else ("02_training", "05_heatmaps")
     jobs += [(path.stem, None, "") for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem not in apart]
-    rows = {}
+    rows, of_training = {}, dict.fromkeys(("network", "epochs", "trained", "epoch"))
     for notebook, model, kind in jobs:
         job = f"{notebook}-{model}" if model else notebook
-        row = rows[job] = {"notebook": notebook, "state": "waiting", "seconds": None}
+        row = rows[job] = {"notebook": notebook, "state": "waiting", "seconds": None, **of_training}
         with suppress(FileNotFoundError, ValueError):  # one that is damaged counts as not there
             known = JobState(**read_json(settings.runs / "jobs" / f"{job}.json"))
             if known.state != "done" or not model or _is_made(settings, model, kind):
@@ -65,9 +65,7 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
             row |= {"network": model.expert, "epochs": catalogue.recipe_of(settings, model).epochs}
             row |= {"trained": len(times), "epoch": times.mean()}
     frame = pd.DataFrame.from_dict(rows, orient="index")
-    # Where all trainings come with the project, none of these jobs is one
-    columns = frame.columns.union(["network", "epochs", "trained", "epoch"], sort=False)
-    return frame.reindex(columns=columns).astype({"seconds": float, "epoch": float})
+    return frame.astype(dict.fromkeys(("seconds", "epochs", "trained", "epoch"), float))
 
 
 def _is_made(settings: Settings, model: catalogue.ModelName, kind: str) -> bool:
