@@ -270,8 +270,8 @@ def architecture(model: ImmunityMoE) -> Figure:
         axes.annotate("", points[-1], points[-2], arrowprops=style)
 
     for number, expert in enumerate(model.experts):
-        row, names = experts - 1 - number, list(expert.stage_sides())
-        sides = np.array(list(expert.stage_sides().values()))
+        row, found = experts - 1 - number, expert.stage_sides()
+        names, sides = list(found), np.array(list(found.values()))
         centres, heights = np.linspace(2, 8.8, len(sides)), 0.12 + 0.5 * sides / 32
         explained = np.arange(len(sides)) == expert.head_stages - 1
         arrow((0.4, middle), (1.75, row))
