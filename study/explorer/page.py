@@ -27,7 +27,6 @@ from study.settings import budget_text
 
 COLOUR_MAP = "magma"  # rises evenly in lightness: readable without colours, and in print
 PART_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7")  # Okabe and Ito's, for the colour-blind too
-RIGHT, WRONG = COLOURS[0], COLOURS[1]
 ATTACKED_GATES = {"uniform": "all gates alike (the plain ensemble)", "trained": "the gate as trained"}
 
 
@@ -173,7 +172,7 @@ def gates_figure(exploration: Exploration, names: Sequence[ModelName], subject: 
         answers = exploration.answers(name, subject, attacked_gate)
         right = (answers.mixtures[:, -1].argmax(-1) == answers.asked).numpy()
         right = right[:, np.argsort(-right.sum(0), kind="stable")]
-        for outcome, marker, colour in ((True, "s", RIGHT), (False, "x", WRONG)):
+        for outcome, marker, colour in ((True, "s", COLOURS[0]), (False, "x", COLOURS[1])):
             down, across = np.nonzero(right == outcome)
             panel.scatter(across + 1, down, 14, marker=marker, color=colour, linewidths=1)
         shares = [f"{e}  ({share:.0%})" for e, share in zip(budgets, right.mean(1), strict=True)]
