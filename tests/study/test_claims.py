@@ -243,11 +243,12 @@ def test_parts_are_all_trainings_but_one_and_halves_of_the_images():
 
 @pytest.mark.parametrize(
     ("wanted", "told"),
-    [("standard-attacked", "no baselines"), ("magnitudes", "no magnitudes"), ("cifar100", "no CIFAR-100"),
-     ("experts-on-parts", "no background heat of CIFAR-10")],
+    [("standard-clean", "no baselines"), ("magnitudes", "no magnitudes"), ("cifar100", "no CIFAR-100"),
+     ("experts-on-parts", "no background heat of CIFAR-10"), ("both-losses-attacked", "no attacks of CIFAR-10")],
 )  # fmt: skip
 def test_what_a_preset_cannot_say_is_told_before_anything_is_measured(make_settings, tmp_path, wanted, told):
-    settings = make_settings(output_folder=str(tmp_path), dataset="cifar10", baselines=[], magnitudes=[])
+    changes = {"dataset": "cifar10", "baselines": [], "magnitudes": [], "attacks": ["cw"]}
+    settings = make_settings(output_folder=str(tmp_path), **changes)
     with pytest.raises(claims.NotTestable, match=told):
         paired_effects(settings, claim(wanted).measure)
 

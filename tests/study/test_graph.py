@@ -404,8 +404,19 @@ def test_the_graph_is_told_which_images_stand_behind_the_name_of_the_data(preten
 def test_the_status_leaves_out_what_comes_with_the_project(tmp_path):
     given = load_preset("parts10", output_folder=str(tmp_path), pretrained=True)
     left = status.list_jobs(given, datetime.now(UTC))["notebook"]
-    assert list(left) == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if "02" not in path.stem]
-    assert "0 of 7 jobs done" in status.format_status(given, datetime.now(UTC))
+    drawn = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if "02" not in path.stem]
+    assert list(left) == [one for one in drawn if one != "05_heatmaps"]  # of weights, which did not come along
+    assert "0 of 6 jobs done" in status.format_status(given, datetime.now(UTC))
+    anew = status.list_jobs(given.model_copy(update={"pretrained": False}), datetime.now(UTC))
+    assert {"05_heatmaps", "02_training"} < {*anew["notebook"]}
+
+
+def test_what_needs_weights_that_did_not_come_along_is_refused():
+    """To train such a model again would leave what was measured of the first training beside the second's."""
+    (told,) = checks.missing_weights(load_preset("cifar10"))
+    assert re.match(r"\d+ measurements \(attacks of cifar10-.*\) need weights of models that came along without", told)
+    assert not checks.missing_weights(load_preset("cifar10", pretrained=False))
+    assert not checks.missing_weights(load_preset("parts10"))
 
 
 @pytest.mark.slow
@@ -496,6 +507,8 @@ def test_failed_stopped_and_killed_jobs_are_told_apart(settings):
         f"lost     02_training-{three} on node7, seen 3:00:00 ago",
     ):
         assert told in status.format_status(settings, NOW)
+    put_job(settings, f"02_training-{three}", "running", seen=NOW + timedelta(hours=3))  # its clock was put back
+    assert "1 lost" in status.format_status(settings, NOW)
     put_job(settings, "07_claims", "running", seen=NOW - timedelta(seconds=3))  # no job of a graph that has ended runs
     assert "1 running" in status.format_status(settings, NOW)
     assert "2 lost" in status.format_status(settings, NOW, lost_after=0)

@@ -141,9 +141,13 @@ def test_the_plan_says_beforehand_what_could_be_decided(make_settings, seeds, to
 
 
 def test_G9_what_a_job_asks_a_cluster_for_follows_the_plan(make_settings):
-    settings, tflops = make_settings(), 1e-4
+    settings, tflops = make_settings(controls=["standalone", "ensemble"], adaptive=["ensemble", "moe"]), 1e-4
     asked, frame = plan.requests(settings, tflops, False), plan.plan(settings)
     assert {one["mem_mb"] for one in plan.requests(settings, tflops, True).values()} == {plan.LIBRARIES}
+    # Of ensembles too, which are measured and not trained
+    for kind, notebook in (("attacks", "03_attacks"), ("adaptive", "06_adaptive_attacks")):
+        for name in measured_models(settings, kind):
+            assert asked[f"{notebook}-{name}"]["runtime"] > plan.STARTING + 1
     for name, row in frame.iterrows():
         training = asked[f"02_training-{name}"]
         minutes = 2 * row["02_training"] / (tflops * 1e12) / 60

@@ -290,10 +290,14 @@ def test_what_was_trained_here_goes_first_and_what_is_published_answers_alike(
     own = trained_model(settings, NAME, dataset)
     weights = read_record(settings, NAME, "training")["weights"]
     assert weights == record["rounding"]["from"] != record["weights"]
+    assert store.weights_of(settings, NAME, published / "scores.json") == [weights]
     shutil.rmtree(settings.runs)
     found = trained_model(settings, NAME, dataset)
     assert not training.called and next(found.parameters()).dtype == torch.float32
     torch.testing.assert_close(found(images, "uniform").exp(), own(images, "uniform").exp(), rtol=0, atol=5e-3)
+    # What is measured here now is of the rounded weights, and not of the training's
+    assert store.weights_of(settings, NAME, store.record_path(settings, NAME, "scores")) == [record["weights"]]
+    assert store.weights_of(settings, NAME, published / "scores.json") == [weights]
     assert read_record(settings, NAME, "training") == record
 
 
