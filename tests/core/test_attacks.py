@@ -370,19 +370,21 @@ def draw_norms(module):
     return module.eval()
 
 
+def answer_and_gradient(network, images):
+    moved = images.clone().requires_grad_()
+    answer = network(moved)
+    return answer, *torch.autograd.grad(answer.square().sum(), moved)
+
+
 @pytest.mark.parametrize("name", EXPERT_NAMES)
 def test_folded_copy_is_the_same_function_with_fewer_norms(name, images):
     """What stays: in DenseNet those before convolutions, in cells those of two halves at once."""
     layers = 4 if name in BASELINES else None
-    model = ImmunityMoE([build_expert(name, 10, 0.0625, layers=layers) for _ in range(2)])
+    model = ImmunityMoE([build_expert(name, 10, 0.0625, layers=layers) for _ in range(2)], evaluation_gate="trained")
     model = draw_norms(model).double()
-    state, folded, found = copy.deepcopy(model.state_dict()), fold(model), []
+    state, folded = copy.deepcopy(model.state_dict()), fold(model)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    for one in (model, folded):
-        moved = images[:2].double().requires_grad_()
-        log_probs = one(moved, gate="trained")
-        (gradient,) = torch.autograd.grad(log_probs[:, 0].sum(), moved)
-        found.append((log_probs, gradient))
+    found = [answer_and_gradient(one, images[:2].double()) for one in (model, folded)]
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
     assert found[0][0].std(0).max() > 1e-6  # the images are told apart: the test is not vacuous
     halves = sum(type(one).__name__ == "FactorizedReduce" for one in model.modules())
@@ -436,11 +438,7 @@ FOLDED = {  # and how many norms stay
 def test_a_norm_is_folded_into_its_own_plain_convolution_or_stays(images, make, stay):
     network = draw_norms(make(*copy.deepcopy(PAIR)))
     assert count_norms(folded := fold(network)) == stay
-    found = []
-    for one in (folded, network):
-        moved = images.clone().requires_grad_()
-        answer = one(moved)
-        found.append((answer, *torch.autograd.grad(answer.square().sum(), moved)))
+    found = [answer_and_gradient(one, images) for one in (folded, network)]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
