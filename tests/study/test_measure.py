@@ -162,7 +162,7 @@ def test_D8_neighbours_a_damaged_record_of_the_project_stays_and_is_measured_her
     ("kind", "own", "recipe"),
     [("attacks", {"steps": 2}, {}), ("attacks", {"attacks": ["fgsm"]}, {}), ("attacks", {"attacked_images": 8}, {}),
      ("attacks", {"attack_gates": ["uniform"]}, {}), ("attacks", {}, {"learning_rate": 0.01}),
-     ("attacks", {}, {"width": 0.25}), ("scores", {}, {"learning_rate": 0.01}), ("adaptive", {}, {})],
+     ("attacks", {}, {"width": 0.03125}), ("scores", {}, {"learning_rate": 0.01}), ("adaptive", {}, {})],
 )  # fmt: skip
 def test_what_answers_another_question_or_none_is_not_shown_and_made_anew(
     settings, dataset, measurement, capsys, kind, own, recipe
