@@ -18,6 +18,7 @@ from torch import nn
 
 from immunity_lib import ImmunityMoE, build_expert
 from immunity_lib.data import load_dataset
+from immunity_lib.moe import ExpertOutputs
 from study.catalogue import ModelName, recipe_of
 from study.settings import ROOT, read_settings
 from study.store import write_json
@@ -142,6 +143,14 @@ def _shared_model(images, fixture_seed):
 def model(_shared_model):
     """An untrained mixture of three experts in eval mode, with distinct gate weights."""
     return copy.deepcopy(_shared_model)
+
+
+def draw_outputs(seed, experts=3, scale=3.0, images=4):
+    """What experts and a gate may give of five classes, in float64, drawn from a seed; without activations."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(images, experts, 5, generator=generator, dtype=torch.float64)
+    gate = torch.randn(images, experts, generator=generator, dtype=torch.float64)
+    return ExpertOutputs(logits, gate.log_softmax(1), ())
 
 
 class LinearExpert(nn.Module):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from immunity_lib.attacks import AIMS, CLIMBS, exact_pgd
 from immunity_lib.data import ImageSet
 from immunity_lib.evaluate import agreement, in_parts, verdicts_over_gates, verdicts_under_attack
 from immunity_lib.moe import permutations
@@ -67,13 +68,17 @@ def test_accuracy_over_drawn_gates_is_that_over_all_within_its_error(make_linear
         assert torch.equal(permutations(7), drawn)  # always the same ones
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd"])
+@pytest.mark.parametrize("attack", ["fgsm", *CLIMBS, "apgd", *AIMS])
 def test_A10_attacks_break_the_images_that_lie_within_eps(make_distant_images, attack):
-    """Of a model whose images lie 0.5/255, 1.5/255 and so on from its boundary."""
+    """Of a model of two classes whose images lie 0.5/255, 1.5/255 and so on from its boundary."""
     model, images, labels = make_distant_images([(k + 0.5) / 255 for k in range(16)])
-    image_set = ImageSet((255 * images).round().byte(), labels)
+    image_set, budget = ImageSet((255 * images).round().byte(), labels), BUDGET | {"steps": 8}
     assert verdicts_over_gates(model, [(image_set.images / 255, labels)]).trained.all()
-    found = verdicts_under_attack(model, image_set, attack, "trained", **BUDGET, steps=8)
+    with torch.no_grad():  # a caller who wants no gradients gets the attack all the same
+        if attack in AIMS:
+            found = verdicts_over_gates(model, [(exact_pgd(model, images, labels, **budget, aim=attack), labels)])
+        else:
+            found = verdicts_under_attack(model, image_set, attack, "trained", **budget)
     assert found.trained.tolist() == [False] * 8 + [True] * 8
     assert torch.equal(found.switched[:, 0], found.trained)
 

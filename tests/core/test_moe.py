@@ -5,20 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import draw_outputs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torchvision.models import resnet18
 
 from immunity_lib import ImmunityMoE, build_expert
-from immunity_lib.moe import ConstantGate, ExpertOutputs, switched_probabilities, verdicts
-
-
-def draw_outputs(seed, experts=3, scale=3.0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(4, experts, 5, generator=generator, dtype=torch.float64)
-    gate = torch.randn(4, experts, generator=generator, dtype=torch.float64)
-    return ExpertOutputs(logits, gate.log_softmax(1), ())
+from immunity_lib.moe import ConstantGate, switched_probabilities, verdicts
 
 
 @given(seed=st.integers(0, 1000), experts=st.integers(1, 4))

@@ -85,19 +85,14 @@ def test_D17_ctrl_c_and_sigterm_alike_end_training_at_once_and_it_goes_on(
     assert [entry["epoch"] for entry in log] == [1, 2]
 
 
-def test_adversarial_training_goes_on_where_it_stopped_too(make_recipe, dataset, tmp_path):
-    """Attacks draw random numbers within the batches."""
-    recipe = make_recipe(regime="adversarial", epochs=2)
+def test_G10_adversarial_training_goes_on_too_and_momentum_in_the_memory_format_of_its_weight(
+    make_recipe, dataset, tmp_path
+):
+    """Attacks draw random numbers within the batches. Momentum that is contiguous beside weights that are channels_last
+    would make every step after a resume slow."""
+    recipe, checked = make_recipe(regime="adversarial", epochs=2), []
     train(recipe, dataset, tmp_path / "uninterrupted")
     stop_training(recipe, dataset, tmp_path / "stopped", STEPS + 2)
-    train(recipe, dataset, tmp_path / "stopped")
-    assert_same_run(tmp_path / "stopped", tmp_path / "uninterrupted")
-
-
-def test_G10_momentum_goes_on_in_the_memory_format_of_its_weight(recipe, dataset, tmp_path):
-    """Contiguous beside channels_last, every step after a resume would be slow."""
-    stop_training(recipe, dataset, tmp_path / "run", STEPS + 1)
-    checked = []
 
     def check(optimiser, *_):
         for weight, state in optimiser.state.items():
@@ -105,8 +100,9 @@ def test_G10_momentum_goes_on_in_the_memory_format_of_its_weight(recipe, dataset
             checked.append(weight.is_contiguous())
 
     with register_optimizer_step_pre_hook(check):
-        train(recipe, dataset, tmp_path / "run")
+        train(recipe, dataset, tmp_path / "stopped")
     assert not all(checked)  # the test is not vacuous
+    assert_same_run(tmp_path / "stopped", tmp_path / "uninterrupted")
 
 
 def test_training_outside_the_main_thread_handles_no_signal(recipe, dataset, tmp_path, uninterrupted):
@@ -119,27 +115,22 @@ def test_training_outside_the_main_thread_handles_no_signal(recipe, dataset, tmp
     assert_same_run(folder, uninterrupted)
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_left_where_it_is(recipe, dataset, tmp_path, uninterrupted):
-    """As with too many open files, or a storage that is away: the same command goes on later."""
+def test_a_checkpoint_that_is_old_or_cannot_be_read_now_is_left_where_it_is(recipe, dataset, tmp_path, uninterrupted):
+    """From before a field was there; with too many open files, or a storage that is away, it is gone on from later."""
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    tensors, notes = read_tensors(checkpoint(folder))
+    del notes["recipe"]["cutout"]
+    write_tensors(checkpoint(folder), tensors, notes)
     with (
         patch("immunity_lib.files.safe_open", side_effect=OSError(errno.EMFILE, "Too many open files")),
         pytest.raises(OSError, match="Too many open files"),
     ):
         train(recipe, dataset, folder)
+    train(recipe, dataset, folder)
     assert not list(folder.glob("*.aside-*"))
     assert_same_run(folder, uninterrupted)
     with pytest.raises(DamagedFile, match="absent is not a whole file"):
         read_tensors(tmp_path / "absent")
-
-
-def test_a_checkpoint_from_before_a_field_was_there_is_gone_on_from(recipe, dataset, tmp_path, uninterrupted):
-    folder = shutil.copytree(uninterrupted, tmp_path / "run")
-    tensors, notes = read_tensors(checkpoint(folder))
-    del notes["recipe"]["cutout"]
-    write_tensors(checkpoint(folder), tensors, notes)
-    train(recipe, dataset, folder)
-    assert not list(folder.glob("*.aside-*"))
 
 
 WEIGHT, ONE = "model.gate.linear.weight", torch.zeros(1)

@@ -52,22 +52,20 @@ def test_an_auxiliary_classifier_is_for_one_expert_alone():
         replace(Recipe(), auxiliary_weight=0.4, expert="pdarts", experts=1, beta=0.0, gamma=100.0)
 
 
-def test_pairing_without_an_adversary_is_refused_before_training(make_recipe, dataset, tmp_path):
-    with pytest.raises(ValueError, match="pairing is alp, but adversary is None; choose pgd"):
-        train(replace(make_recipe(), pairing="alp"), dataset, tmp_path)
-
-
-@pytest.mark.parametrize(("split", "count", "least"), [("train", 1, 2), ("validation", 0, 1)])
-def test_data_that_no_epoch_can_end_on_are_refused_before_training(make_recipe, dataset, tmp_path, split, count, least):
-    few = replace(dataset, splits=dataset.splits | {split: dataset.splits[split].first(count)})
-    with pytest.raises(ValueError, match=f"{count} {split} images of parts10; training needs at least {least}: load"):
-        train(make_recipe(), few, tmp_path)
-
-
-def test_a_label_of_no_class_is_refused_before_training(make_recipe, dataset, tmp_path):
-    few = replace(dataset, class_names=dataset.class_names[:-1])
-    with pytest.raises(ValueError, match="train label 9 of parts10, which has 9 classes, from 0 on"):
-        train(make_recipe(), few, tmp_path)
+def test_what_no_epoch_can_end_on_is_refused_before_training(make_recipe, dataset, tmp_path):
+    """Pairing without an adversary, too few images, and a label of no class."""
+    few = {
+        split: {"splits": dataset.splits | {split: dataset.splits[split].first(count)}}
+        for split, count in (("train", 1), ("validation", 0))
+    }
+    for recipe, data, told in (
+        ({"pairing": "alp"}, {}, "pairing is alp, but adversary is None; choose pgd"),
+        ({}, few["train"], "1 train images of parts10; training needs at least 2: load"),
+        ({}, few["validation"], "0 validation images of parts10; training needs at least 1: load"),
+        ({}, {"class_names": dataset.class_names[:-1]}, "train label 9 of parts10, which has 9 classes, from 0 on"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            train(replace(make_recipe(), **recipe), replace(dataset, **data), tmp_path)
 
 
 def test_a_recipe_is_known_again_from_json(make_recipe):

@@ -38,15 +38,11 @@ def test_every_module_has_a_page_that_is_reached_from_the_first(pages):
     assert 'id="ImmunityMoE"' in found["immunity_lib.html"], "what is loaded when asked for, too"
 
 
-def test_no_page_asks_anything_of_a_network(pages):
+def test_no_page_asks_a_network_links_have_a_name_and_keys_reach_all_that_a_mouse_does(pages):
+    """Its colours and widths are looked at in a browser."""
     for name, page in pages[1].items():
         asking = r"<(?:script|link|img|iframe|form)\b[^>]*https?://|@import|url\([\"']?https?:|(?:fetch|import)\([\"'`]https?:"
         assert not re.search(asking, page), name
-
-
-def test_links_have_a_name_and_keys_reach_all_that_a_mouse_does(pages):
-    """Its colours and widths are looked at in a browser."""
-    for name, page in pages[1].items():
         assert not re.search(r'tabindex="-1"|<a [^>]*href="#[^">]*"></a>', page), name
         assert "<main" not in page or "custom.css" in page and "prefers-color-scheme:dark" in page, name
 

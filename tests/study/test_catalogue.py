@@ -1,6 +1,7 @@
 """Names of models and what they stand for."""
 
 from dataclasses import fields, replace
+from fractions import Fraction
 from itertools import product
 
 import pytest
@@ -38,20 +39,23 @@ def test_methods_are_configurations_of_one_model(make_recipe, method, weights, o
     assert (found.floor, found.warmup_epochs) == of_maps
 
 
+EVALUATION = {
+    "attacks": ["fgsm"], "steps": 50, "test_images": 20, "attacked_images": 3, "interactive": False,
+    "attack_gates": ["trained"], "seeds": [0, 1],
+}  # fmt: skip
+OF_EVERY_MODEL = {"rotation": 3.0, "precision": "bfloat16", "decayed": "convolutions and classifier"}
+OF_ADVERSARIES = {"adversary": "ffgsm", "eps": Fraction(4, 255), "step_size": Fraction(1, 255), "adversary_steps": 3}
+OF_MAPS = {"floor": 0.5, "warmup_epochs": 3}
+
+
 @pytest.mark.parametrize("regime", REGIMES)
-def test_what_only_evaluation_needs_does_not_change_a_model(make_recipe, regime):
-    evaluation = {"attacks": ["fgsm"], "steps": 50, "test_images": 20, "attacked_images": 3, "interactive": False}
-    evaluation |= {"attack_gates": ["trained"], "seeds": [0, 1]}
-    assert make_recipe(regime=regime, **evaluation) == make_recipe(regime=regime)
-
-
-def test_what_a_model_does_not_use_is_not_in_its_recipe(make_recipe):
-    """Attacking with another eps, say, must not train a standard model anew."""
-    changed = {"adversary": "ffgsm", "eps": "4/255", "step_size": "1/255", "adversary_steps": 3}
-    assert make_recipe("immunity", **changed) == make_recipe("immunity")
-    assert make_recipe(regime="adversarial", **changed).adversary == "ffgsm"
-    assert make_recipe("moe", floor=0.5, warmup_epochs=3) == make_recipe("moe")
-    assert make_recipe("immunity", floor=0.5) != make_recipe("immunity")
+@pytest.mark.parametrize("method", ["moe", "immunity"])
+def test_D12_a_recipe_has_of_the_preset_what_its_model_uses_and_no_more(make_settings, make_recipe, method, regime):
+    """Attacking with another eps, say, must not train a standard model anew. Its seed is the study's to set."""
+    assert "seed" not in type(make_settings()).model_fields
+    used = OF_EVERY_MODEL | (OF_ADVERSARIES if regime != "standard" else {}) | (OF_MAPS if method == "immunity" else {})
+    found = make_recipe(method, regime, **EVALUATION, **OF_EVERY_MODEL, **OF_ADVERSARIES, **OF_MAPS)
+    assert found == replace(make_recipe(method, regime), **used)
 
 
 @pytest.mark.parametrize("expert", ["resnet18", "pdarts"])
@@ -59,14 +63,6 @@ def test_the_wide_network_is_as_large_as_the_mixture(make_settings, expert):
     settings = make_settings(expert=expert, experts=4, width=0.25, baseline_width=0.5, baseline_layers=8)
     wide, single = (recipe_of(settings, named(method, expert)) for method in ("standalone-wide", "standalone"))
     assert wide.width == 2 * single.width
-
-
-def test_D12_every_field_of_training_is_the_preset_s(make_settings, make_recipe):
-    """But for those that the study sets for each model."""
-    assert "seed" not in type(make_settings()).model_fields
-    changed = {"rotation": 3.0, "precision": "bfloat16", "decayed": "convolutions and classifier"}
-    found = make_recipe(**changed)
-    assert {name: getattr(found, name) for name in changed} == changed
 
 
 def test_ensembles_have_members_of_their_own(make_settings):

@@ -277,16 +277,12 @@ def test_a_faulty_claim_is_named(tmp_path, change, told):
             read_claims(path)
 
 
-def test_with_one_training_the_interval_is_that_of_a_paired_t_test_and_trainings_that_differ_widen_it():
+def test_with_one_training_the_interval_is_that_of_a_paired_t_test():
     generator = np.random.default_rng(0)
     first, second = generator.normal(0.3, 1, 2000), generator.normal(0, 1, 2000)
     _, *found = estimate((first - second)[None])
     expected = stats.ttest_rel(first, second).confidence_interval(0.95)
     assert found == pytest.approx(list(expected), abs=2e-3)
-    by_image = generator.normal(0, 1, (3, 300))
-    effect, low, high = estimate(by_image)
-    apart, lower, higher = estimate(by_image + np.array([[-1.0], [0.0], [1.0]]))
-    assert higher - lower > 5 * (high - low) and apart == pytest.approx(effect)
 
 
 def test_where_trainings_are_all_the_chance_there_is_the_interval_is_their_t_interval():

@@ -232,34 +232,26 @@ def assert_told(told, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "told"),
+    ("command", "options", "changes", "told"),
     [
-        (run, ["--jobs", "0"], "--jobs is 0; it must be above 0"),
-        (run, ["--data", "https://host/data"], "'https://host/data' is an address"),
-        (job, ["02_trainings"], "choose from '?00_start_here"),
-        (job, ["02_training", "--model=../../x"], "--model: invalid .*'../../x'"),
-        (plan, ["--tflops", "0"], "--tflops is 0.0; it must be above 0"),
-        (run, ["--preset=smokes"], "unknown preset 'smokes'; valid names: .*demo, paper, .*smoke"),
-        (status, ["--preset=smokes"], "unknown preset 'smokes'; valid names: .*demo, paper, .*smoke"),
+        (run, ["--jobs", "0"], {}, "--jobs is 0; it must be above 0"),
+        (run, ["--data", "https://host/data"], {}, "'https://host/data' is an address"),
+        (job, ["02_trainings"], {}, "choose from '?00_start_here"),
+        (job, ["02_training", "--model=../../x"], {}, "--model: invalid .*'../../x'"),
+        (plan, ["--tflops", "0"], {}, "--tflops is 0.0; it must be above 0"),
+        (run, ["--preset=smokes"], {}, "unknown preset 'smokes'; valid names: .*demo, paper, .*smoke"),
+        (status, ["--preset=smokes"], {}, "unknown preset 'smokes'; valid names: .*demo, paper, .*smoke"),
+        (plan, [], {"width": 3.0, "controls": ["standalone-wide"]}, "width is 4.24"),
+        (status, [], {"width": 3.0, "controls": ["standalone-wide"]}, "width is 4.24"),
+        (plan, [], {"dataset": "cifar10", "validation_images": 60_000, "train_images": None},
+         "validation_images is 60000"),
     ],
-)
-def test_C6_a_wrong_option_is_told_before_anything_runs(command, options, told, capsys):
-    preset = [] if any("--preset" in one for one in options) else ["--preset=smoke"]
-    with pytest.raises(SystemExit, match="2"):
-        command.main([*options, *preset])
-    assert_told(told, capsys)
-
-
-@pytest.mark.parametrize(
-    ("command", "changes", "told"),
-    [*((command, {"width": 3.0, "controls": ["standalone-wide"]}, "width is 4.24") for command in (plan, status)),
-     (plan, {"dataset": "cifar10", "validation_images": 60_000, "train_images": None}, "validation_images is 60000")],
 )  # fmt: skip
-def test_a_preset_that_cannot_be_is_refused_in_words(tmp_path, command, changes, told, capsys):
+def test_C6_a_wrong_option_or_preset_is_told_before_anything_runs(tmp_path, command, options, changes, told, capsys):
     preset, settings = smoke_preset(tmp_path, adaptive=["moe"], **changes)
     settings.runs.mkdir(parents=True)
     with pytest.raises(SystemExit, match="2"):
-        command.main([f"--preset={preset}", f"--output={tmp_path}"])
+        command.main([f"--preset={preset}", f"--output={tmp_path}", *options])
     assert_told(told, capsys)
 
 

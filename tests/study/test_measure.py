@@ -68,13 +68,19 @@ def drop_columns(path):
     pd.read_parquet(path).drop(columns=["gates", "sees"]).to_parquet(path)
 
 
+def write_another(path):
+    """A whole frame, of which the record does not speak."""
+    pd.read_parquet(path).assign(switched=1.0).to_parquet(path)
+
+
 @KINDS
 @pytest.mark.parametrize(
     ("ending", "damage", "told"),
     [(".json", lambda path: spoil(path, "truncated"), ""), (".parquet", lambda path: spoil(path, "truncated"), ""),
-     (".parquet", drop_columns, " cannot be read (it lacks gates, sees)")],
+     (".parquet", drop_columns, " cannot be read (it lacks gates, sees)"),
+     (".parquet", write_another, " cannot be read (its record speaks of another)")],
 )  # fmt: skip
-def test_D7_neighbours_what_is_not_whole_is_set_aside_and_remade(
+def test_D7_D8_neighbours_what_is_not_whole_or_of_another_record_is_set_aside_and_remade(
     settings, dataset, measurement, capsys, make, kind, ending, damage, told
 ):
     path = record_path(settings, NAME, kind)
@@ -96,16 +102,11 @@ def test_D7_neighbours_a_disk_that_fails_now_costs_no_measurement(settings, monk
 
 
 @KINDS
-@pytest.mark.parametrize("other", ["weights", "data"])
-def test_a_record_about_other_weights_or_data_is_remade(settings, dataset, measurement, capsys, make, kind, other):
+def test_a_record_about_other_data_is_remade(settings, dataset, measurement, capsys, make, kind):
     path = record_path(settings, NAME, kind)
     before = read_json(path)
-    if other == "weights":
-        settings = settings.model_copy(update={"recipe": replace(settings.recipe, learning_rate=0.01)})
-    else:
-        dataset = replace(dataset, splits=dataset.splits | {"test": dataset.splits["test"].first(20)})
-    make(settings, NAME, dataset)
-    assert measurement.called and read_json(path)[other] != before[other]
+    make(settings, NAME, replace(dataset, splits=dataset.splits | {"test": dataset.splits["test"].first(20)}))
+    assert measurement.called and read_json(path)["data"] != before["data"]
     assert "it is about other weights, data or settings" in capsys.readouterr().err
 
 
@@ -134,15 +135,6 @@ def test_what_comes_with_the_project_needs_no_weights_and_answers_its_own_questi
     record_path(other, NAME, "attacks").with_suffix(".parquet").unlink()
     publish_measurements(other, NAME)
     assert shipped.read_bytes() == before
-
-
-def test_D8_neighbours_a_frame_of_another_record_is_not_read(settings, dataset, measurement):
-    path = record_path(settings, NAME, "attacks").with_suffix(".parquet")
-    pd.read_parquet(path).assign(switched=1.0).to_parquet(path)
-    with pytest.raises(DamagedFile, match="cannot be read .its record speaks of another"):
-        read_frame(settings, [NAME], "attacks")
-    measure_attacks(settings, NAME, dataset)
-    assert measurement.called and len(read_frame(settings, [NAME], "attacks"))
 
 
 def test_what_is_of_other_settings_is_not_published(settings, dataset, measurement, monkeypatch, tmp_path, capsys):
@@ -174,25 +166,27 @@ def test_D8_neighbours_a_damaged_record_of_the_project_stays_and_is_measured_her
     assert shipped.read_bytes() == damaged and len(read_frame(settings, [NAME], "attacks"))
 
 
-@pytest.mark.parametrize("change", [{"steps": 2}, {"attacks": ["fgsm"]}, {"attacked_images": 8}])
-def test_attacks_of_another_question_are_made_anew(settings, dataset, measurement, change):
-    other = settings.model_copy(update=change)
-    measure_attacks(other, NAME, dataset)
-    frame = read_frame(other, [NAME], "attacks").query("attack == 'fgsm' and sees == 'trained'")
-    assert measurement.called and len(frame) == change.get("attacked_images", 16)
-
-
 @pytest.mark.parametrize(
     ("kind", "own", "recipe"),
-    [("attacks", {"steps": 2}, {}), ("attacks", {"attack_gates": ["uniform"]}, {}), ("adaptive", {}, {}),
-     ("attacks", {}, {"learning_rate": 0.01}), ("attacks", {}, {"width": 0.25})],
+    [("attacks", {"steps": 2}, {}), ("attacks", {"attacks": ["fgsm"]}, {}), ("attacks", {"attacked_images": 8}, {}),
+     ("attacks", {"attack_gates": ["uniform"]}, {}), ("attacks", {}, {"learning_rate": 0.01}),
+     ("attacks", {}, {"width": 0.03125}), ("scores", {}, {"learning_rate": 0.01}), ("adaptive", {}, {})],
 )  # fmt: skip
-def test_what_was_not_measured_or_with_other_settings_is_not_shown_for_these(settings, kind, own, recipe):
+def test_what_answers_another_question_or_none_is_not_shown_and_made_anew(
+    settings, dataset, measurement, capsys, kind, own, recipe
+):
     other = settings.model_copy(update=own | {"recipe": replace(settings.recipe, **recipe)})
-    assert len(read_frame(settings, [NAME], "attacks"))
     told = f"{NAME} has no record of its {kind} with these.* yet.*; run: make reproduce PRESET=<the file of tiny>"
     with pytest.raises(FileNotFoundError, match=told):
         read_frame(other, [NAME], kind)
+    if kind != "adaptive":  # which was never measured here
+        before = read_json(record_path(settings, NAME, kind))
+        {"attacks": measure_attacks, "scores": measure_scores}[kind](other, NAME, dataset)
+        assert measurement.called and "it is about other weights, data or settings" in capsys.readouterr().err
+        assert (read_record(other, NAME, kind)["weights"] != before["weights"]) == bool(recipe)
+        attacked = read_frame(other, [NAME], kind).query("family == 'paper'").groupby(["attack", "sees"]).size()
+        assert len(attacked) == len(other.attacks) * len(other.attack_gates) * (kind == "attacks")
+        assert (attacked == other.attacked_images).all()
 
 
 def test_each_setting_that_a_frame_depends_on_is_asked(settings):

@@ -69,19 +69,16 @@ def test_C6_a_preset_that_cannot_be_used_is_named(mine, content, message):
         load_preset(mine(content))
 
 
-def test_a_preset_of_one_s_own_finds_its_folder_from_where_it_lies(mine, tmp_path):
+def test_C5_a_preset_of_one_s_own_finds_its_folder_from_where_it_lies_and_from_home(mine, tmp_path):
+    home = str(Path.home() / "x")
+    assert load_preset(mine(data_folder="~/x")).data_folder == home
+    assert load_preset(mine(), data_folder="~/x").data_folder == home
     path = mine(dataset="images", data_folder="flowers")
     for unsaid in ({}, {"data_folder": ""}):
         assert load_preset(path, **unsaid).data_folder == str(tmp_path / "flowers")
     settings = load_preset(path, data_folder="elsewhere", epochs=7)
     given = "mine", str(Path("elsewhere").absolute()), 7
     assert (settings.preset, settings.data_folder, settings.recipe.epochs) == given
-
-
-def test_C5_the_home_folder_is_found(mine):
-    home = str(Path.home() / "x")
-    assert load_preset(mine(data_folder="~/x")).data_folder == home
-    assert load_preset(mine(), data_folder="~/x").data_folder == home
 
 
 OWN = '# Parameters: papermill sets them\npreset = "smoke"\nmodel = ""\n'
