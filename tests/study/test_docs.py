@@ -86,7 +86,7 @@ def test_the_readmes_numbers_are_those_of_the_tables_that_it_names():
         links = re.findall(r"\]\((figures/[^)]+)\)", sentence)
         named = "".join((ROOT / link).read_text() for link in links)
         if "real images" in sentence:  # which have no table of accuracies yet
-            named += " ".join(f"{one:.1f}" for one in real_images())
+            named += " ".join(f"{one:.1f}" for one in real_images().groupby(["model", "attack"]).mean())
         assert links and set(re.findall(NUMBERS, sentence)) <= set(re.findall(NUMBERS, named))
 
 
@@ -98,23 +98,39 @@ def test_the_findings_on_generated_images_are_those_of_their_tables():
 
 
 def real_images():
-    """Of the frames of cifar10 that come with the project: % right by model and attack, mean over its trainings."""
+    """Of the frames of cifar10 that come with the project: % right by model and attack, by training."""
     paths = sorted((ROOT / "pretrained/cifar10").glob("*/attacks.parquet"))
-    frames = [pd.read_parquet(path).assign(model=path.parent.name.rpartition("-seed")[0]) for path in paths]
-    return 100 * pd.concat(frames).query("split == 'test'").groupby(["model", "attack"])["switched"].mean()
+    frames = pd.concat(
+        pd.read_parquet(path).assign(model=path.parent.name.rpartition("-seed")[0], training=path.parent.name)
+        for path in paths
+    ).query("split == 'test'")
+    met = set(frames.query("attack == 'pgd'")["image"])
+    few = frames[(frames["attack"] == "clean") & frames["image"].isin(met)].assign(attack="clean, of the attacked")
+    by = ["model", "attack", "training"]
+    return 100 * pd.concat([frames, few]).groupby(by)["switched"].mean()
 
 
 def test_what_is_told_of_real_images_is_what_their_frames_have():
     told = (ROOT / "docs/findings.md").read_text().partition("The preset `cifar10`, ")[2].partition("\n## ")[0]
     paths = [*(ROOT / "pretrained/cifar10").glob("*/attacks.parquet")]
-    assert len(paths) == 10 and "trainings ten are done" in told
+    assert len(paths) == 13 and "trainings thirteen are done" in told
     for path in paths:
         frame = pd.read_parquet(path).query("split == 'test'")
         assert f"{(frame['attack'] == 'clean').sum():,} test" in told
         assert "standard" not in path.parent.name or not frame.query("attack == 'pgd'")["switched"].any()
-    for (model, attack), right in real_images().items():
-        if attack in ("clean", "fgsm", "pgd", "pgd at 2/255", "pgd at 4/255"):
-            assert re.search(rf"\b{right:.1f}\b", told), (model, attack)
+    titles = {"moe-resnet18-standard": "MoE", "moe-ps-resnet18-standard": "MoE+PS",
+              "immunity-resnet18-standard": "Immunity", "standalone-resnet18-standard": "stand-alone ResNet18",
+              "moe-resnet18-adversarial": "MoE, adversarial (one training)"}  # fmt: skip
+    rows = {row["right"]: row for row in table_rows(told)}
+    lines = {"clean, of the attacked": "clean", "fgsm": "FGSM at 8/255", "pgd": "PGD at 8/255"}
+    lines |= {f"pgd at {eps}": f"PGD at {eps}" for eps in ("4/255", "2/255")}
+    assert len(rows) == len(lines)
+    for (model, attack), right in real_images().groupby(["model", "attack"]):
+        mean, apart, title = right.mean(), right.std(), titles[model.removeprefix("cifar10-")]
+        if attack in lines:
+            assert rows[lines[attack]][title] == f"{mean:.1f}" + f" ± {apart:.1f}" * bool(apart > 0) + " %", model
+        if attack == "clean":
+            assert re.search(rf"\b{mean:.1f} %", told), model
 
 
 def test_what_is_told_of_switching_is_what_the_tables_of_single_trainings_have():
