@@ -4,7 +4,7 @@
 from study import catalogue
 from study.graph import job_command
 from study.settings import NOT_OF_THE_RESULT, ROOT, load_preset
-from study.store import WEIGHTS, code_files, draws_heat_maps, find_record, question_of
+from study.store import WEIGHTS, code_files, find_record, question_of, will_have_weights
 
 settings = load_preset(
     config["preset"],
@@ -301,6 +301,6 @@ rule all:
         rules.expert_selection.output,
         rules.attacks.output,
         rules.ablation.output,
-        rules.heatmaps.output if draws_heat_maps(settings) else [],
+        rules.heatmaps.output if will_have_weights(settings, OF_TABLE3) else [],
         rules.adaptive_attacks.output,
         rules.claims.output,

@@ -27,7 +27,7 @@ MARGIN = 1.0  # points, or %: what lies within is no effect
 HALVES = 20  # of the images, drawn to see whether a verdict stays
 # Of an effect under attack, in points, from training to training and from image to image: as the demo showed them
 DEVIATIONS = 6.0, 40.0
-PAPER = ("fgsm", "bim", "mim", "pgd")  # its attacks; a preset may have others beside them
+PAPER = Settings.model_fields["attacks"].default  # its attacks; a preset may have others beside them
 KINDS = {  # of measures: the frame, which of its rows, by a column and what that matches, and the column that is read
     "clean": ("attacks", "family", "clean", "switched"),
     "attacks": ("attacks", "attack", "|".join(PAPER), "switched"),
@@ -245,11 +245,14 @@ def _names(settings: Settings, kind: str, column: str, **model: str) -> list[Mod
     data = model["dataset"]
     if data not in settings.datasets:
         raise NotTestable(f"the preset has no {DATA[data]}")
-    # Only Parts-10 knows its background
-    absent = {"magnitudes": not settings.magnitudes, "attacks": not {*PAPER} & {*settings.attacks}}
-    if (absent | {"background_heat": data != "parts10"}).get(kind):
-        raise NotTestable(f"the preset measures no {kind.replace('_', ' ')} of {DATA[data]}")
     frame, *_ = KINDS[kind]
+    lacking = {
+        "attacks": not {*PAPER} & {*settings.attacks},
+        "magnitudes": not settings.magnitudes,
+        "background_heat": data != "parts10",  # which alone knows its background
+    }
+    if lacking.get(kind):
+        raise NotTestable(f"the preset measures no {kind.replace('_', ' ')} of {DATA[data]}")
     names = [name for name in catalogue.measured_models(settings, frame) if model.items() <= name.model_dump().items()]
     if not names:
         raise NotTestable(f"the preset has no {catalogue.method_title(model['method'], model['expert'])} for it")
@@ -266,6 +269,8 @@ def by_image(settings: Settings, kind: str, column: str, **model: str) -> pd.Dat
         rows = rows[rows["sees"].isin(["", settings.attack_gates[0]])]
     if "expert" in column:
         rows = rows.assign(**right_experts(rows, settings.recipe.experts))
+    if column not in rows or rows[column].isna().all():  # as what only heat maps have, asked of attacks
+        raise NotTestable(f"the preset measures no {kind} of {DATA[model['dataset']]}")
     groups = rows.groupby(["seed", "image"])[column]
     return (groups.min() if kind == "worst-case" else groups.mean()).unstack()
 

@@ -39,7 +39,7 @@ from immunity_lib.files import (
 from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
-from study.catalogue import DATA, ModelName, members, method_title, own_recipe, recipe_of, single, table3_models
+from study.catalogue import DATA, ModelName, members, method_title, own_recipe, recipe_of, single
 from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, preset_names, validate
 
 PRETRAINED = ROOT / "pretrained"
@@ -280,9 +280,9 @@ def find_record(settings: Settings, name: ModelName, kind: str) -> Path:
     return own
 
 
-def draws_heat_maps(settings: Settings) -> bool:
-    """Whether the weights of Table 3's models are there or will be: they do not come with all that was measured."""
-    records = [find_record(settings, name, "training") for name in table3_models(settings)]
+def will_have_weights(settings: Settings, names: Sequence[ModelName]) -> bool:
+    """Whether the weights behind these models are there or will be: they do not come with all that was measured."""
+    records = [find_record(settings, name, "training") for name in single(settings, [*names])]
     return all(path.is_relative_to(settings.runs) or path.with_name(WEIGHTS).exists() for path in records)
 
 

@@ -18,7 +18,7 @@ from immunity_lib.train import is_compiled
 from study import catalogue
 from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
-from study.store import ASKED, WEIGHTS, find_record, load_data, names_gpus
+from study.store import ASKED, find_record, load_data, names_gpus, will_have_weights
 
 PROFILES = ROOT / "profiles"
 BYTES_ON_DISK = 12  # for each parameter: weights, and in training a checkpoint with momentum
@@ -51,7 +51,8 @@ def look_ahead(
         if name.dataset in data and not find_record(settings, name, "training").exists():
             with noted(f"{name.model_copy(update={'seed': 0})} cannot be trained: "):
                 costs[name] = cost_of(catalogue.recipe_of(settings, name), len(data[name.dataset].class_names))
-    wrong += missing_weights(settings)
+    if settings.pretrained:
+        wrong += missing_weights(settings)
     existing = next(path for path in (settings.runs, *settings.runs.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         wrong.append(f"{existing} is no folder that can be written to; choose another output folder")
@@ -86,12 +87,9 @@ def missing_weights(settings: Settings) -> list[str]:
     lacking = []
     for kind in ASKED:
         for name in catalogue.measured_models(settings, kind):
-            if not find_record(settings, name, kind).exists():
-                others = catalogue.surrogates(settings, name) if kind == "adaptive" else []
-                needed = catalogue.single(settings, [name, *others])
-                records = [find_record(settings, one, "training") for one in needed]
-                if any(not (one.is_relative_to(settings.runs) or one.with_name(WEIGHTS).exists()) for one in records):
-                    lacking.append(f"{kind} of {name}")
+            others = catalogue.surrogates(settings, name) if kind == "adaptive" else []
+            if not (find_record(settings, name, kind).exists() or will_have_weights(settings, [name, *others])):
+                lacking.append(f"{kind} of {name}")
     if not lacking:
         return []
     told = f"{len(lacking)} measurements ({lacking[0]}, ...) need weights of models that came along without them"

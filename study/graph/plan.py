@@ -46,7 +46,7 @@ def plan(settings: Settings) -> pd.DataFrame:
     gradients, queries = adaptive_passes(settings)
     steps = [1 if attack == "fgsm" else settings.steps for attack in settings.attacks]
     rows = {}
-    for name in dict.fromkeys([*catalogue.trained_models(settings), *attacked, *adaptive]):
+    for name in planned_models(settings):
         (first, *others) = catalogue.single(settings, [name])  # an ensemble is trained as its members
         recipe, networks = catalogue.recipe_of(settings, first), 1 + len(others)
         classes, train_images, test_images = _counts(settings, name.dataset)
@@ -65,6 +65,12 @@ def plan(settings: Settings) -> pd.DataFrame:
             "scores": test_images * (forward + cost["maps"]) * (not others),
         }
     return pd.DataFrame.from_dict(rows, orient="index").astype("float64")
+
+
+def planned_models(settings: Settings) -> list[catalogue.ModelName]:
+    """Every model that the preset trains or measures, once: ensembles are not trained."""
+    measured = [name for kind in ("attacks", "adaptive") for name in catalogue.measured_models(settings, kind)]
+    return list(dict.fromkeys([*catalogue.trained_models(settings), *measured]))
 
 
 def adaptive_passes(settings: Settings) -> tuple[float, float]:
@@ -96,7 +102,7 @@ def measured_tflops(settings: Settings) -> pd.Series:
     """The sustained speed of training steps on this machine, in TFLOP/s, by the name of each model of the plan.
     Measured of one expert of each network, on noise, for some CALIBRATED seconds after a first step."""
     speeds, by_model, device = {}, {}, chosen_device()
-    for name in map(catalogue.ModelName.parse, plan(settings).index):
+    for name in planned_models(settings):
         recipe = catalogue.recipe_of(settings, catalogue.single(settings, [name])[0])
         kind = name.expert, recipe.width, recipe.beta + recipe.gamma > 0  # with heat maps or without
         if kind not in speeds:

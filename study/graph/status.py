@@ -18,12 +18,12 @@ from study.settings import ROOT, Settings, read_yaml
 from study.store import (
     ASKED,
     WEIGHTS,
-    draws_heat_maps,
     find_record,
     own_folder,
     read_if_answered,
     read_json,
     record_path,
+    will_have_weights,
 )
 
 LOST = 120.0  # seconds without a sign of life, behind which a job counts as killed
@@ -45,7 +45,7 @@ def list_jobs(settings: Settings, now: datetime, lost_after: float = LOST) -> pd
         jobs += [
             (job, one, kind) for one in models if find_record(settings, one, kind) == record_path(settings, one, kind)
         ]
-    apart = ("02_training",) if draws_heat_maps(settings) else ("02_training", "05_heatmaps")
+    apart = ["02_training"] + ["05_heatmaps"] * (not will_have_weights(settings, catalogue.table3_models(settings)))
     jobs += [(path.stem, None, "") for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem not in apart]
     rows, of_training = {}, dict.fromkeys(("network", "epochs", "trained", "epoch"))
     for notebook, model, kind in jobs:

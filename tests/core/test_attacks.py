@@ -73,6 +73,24 @@ def test_budget_is_kept(make_linear_model, images, labels, name, gate, eps, step
         attacks.check_budget(images, adversarial, distance - 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("bim", 1), ("bim", 3), ("bim", 10), ("mim", 3), ("fgsm", 1), ("pgd", 8), ("cw", 8), ("apgd", 8)],
+)
+def test_attacks_walk_uphill_until_the_border(make_linear_model, images, name, steps):
+    """FGSM in one step; from a random start, 8 steps of 2/255 cross the whole ball. The gradient of either label's
+    loss has the sign of the other class's weights less own."""
+    model, labels = make_linear_model(1, classes=2), torch.tensor([0, 1, 1, 0, 0, 1, 0, 1])
+    weight = model.experts[0].linear.weight.detach().view(2, 3, 32, 32)
+    with torch.no_grad():  # a caller who wants no gradients gets the attack all the same
+        adversarial = attack(model, images, labels, name, steps=steps)
+    distance = EPS if name == "fgsm" else min(steps * STEP, EPS)
+    uphill = (images + distance * (weight[1 - labels] - weight[labels]).sign()).clamp(0, 1)
+    torch.testing.assert_close(adversarial, uphill)
+    if name == "pgd":
+        torch.testing.assert_close(exact_pgd(model, images, labels, **BUDGET), adversarial)
+
+
 @pytest.mark.parametrize("name", ["fgsm", "cw", *AIMS])
 def test_a_step_is_along_the_gradient_of_what_is_raised(make_linear_model, images, labels, name):
     """From a random start, save FGSM's; under a permuted gate, or exactly over all of them."""
@@ -196,6 +214,8 @@ def test_A9_images_and_labels_that_the_model_cannot_have_are_refused(model, imag
 def test_unknown_names_are_refused_with_the_valid_ones(model, images, labels):
     with pytest.raises(ValueError, match="'deepfool'; valid names: fgsm, .*, pgd, cw"):
         attack(model, images, labels, "deepfool")
+    with pytest.raises(ValueError, match="trained, uniform, switch"):
+        attack(model, images, labels, "fgsm", gate="swtich")
     with pytest.raises(ValueError, match="unknown aim 'mean'; choose one of expected, fooled, ratio"):
         exact_pgd(model, images, labels, aim="mean", **BUDGET)
 

@@ -253,6 +253,15 @@ def test_what_a_preset_cannot_say_is_told_before_anything_is_measured(make_setti
         paired_effects(settings, claim(wanted).measure)
 
 
+@pytest.mark.parametrize("against", ["the background's share of pixels", "the expert under attack"])
+def test_a_kind_that_lacks_what_it_is_held_against_is_no_verdict(one_training, against):
+    (line,) = verdicts(one_training.settings, [Claim(
+        id="-", title="-", sentence="-", where="-", at_least=0,
+        measure={"kind": "clean", "model": "immunity", "against": against},
+    )]).to_dict("records")  # fmt: skip
+    assert (line["verdict"], line["reason"]) == (NOT_TESTABLE, "the preset measures no clean of Parts-10")
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [({"at_least": None}, "claim standard-clean needs a measure and at_least or at_most"),
@@ -277,12 +286,16 @@ def test_a_faulty_claim_is_named(tmp_path, change, told):
             read_claims(path)
 
 
-def test_with_one_training_the_interval_is_that_of_a_paired_t_test():
+def test_with_one_training_the_interval_is_that_of_a_paired_t_test_and_trainings_that_differ_widen_it():
     generator = np.random.default_rng(0)
     first, second = generator.normal(0.3, 1, 2000), generator.normal(0, 1, 2000)
     _, *found = estimate((first - second)[None])
     expected = stats.ttest_rel(first, second).confidence_interval(0.95)
     assert found == pytest.approx(list(expected), abs=2e-3)
+    by_image = generator.normal(0, 1, (3, 300))
+    effect, low, high = estimate(by_image)
+    apart, lower, higher = estimate(by_image + np.array([[-1.0], [0.0], [1.0]]))
+    assert higher - lower > 5 * (high - low) and apart == pytest.approx(effect)
 
 
 def test_where_trainings_are_all_the_chance_there_is_the_interval_is_their_t_interval():

@@ -186,22 +186,23 @@ with job.free_gpu(sys.argv[1]) as gpu:
 def test_jobs_beside_each_other_take_different_gpus(tmp_path):
     """As many at once as there are GPUs; one more waits until another has ended, however."""
 
-    command, environment = [sys.executable, "-c", HOLD, "2,MIG-GPU-d5b7/1/0,2"], os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", HOLD, "2,MIG-GPU-d5b7/1/0,5,2"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
     heard = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     def hold(**allocation):
         return subprocess.Popen(command, env=environment | allocation, **heard)
 
-    holders = [hold() for _ in range(3)]
+    holders = [hold() for _ in range(4)]
     try:
         taken = [one.stdout.readline().strip() for one in holders]
-        assert sorted(taken) == ["2", "2", "MIG-GPU-d5b7/1/0"]  # one of them may be shared by two
+        assert sorted(taken) == ["2", "2", "5", "MIG-GPU-d5b7/1/0"]  # one of them may be shared by two
         holders.append(hold())
-        assert "waits until another job leaves one of the GPUs" in holders[3].stderr.readline()
+        assert "waits until another job leaves one of the GPUs" in holders[4].stderr.readline()
         holders.append(hold(SLURM_JOB_ID="7"))  # whose GPU 2 is another one
-        assert holders[4].stdout.readline().strip() == "2"
+        assert holders[5].stdout.readline().strip() == "2"
         holders[1].kill()
-        assert holders[3].stdout.readline().strip() == taken[1]
+        assert holders[4].stdout.readline().strip() == taken[1]
     finally:
         for one in holders:
             one.kill()

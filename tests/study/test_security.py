@@ -20,6 +20,7 @@ from voila.app import Voila
 
 from immunity_lib.data import load_dataset
 from immunity_lib.files import read_tensors
+from immunity_lib.train import train
 from study.catalogue import ModelName
 from study.explorer.exploration import own_subject
 from study.graph import checks, status
@@ -65,7 +66,7 @@ def hostile(canary, request):
 
 
 READERS = {
-    "model.safetensors": read_tensors,  # by which checkpoints are read, too
+    "model.safetensors": read_tensors,
     "record.json": read_json,
     "preset.yaml": lambda path: load_preset(str(path)),
     "config.yaml": lambda path: checks.submits(path.parent),
@@ -82,6 +83,12 @@ def test_a_file_of_any_kind_is_refused_by_name_and_runs_nothing(name, hostile, t
         path.write_bytes(hostile)
     with pytest.raises(ValueError, match=name.replace("test", "(test|train)")):
         READERS[name](folder / name)
+
+
+def test_a_checkpoint(hostile, make_recipe, dataset, tmp_path, capsys):
+    (tmp_path / "checkpoint.safetensors").write_bytes(hostile)
+    train(make_recipe("standalone", epochs=1), dataset, tmp_path)
+    assert "checkpoint.safetensors.aside-" in capsys.readouterr().err
 
 
 def test_what_tells_the_status_is_as_good_as_not_there(hostile, make_settings, tmp_path):
