@@ -97,6 +97,7 @@ $(INSTALLED): .venv/.packages pyproject.toml
 	$(UV_INSTALL) --no-deps -e .
 	touch $@
 
+# Compiled once and not in each kernel, some six seconds where a folder is read-only or PYTHONDONTWRITEBYTECODE is set.
 # setuptools first: a few packages are published as source alone, and are built with it
 .venv/.packages: requirements.lock
 	@$(PYTHON) -c '$(NEEDS_PYTHON)'
@@ -105,7 +106,7 @@ $(INSTALLED): .venv/.packages pyproject.toml
 	sed -nE '/^(uv|setuptools)==/,/[^\\]$$/p' requirements.lock > .venv/first.lock
 	.venv/bin/python -m pip install --quiet --no-deps --require-hashes -r .venv/first.lock
 	sed -E '/^(torch|torchvision|triton|nvidia-.*|cuda-.*)==/,/[^\\]$$/d' requirements.lock > .venv/without_torch.lock
-	$(UV_INSTALL) --no-deps --require-hashes -r $(if $(TORCH),.venv/without_torch.lock,requirements.lock)
-	$(if $(TORCH),$(UV_INSTALL) --torch-backend=$(TORCH) \
+	$(UV_INSTALL) --compile-bytecode --no-deps --require-hashes -r $(if $(TORCH),.venv/without_torch.lock,requirements.lock)
+	$(if $(TORCH),$(UV_INSTALL) --compile-bytecode --torch-backend=$(TORCH) \
 		$$(sed -nE 's/^(torch|torchvision)==([^ ]+).*/\1==\2/p' requirements.lock))
 	touch $@

@@ -723,7 +723,7 @@ def main(arguments: list[str] | None = None) -> int:
     told = "of CIFAR-10 as parquet files, in it or in cifar10/ in it (without: Parts-10, which is made)"
     parser.add_argument("--images", default="", metavar="FOLDER", help=told)
     parser.add_argument("--out", type=Path, default=Path("on_gpu"), metavar="FOLDER", help="for findings and weights")
-    parser.add_argument("--minutes", type=float, default=8.5, help="after which the part has ended (default: 8.5)")
+    parser.add_argument("--minutes", type=float, default=8, help="after which the part has ended (default: 8)")
     parser.add_argument("--width", type=float, default=0.25, help="of what part2 trains (default: 0.25)")
     parser.add_argument("--tiny", action="store_true", help="rehearse at tiny sizes, with or without a GPU")
     parser.add_argument("--step", help=SUPPRESS)  # what it asks of itself

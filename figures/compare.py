@@ -1,6 +1,6 @@
 """Do two runs of a preset agree? `python figures/compare.py FIRST SECOND`, of folders like figures/demo.
 
-Prints every cell of the same data that both tables have and that differs by more than other images and other trainings
+Prints what of their settings differs, every cell of the same data that both tables have and that differs by more than other images and other trainings
 explain, and every claim whose verdict is another; ends with status 1 where one run says that a claim holds and the
 other that it does not. Equal code, seed and machine give equal bytes; another processor rounds otherwise, which is
 another training. That two runs agree is evidence as far as their trainings are not the same: how many of the records
@@ -30,6 +30,14 @@ def read_table(path: Path) -> pd.DataFrame:
         asked = json.loads(path.with_suffix(".json").read_bytes())["settings"]
         table.insert(0, "data", DATA[asked.get("recipe", asked)["dataset"]])  # flat, as settings once were
     return table
+
+
+def differing_settings(*folders: Path) -> list[str]:
+    """The settings, with both values, in which two folders' claims differ."""
+    both = [json.loads((folder / "claims.json").read_bytes())["settings"] for folder in folders]
+    flat = [asked | asked.pop("recipe", {}) for asked in both]
+    fields = {field: [one.get(field) for one in flat] for field in dict.fromkeys([*flat[0], *flat[1]])}
+    return [f"{field} ({one}, {other})" for field, (one, other) in fields.items() if one != other]
 
 
 def same_weights(first: Path, second: Path) -> tuple[int, int]:
@@ -80,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(*folders: Path) -> int:
     """Print what differs between two folders; returns the exit status."""
+    if differ := differing_settings(*folders):
+        print("settings differ:", "; ".join(differ))
     same, shared_records = same_weights(*folders)
     by_construction = ": the same trainings, which agree by construction" * bool(same)
     print(f"{same} of {shared_records} records in both are of the same weights{by_construction}")

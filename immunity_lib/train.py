@@ -152,6 +152,7 @@ def compiled_loss(**options: Any) -> Callable[..., ImmunityLoss]:
     """`training_loss`, compiled; options: of `torch.compile`. A compiled loss is one for each value of its weights and
     for each size of a batch, so that steps of the warm-up and smaller batches are not compiled. Whatever else is
     compiled in this process is compiled anew."""
+    torch.compiler.assume_constant_result(_has_bfloat16)  # what a machine can do is not to be traced
     torch._dynamo.reset()  # it takes no more than eight of one function
     torch._dynamo.config.trace_autograd_ops = True  # the heat maps' gradient, inside the loss
     compiled = torch.compile(training_loss, dynamic=False, **options)
@@ -304,7 +305,6 @@ def is_mixed(recipe: Recipe, device: torch.device) -> bool:
     return _has_bfloat16(device.type) if recipe.precision == "auto" else recipe.precision == "bfloat16"
 
 
-@torch.compiler.assume_constant_result  # what a machine can do is not to be traced
 def _has_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -40,7 +40,7 @@ from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
 from study.catalogue import DATA, ModelName, members, method_title, own_recipe, recipe_of, single
-from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, preset_names, validate
+from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, load_preset, preset_names, validate
 
 PRETRAINED = ROOT / "pretrained"
 RESTORED = "it comes with the project: git checkout pretrained restores it"  # what of it is damaged
@@ -378,10 +378,19 @@ def write_artefact(
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
     The latter holds the caption, the settings, the checksum of each file, and of every record its copy in records/
     beside it and its provenance. The same records give the same bytes. The paths are printed.
-    What is of one model that was asked for alone is shown and not written, since tables and figures are of all."""
+    What is of one model that was asked for alone, or of a preset of the project with other settings than its file's,
+    is shown and not written: tables and figures are of all models, and the project's of what their preset says."""
+    asked = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
     if settings.model:
         print(f"{name} is not saved: it would be of {settings.model} alone")
         return
+    if settings.preset in preset_names() and settings.figures == ROOT / "figures" / settings.preset:
+        meant = load_preset(settings.preset).model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
+        now, then = (one | one["recipe"] | {"recipe": None} for one in (asked, meant))
+        if changed := [field for field in now if now[field] != then[field]]:
+            told = f"it would overwrite that of {settings.preset}, with another {', '.join(changed)}"
+            print(f"{name} is not saved: {told}; name an output_folder, or make a preset of your own")
+            return
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):
         known = read_json(record)
@@ -393,7 +402,6 @@ def write_artefact(
         write_atomically(folder / f"{name}.{ending}", content)
         files[f"{name}.{ending}"] = checksum(folder / f"{name}.{ending}")
     sidecar = {"kind": "artefact", "name": name, "caption": caption}
-    asked = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
     write_json(folder / f"{name}.json", sidecar | {"settings": asked, "files": files, "records": sources})
     written = [folder / file for file in (*files, f"{name}.json")]
     print("saved", ", ".join(path.relative_to(folder.parents[1]).as_posix() for path in written))

@@ -18,7 +18,7 @@ from immunity_lib.train import is_compiled
 from study import catalogue
 from study.graph.cost import cost_of
 from study.settings import ROOT, Settings, read_yaml
-from study.store import ASKED, find_record, load_data, names_gpus, will_have_weights
+from study.store import ASKED, chosen_device, find_record, load_data, names_gpus, will_have_weights
 
 PROFILES = ROOT / "profiles"
 BYTES_ON_DISK = 12  # for each parameter: weights, and in training a checkpoint with momentum
@@ -60,14 +60,18 @@ def look_ahead(
     if (free := disk_usage(existing).free) < needed:
         told = f"{existing} has {free / 1e9:.1f} GB left, and the models need {needed / 1e9:.1f} GB"
         wrong.append(f"{told}; make room, or choose another output folder")
-    gpus = None if folder and submits(folder) else visible_gpus()
+    gpus = None if folder and submits(folder) else []
     if gpus is not None:
-        wrong += missing_kernels()
+        with noted():
+            chosen_device()  # of a driver that is too old, only this knows
+            gpus = visible_gpus()
+        wrong += missing_kernels() if gpus else []
         recipes = [catalogue.recipe_of(settings, name) for name in costs]
         wrong += missing_compilers(recipes, torch.device("cuda" if gpus else "cpu"))
-        largest = max(costs, key=lambda name: costs[name]["memory"], default=None)
+        taken = {name: cost["least" if gpus else "memory"] + BYTES_OF_LIBRARIES for name, cost in costs.items()}
+        largest = max(taken, key=taken.__getitem__, default=None)
         room, where = memory(bool(gpus))
-        if largest and (needed := costs[largest]["memory"] + BYTES_OF_LIBRARIES) > room:
+        if largest and (needed := taken[largest]) > room:
             told = f"{largest} takes {needed / 1e9:.1f} GB of memory, but {where} has {room / 1e9:.1f} GB"
             wrong.append(f"{told}; lower width, experts or batch_size, or take a larger machine")
         elif largest:
@@ -161,12 +165,12 @@ def gives_gpus(profile: Path) -> bool:
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: by number or UUID. ValueError where it
     names some and there is none: what is meant for them would take days on the CPU."""
-    from torch.cuda import device_count
+    from torch.cuda import device_count, is_available
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named and names_gpus(named) and not device_count():
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES"), device_count() if is_available() else 0
+    if named and names_gpus(named) and not count:
         told = f"CUDA_VISIBLE_DEVICES is {named!r}, but PyTorch finds no GPU (see nvidia-smi for the driver)"
         raise ValueError(f"{told}; mend either, or choose the CPU by -1")
-    names = [name.strip() for name in named.split(",")] if named else list(map(str, range(device_count())))
+    names = [name.strip() for name in named.split(",")] if named else list(map(str, range(count)))
     # Of several slices, CUDA shows a process the first alone
-    return names if names and names[0].startswith("MIG-") else names[: device_count()]
+    return names if names and names[0].startswith("MIG-") else names[:count]

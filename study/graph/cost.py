@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from immunity_lib.data import Dataset
@@ -21,7 +20,8 @@ CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
 
 
 def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
-    """Of a recipe's experts, from shapes alone: "parameters", bytes of "memory", and the multiply-accumulates of one
+    """Of a recipe's experts, from shapes alone: "parameters", bytes of "memory" and of the "least" that it can do with
+    (on a GPU, measuring takes fewer images at a time where they do not fit), and the multiply-accumulates of one
     image's "forward" pass, "gradient" by the image, heat "maps" and training "step" without its attack. What a pass of
     two images keeps for its backward pass is told too."""
     with_maps = recipe.beta + recipe.gamma > 0
@@ -31,11 +31,12 @@ def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
         auxiliary_weight=float(recipe.auxiliary_weight > 0), pairing=recipe.pairing,
         explained=recipe.explained if with_maps else "logit",
     )  # fmt: skip
-    cost = _cost_of_one(one, classes)
+    cost = {**_cost_of_one(one, classes)}
     weights = 4 * cost["parameters"]
     training = 3 * weights + recipe.batch_size * cost["kept by a step"] // 2
     measuring = weights + BATCH * cost["kept by a gradient"] // 2
-    return {what: recipe.experts * number for what, number in (cost | {"memory": max(training, measuring)}).items()}
+    cost |= {"memory": max(training, measuring), "least": training}
+    return {what: recipe.experts * number for what, number in cost.items()}
 
 
 @cache
@@ -90,12 +91,14 @@ class _Counter(TorchDispatchMode):
                 self.known[key] = function(*arguments, **options), counter.get_total_flops() // 4
         found, macs = self.known[key]
         self.macs += macs
-        return tree_map_only(torch.Tensor, _another, found)
+        return _another(found)
 
 
-def _another(tensor: torch.Tensor) -> torch.Tensor:
-    """As `empty_like`, which PyTorch carries out in Python on tensors without contents."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+def _another(found):
+    """As `empty_like` of each tensor, which PyTorch carries out in Python on tensors without contents."""
+    if isinstance(found, torch.Tensor):
+        return torch.empty_strided(found.shape, found.stride(), dtype=found.dtype, device=found.device)
+    return type(found)(map(_another, found)) if isinstance(found, tuple | list) else found
 
 
 def _shapes(value):

@@ -21,13 +21,14 @@ CLAIMS = pd.DataFrame({
 
 @pytest.fixture
 def write(tmp_path):
-    def written(name, table, claims, dataset="parts10", weights=()):
+    def written(name, table, claims, dataset="parts10", weights=(), **settings):
         (folder := tmp_path / name).joinpath("records").mkdir(parents=True)
         table.to_csv(folder / "table2.csv", index=False)
         write_json(folder / "table2.json", {"settings": {"recipe": {"dataset": dataset}}})
         for model, checksum in enumerate(weights):
             write_json(folder / "records" / f"model-{model}.attacks.json", {"weights": [checksum]})
         claims.to_csv(folder / "claims.csv", index=False)
+        write_json(folder / "claims.json", {"settings": {"recipe": {"dataset": dataset}} | settings})
         return str(folder)
 
     return written
@@ -89,3 +90,10 @@ def test_one_training_beside_several_is_told_as_it_is(capsys):
         sum(map(int, one)) for one in zip(*re.findall(r"(\d+) of (\d+) cells in both", printed), strict=True)
     )
     assert f"Of {cells} cells {differing} differ still" in said
+
+
+def test_settings_that_differ_are_told_before_what_they_may_have_changed(write, capsys):
+    main([write("first", TABLE, CLAIMS, steps=20, seeds=[0]), write("second", TABLE, CLAIMS, "cifar10", steps=20)])
+    assert capsys.readouterr().out.startswith("settings differ: seeds ([0], None); dataset (parts10, cifar10)\n")
+    main([write("third", TABLE, CLAIMS, steps=20), write("fourth", TABLE, CLAIMS, steps=20)])
+    assert "settings" not in capsys.readouterr().out

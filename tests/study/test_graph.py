@@ -17,8 +17,10 @@ import yaml
 from filelock import FileLock
 from graph import job_command, reproduce_command, wait_for
 
+from study import store
 from study.catalogue import measured_models, recipe_of, trained_models
 from study.graph import checks, job, plan, run, status
+from study.graph.cost import cost_of
 from study.settings import ROOT, load_preset
 from study.store import WEIGHTS, own_folder, read_json, record_path, write_atomically, write_json
 
@@ -154,6 +156,7 @@ def test_a_job_ends_with_the_graph_that_started_it(training):
 def test_D2_G3_G5_jobs_take_gpus_of_the_inherited_list(monkeypatch, inherited, count, expected):
     """Those that are named and not found are told beforehand."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
     monkeypatch.setattr(os, "environ", {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited})
     if expected is None:
         with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES is '{inherited}', but PyTorch finds no GPU.*-1"):
@@ -264,7 +267,7 @@ def test_all_that_stands_in_the_way_is_told_at_once(tmp_path, monkeypatch, capsy
         tmp_path, width=3.0, controls=["standalone-wide"], adaptive=["moe"],
         further_datasets=["images"], data_folder=str(images),
     )  # fmt: skip
-    gpu = {"device_count": 1, "get_device_capability": (7, 0), "get_device_name": "Old", "get_arch_list": ["sm_75"]}
+    gpu = {"is_available": True, "device_count": 1, "get_device_capability": (7, 0), "get_device_name": "Old", "get_arch_list": ["sm_75"]}
     gpu["get_device_properties"] = SimpleNamespace(name="Old", total_memory=10**9)
     for function, value in gpu.items():
         monkeypatch.setattr(f"torch.cuda.{function}", lambda *_, value=value: value)
@@ -280,6 +283,30 @@ def test_all_that_stands_in_the_way_is_told_at_once(tmp_path, monkeypatch, capsy
     ):  # fmt: skip
         assert told.count(one) == 1, told
     assert not output.exists()
+
+
+def test_a_driver_that_is_too_old_is_told_in_a_sentence(tmp_path, monkeypatch):
+    """NVML counts its GPUs, which CUDA cannot use."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(store, "DEVICES", tmp_path)
+    with pytest.raises(ValueError, match="can use no GPU, though there is .*nvidia0.*; mend the driver"):
+        checks.look_ahead(smoke_preset(tmp_path)[1], "", jobs=1)
+
+
+def test_a_gpu_too_small_for_measuring_at_full_speed_is_not_refused(tmp_path, monkeypatch):
+    """Measuring goes on with fewer images at a time; a CPU's memory, once it is out, ends the process."""
+    settings = smoke_preset(tmp_path, batch_size=8, compiled=False)[1]
+    cost = cost_of(settings.recipe, 10)
+    assert cost["least"] < cost["memory"] / 2
+    monkeypatch.setattr(checks, "memory", lambda _: (checks.BYTES_OF_LIBRARIES + 2 * cost["least"], "One"))
+    monkeypatch.setattr(checks, "missing_kernels", list)
+    monkeypatch.setattr(checks, "visible_gpus", lambda: ["0"])
+    checks.look_ahead(settings, "", jobs=1)
+    monkeypatch.setattr(checks, "visible_gpus", list)
+    with pytest.raises(ValueError, match="but One has"):
+        checks.look_ahead(settings, "", jobs=1)
 
 
 @pytest.mark.parametrize(("gpus", "option"), [([], "JOBS"), (["0"], "--jobs-per-gpu")])

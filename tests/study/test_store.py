@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -247,6 +248,19 @@ def test_a_table_of_one_model_is_not_written(make_settings, tmp_path):
     one = make_settings(output_folder=str(tmp_path), model=str(NAME))
     store.write_artefact(one, "table9", {"csv": "a,b\n"}, "Caption.", [])
     assert not one.figures.exists()
+
+
+def test_a_preset_of_the_project_with_other_settings_leaves_its_figures_as_they_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setattr("study.settings.ROOT", tmp_path)
+    kept = load_preset("smoke").figures / "table9.csv"
+    write = partial(store.write_artefact, name="table9", caption="Caption.", records=[])
+    write(load_preset("smoke"), contents={"csv": "its own"})
+    write(load_preset("smoke", epochs=7, seeds=[5]), contents={"csv": "another's"})
+    assert kept.read_text() == "its own"
+    assert "table9 is not saved" in (told := capsys.readouterr().out) and "another seeds, epochs;" in told
+    write(load_preset("smoke", epochs=7, output_folder=str(tmp_path / "own")), contents={"csv": "another's"})
+    assert (tmp_path / "own/figures/smoke/table9.csv").read_text() == "another's"
 
 
 # Weights that come with the project
