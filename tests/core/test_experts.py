@@ -3,6 +3,8 @@
 import copy
 import hashlib
 from collections import OrderedDict
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import calibrate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.cells import edge_by_edge
 from immunity_lib import ImmunityMoE, cells
 from immunity_lib.experts import BASELINES, EXPERT_NAMES, HEATMAP_LAYERS, Expert, as_expert, build_expert
 
@@ -300,6 +303,16 @@ def test_drop_path_spares_plain_skips_and_makes_up_for_what_it_drops():
         torch.testing.assert_close(kept, whole[~zeroed] / (0.7 if dropped else 1.0))
         cell.eval()
         assert torch.equal(cell(state)[1], whole)
+
+
+@pytest.mark.parametrize("name", ["pdarts", "robnet-free"])
+def test_cells_are_their_published_graph_edge_by_edge(name, images):
+    """There, each edge has a ReLU of its own, and RobNet computes its absent edges as zeros."""
+    network = calibrate(small(name), images)
+    ours = network(images)
+    graph = partial(edge_by_edge, absent_edges=name == "robnet-free")
+    with patch.object(cells.Cell, "forward", lambda cell, outputs: graph(cell, outputs)):
+        torch.testing.assert_close(network(images), ours)
 
 
 def test_fewer_layers_keep_the_shape_of_robnet_free():

@@ -267,7 +267,13 @@ def test_all_that_stands_in_the_way_is_told_at_once(tmp_path, monkeypatch, capsy
         tmp_path, width=3.0, controls=["standalone-wide"], adaptive=["moe"],
         further_datasets=["images"], data_folder=str(images),
     )  # fmt: skip
-    gpu = {"is_available": True, "device_count": 1, "get_device_capability": (7, 0), "get_device_name": "Old", "get_arch_list": ["sm_75"]}
+    gpu = {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_capability": (7, 0),
+        "get_device_name": "Old",
+        "get_arch_list": ["sm_75"],
+    }
     gpu["get_device_properties"] = SimpleNamespace(name="Old", total_memory=10**9)
     for function, value in gpu.items():
         monkeypatch.setattr(f"torch.cuda.{function}", lambda *_, value=value: value)
