@@ -4,7 +4,7 @@ Prints what of their settings differs, every cell of the same data that both tab
 other images and other trainings explain, and every claim whose verdict is another; ends with status 1 where one run
 says that a claim holds and the other that it does not. Equal code, seed and machine give equal bytes; another processor
 rounds otherwise, which is another training. That two runs agree is evidence as far as their trainings are not the same:
-how many of the records that both have are of the same weights is printed first.
+how many of the records that both have are of the same weights is printed, too.
 """
 
 import json
