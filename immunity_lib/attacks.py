@@ -383,7 +383,7 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
 
     surrogates: other trained models by name, through whose plain ensembles it is attacked too. AutoAttack is left out
     for fewer than four classes. To add an attack, add it here. Raises ValueError for a model that cannot give what
-    they need: a mixture's experts and gate.
+    they need, a mixture's experts and gate, and for a surrogate with the name of what another attack sees.
     """
     if not isinstance(model, ImmunityMoE):
         raise ValueError(
@@ -427,6 +427,8 @@ def adaptive_attacks(model: ImmunityMoE, effort: Effort, surrogates: Mapping[str
         alone = ImmunityMoE([expert], ConstantGate(1), "uniform").to(device)
         add(f"pgd-expert-{number}", "transfer", f"expert {number} alone", seeing("pgd", "uniform", alone))
     for name, surrogate in surrogates.items():
+        if f"pgd-{name}" in [attack.name for attack in attacks]:
+            raise ValueError(f"a surrogate is called {name!r}, as what an attack here sees; give it another name")
         add(f"pgd-{name}", "transfer", name, seeing("pgd", "uniform", fold(surrogate)))
     return attacks
 

@@ -27,7 +27,15 @@ from immunity_lib.attacks import (
 )
 from immunity_lib.data import ImageSet
 from immunity_lib.data.batches import evaluation_batches
-from immunity_lib.moe import Gate, GateVerdicts, ImmunityMoE, in_eval_mode, switched_probabilities, verdicts
+from immunity_lib.moe import (
+    Gate,
+    GateVerdicts,
+    ImmunityMoE,
+    check_batch,
+    in_eval_mode,
+    switched_probabilities,
+    verdicts,
+)
 
 BATCH = 250
 BUDGETS = tuple(k / 255 for k in (0, 2, 4, 8, 16, 32, 64, 128, 255))  # eps of the first check
@@ -35,9 +43,16 @@ Result = tuple[GateVerdicts, dict]  # of an attack: verdicts, and what is told o
 
 
 def verdicts_over_gates(model: ImmunityMoE, batches: Iterable[tuple[Tensor, Tensor]]) -> GateVerdicts:
-    """Verdicts of a model, in eval mode meanwhile, over batches of (images, labels), one pass each."""
+    """Verdicts of a model, in eval mode meanwhile, over batches of (images, labels), one pass each. Raises ValueError
+    for images outside of [0, 1], labels that are no class, and where there are none."""
+    found = []
     with in_eval_mode(model), torch.no_grad():
-        return GateVerdicts.join([verdicts(model.expert_outputs(images), labels) for images, labels in batches])
+        for images, labels in batches:
+            check_batch(model, images, labels)
+            found.append(verdicts(model.expert_outputs(images), labels))
+    if not found:
+        raise ValueError("no images to judge; give at least one batch")
+    return GateVerdicts.join(found)
 
 
 def verdicts_under_attack(
@@ -93,7 +108,8 @@ def evaluate_adaptively(
 
     Returns by the name of each attack its verdicts and what is told of it ("family", "sees", "flags", "seconds"); and
     a summary: "agreement" (see there), "by_budget", pairs of eps and expected accuracy under exact PGD, and "checks",
-    a list of `Finding` as dictionaries. Raises ValueError for a model without gradients."""
+    a list of `Finding` as dictionaries. Raises ValueError for a model without gradients, and as `adaptive_attacks`."""
+    attacks = adaptive_attacks(model, effort, surrogates)
     target, results = fold(model), dict(done)
     if not target(images[:1].clone().requires_grad_(), "uniform").requires_grad:
         raise ValueError(
@@ -101,7 +117,7 @@ def evaluate_adaptively(
             "attacks that work: auto_attack(only=('square',)) and random_noise"
         )
     with torch.random.fork_rng():
-        for attack in adaptive_attacks(model, effort, surrogates):
+        for attack in attacks:
             if attack.name not in results:
                 torch.manual_seed(0)  # so that an attack does not depend on those before it
                 few = slice(effort.auto_attack_images if attack.family in ("judges", "black box") else None)

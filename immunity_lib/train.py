@@ -77,7 +77,7 @@ def train(
             raise ValueError(f"{count} {split} images of {dataset.name}; training needs at least {least}: load more")
         if (highest := dataset.splits[split].labels.max().item()) >= (classes := len(dataset.class_names)):
             raise ValueError(f"{split} label {highest} of {dataset.name}, which has {classes} classes, from 0 on")
-    model = build_model(recipe, dataset).to(device)
+    model, folder = build_model(recipe, dataset).to(device), Path(folder)
     loss = compiled_loss() if is_compiled(recipe, next(model.parameters()).device) else training_loss
     optimiser = make_optimiser(model, recipe)
     name, log, data = name or folder.name, [], dataset.splits["train"].checksum

@@ -213,6 +213,9 @@ def paired_effects(settings: Settings, measure: Measure) -> dict[str, np.ndarray
     for title, other in others.items():
         # Seed by seed, from the same start, in the same order of images; and on the images that both sides met
         pair = mine.align(by_image(settings, **other), join="inner")
+        if pair[0].empty:
+            told = f"{measure.model} and {title} share no seed, or were measured on different test images"
+            raise ValueError(f"{told}; measure one of them again")
         ours, theirs = (one.to_numpy(float) for one in pair)
         if measure.unit == "%":
             mean, their_mean = (one.mean(1, keepdims=True) for one in (ours, theirs))
@@ -271,8 +274,8 @@ def by_image(settings: Settings, kind: str, column: str, **model: str) -> pd.Dat
         rows = rows.assign(**right_experts(rows, settings.recipe.experts))
     if column not in rows or rows[column].isna().all():  # as what only heat maps have, asked of attacks
         raise NotTestable(f"the preset measures no {kind} of {DATA[model['dataset']]}")
-    groups = rows.groupby(["seed", "image"])[column]
-    return (groups.min() if kind == "worst-case" else groups.mean()).unstack()
+    groups = rows.groupby(["seed", "images_of", "image"])[column]
+    return (groups.min() if kind == "worst-case" else groups.mean()).unstack(["images_of", "image"])
 
 
 def estimate(effects: np.ndarray, outside: float = 0.05) -> tuple[float, float, float]:

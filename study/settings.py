@@ -228,6 +228,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"{name} is missing: {Settings.model_fields[name].description}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "list_type":
+        message += f"; in a preset, or by papermill's -y '{name}: [...]'"
     if problem["type"] == "string_pattern_mismatch":  # a name that becomes a folder's
         message = "give it letters, digits, '.', '_' and '-' alone, 100 at most, the first a letter or digit"
     if problem["type"] == "value_error" and not name:  # of several fields, which it names
@@ -243,7 +245,7 @@ def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
     The preset that `preset` names, and on top every parameter that was set: in the notebook's own cell of parameters,
     as it ran last, and in the one that papermill puts behind it; no other names of the kernel. A parameter that is no
     field is an error, since papermill passes unknown ones on without one."""
-    names: set[str] = set()
+    names, own = set[str](), set[str]()
     for cell in namespace.get("In", []):
         if cell.startswith(PARAMETERS):
             try:
@@ -251,11 +253,13 @@ def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
             except SyntaxError:  # of a cell that was mended since
                 continue
             # The notebook's own cell names its preset first, and begins anew
-            names = names if cell.startswith(f"{PARAMETERS}\n") else set()
-            names |= {node.id for node in found if isinstance(node.ctx, ast.Store)}
+            given = {node.id for node in found if isinstance(node.ctx, ast.Store)}
+            names, own = (names | given, own) if cell.startswith(f"{PARAMETERS}\n") else (given, given)
     if not names:
         raise ValueError(f"no cell of parameters has run: its first line is {PARAMETERS!r}, and must stay so")
     if missing := names - namespace.keys():
         raise ValueError(f"the cell of parameters has not set {', '.join(sorted(missing))}: run it again to its end")
     parameters = {name: namespace[name] for name in sorted(names)}
+    if parameters.get("model") and "model" not in own:
+        raise ValueError(f"model is {parameters['model']!r}, but this notebook is of all models; leave it out")
     return load_preset(parameters.pop("preset", "demo"), **parameters)

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -306,12 +307,14 @@ def read_if_answered(path: Path, settings: Settings, name: ModelName, kind: str)
     if not path.exists():
         return None
     known = read_json(path)
+    if (about := (known.get("kind"), known.get("model"))) != (kind, str(name)):  # which name its copy's file, too
+        raise DamagedFile(f"{path} is not about the {kind} of {name}, but {about}")
     if kind == "training":
         if not isinstance(known.get("rounding", {}), dict):
             raise DamagedFile(f"{path} is no whole record of a training")
         return known if recipe_of(settings, name).is_that_of(known.get("recipe")) else None
     try:
-        asked, weights, _ = known["asked"].items(), known["weights"], known["summary"]
+        asked, weights, _ = known["asked"].items(), known["weights"], known["summary"].items()
     except (KeyError, AttributeError) as error:
         raise DamagedFile(f"{path} cannot be read ({error!r})") from error
     with suppress(FileNotFoundError, DamagedFile):  # of the training
@@ -355,9 +358,15 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
         except Exception as error:  # for a damaged file, pandas and pyarrow raise errors of all kinds
             raise set_record_aside(path.with_suffix(".json"), f"{path} cannot be read ({error})") from error
         called = {"model": method_title(name.method, name.expert), "data": DATA[name.dataset], "training": name.regime}
+        called["images_of"] = [known.get("data", {}).get(split, "") for split in frame["split"]]
         called |= name.model_dump(include={"method", "expert", "seed"})
         frames.append(frame.assign(name=str(name), **called))
-    return pd.concat(frames, ignore_index=True)
+    found = pd.concat(frames, ignore_index=True)
+    for data, own in found.drop_duplicates(["data", "split", "images_of"]).groupby("data"):
+        if own["split"].duplicated().any():
+            told = f"{' and '.join(own['name'].unique())} were measured on different test images of {data}"
+            raise ValueError(f"{told}; measure one again: {_remedy(settings)}")
+    return found
 
 
 def set_record_aside(path: Path, reason: str) -> DamagedFile:
@@ -378,8 +387,8 @@ def write_artefact(
     """Write figures/<preset>/<name>.<ending> for each of the contents, and <name>.json.
     The latter holds the caption, the settings, the checksum of each file, and of every record its copy in records/
     beside it and its provenance. The same records give the same bytes. The paths are printed.
-    What is of one model that was asked for alone, or of a preset of the project with other settings than its file's,
-    is shown and not written: tables and figures are of all models, and the project's of what their preset says."""
+    What is of one model that was asked for alone is shown and not written, since tables and figures are of all; nor is
+    what would overwrite the project's own by what rests on other settings than its preset's, or on rounded weights."""
     asked = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
     if settings.model:
         print(f"{name} is not saved: it would be of {settings.model} alone")
@@ -390,6 +399,12 @@ def write_artefact(
         if changed := [field for field in now if now[field] != then[field]]:
             told = f"it would overwrite that of {settings.preset}, with another {', '.join(changed)}"
             print(f"{name} is not saved: {told}; name an output_folder, or make a preset of your own")
+            return
+        along = map(read_json, (PRETRAINED / settings.preset).glob("*/record.json"))
+        rounded = {one["weights"] for one in along if "rounding" in one}
+        if any(not rounded.isdisjoint(np.atleast_1d(read_json(record)["weights"])) for record in records):
+            told = f"it would overwrite that of {settings.preset}, by what its rounded weights show"
+            print(f"{name} is not saved: {told}; name an output_folder")
             return
     folder, sources, files = settings.figures, [], {}
     for record in dict.fromkeys(records):

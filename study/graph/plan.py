@@ -184,8 +184,10 @@ def format_power(settings: Settings) -> str:
     counts = f"{trainings_text(settings)}, {settings.attacked_images} attacked images"
     visible = smallest_visible(trainings, settings.attacked_images)
     told = f"{counts}: an effect of {visible:.1f} points would be seen with a probability of 80 %"
-    few = settings.baselines and (settings.baseline_seeds or trainings) < FEWEST_TRAININGS
-    return told + "; beside baselines no verdicts" * bool(few)
+    if (few := settings.adaptive_count) != settings.attacked_images:
+        told += f", under adaptive attacks, on {few} images, one of {smallest_visible(trainings, few):.1f}"
+    single = settings.baselines and (settings.baseline_seeds or trainings) < FEWEST_TRAININGS
+    return told + "; beside baselines no verdicts" * bool(single)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

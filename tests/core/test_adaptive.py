@@ -115,6 +115,10 @@ def test_a_model_that_cannot_be_attacked_is_refused_with_what_works(make_linear_
         evaluate(decoy, many_images)
     with pytest.raises(ValueError, match="got a Linear; attacks that work on any model.*PGD"):
         adaptive_attacks(nn.Linear(2, 2), EFFORT, {})
+    with pytest.raises(ValueError, match="got a Decoy"):  # before it is asked for a gate's answers
+        evaluate_adaptively(decoy.experts[0], many_images, torch.arange(len(many_images)) % 10, SMALL, {})
+    with pytest.raises(ValueError, match="a surrogate is called 'expert-1'"):
+        adaptive_attacks(decoy, EFFORT, {"expert-1": decoy})
 
 
 def test_a_single_network_meets_the_attacks_that_need_no_switch(make_linear_model, many_images):

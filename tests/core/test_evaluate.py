@@ -114,3 +114,14 @@ def test_G2_where_memory_is_too_small_half_as_many_images_are_measured_at_a_time
     fits = 0
     with pytest.raises(torch.OutOfMemoryError):
         in_parts(measure, 110, 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(lambda images, labels: [(255 * images, labels)], "images must lie in \\[0, 1\\]"),
+     (lambda images, labels: [(images, labels + 77)], "labels must lie in 0 to 9, found 7"),
+     (lambda images, labels: [], "no images to judge")],
+)  # fmt: skip
+def test_clean_accuracy_refuses_what_attacks_refuse(make_linear_model, images, change, told):
+    with pytest.raises(ValueError, match=told):
+        verdicts_over_gates(make_linear_model(2), change(images, torch.arange(len(images)) % 10))

@@ -142,3 +142,13 @@ def test_disjoint_pixels_have_independence_2_and_a_single_expert_scores_nothing(
     assert scores.independence_score(apart).item() == 2
     for score in (scores.independence_score, scores.causality_score, scores.mutual_information):
         assert score(torch.full((2, 1, 4, 4), 1 / 16)).item() == 0
+
+
+def test_the_gradient_of_information_is_finite_where_no_expert_has_heat():
+    """As in maps of one's own, behind a ReLU."""
+    disjoint = torch.zeros(2, 2, 8, 8)
+    disjoint[:, 0, 0, 0] = disjoint[:, 1, 7, 7] = 1
+    for maps in (disjoint, disjoint[:, :1], disjoint[:, [0, 0]], 0 * disjoint):
+        maps = maps.clone().requires_grad_()
+        (losses.mutual_information_loss(maps) + scores.mutual_information(maps)).backward()
+        assert maps.grad.isfinite().all()

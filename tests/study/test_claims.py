@@ -10,7 +10,7 @@ from scipy import stats
 from study import catalogue, claims, figures
 from study.claims import NOT_TESTABLE, Claim, count_by_luck, estimate, paired_effects, read_claims, verdicts
 from study.settings import ROOT, load_preset
-from study.store import record_path
+from study.store import read_json, record_path, write_json
 
 EDGES = {"immunity": 0.3, "moe-mi": 0.1, "moe": 0.0, "moe-ps": 0.0, "standalone": -0.3}
 UNTESTABLE = {"cifar100", "poisoning", "prevailing-losses", "best-network-alone", "best-network-in-immunity"}
@@ -89,6 +89,18 @@ def test_what_a_study_has_not_measured_yet_waits_and_the_rest_is_judged(make_wor
             record_path(settings, name, kind).unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match="make reproduce"):
         verdicts(settings, read_claims())
+
+
+def test_measurements_of_other_test_images_are_not_compared(make_world):
+    settings = make_world([0, 1, 2], pretrained=False).settings
+    measure = claim("position-stability-attacked").measure
+    told = ("on different test images of Parts-10; measure one again", "MoE share no seed, or were measured")
+    for seed, name in enumerate(ablated(settings, "moe")):
+        path = record_path(settings, name, "attacks")
+        write_json(path, read_json(path) | {"data": {"test": "others"}})
+        if seed != 1:
+            with pytest.raises(ValueError, match=told[seed > 0]):
+                paired_effects(settings, measure)
 
 
 def test_A1_one_training_is_no_verdict_however_large_the_effect(one_training):

@@ -137,6 +137,8 @@ def test_the_speed_of_each_network_can_be_measured_instead(make_settings, monkey
 def test_the_plan_says_beforehand_what_could_be_decided(make_settings, seeds, told):
     assert re.search(told, plan.format_power(make_settings(seeds=seeds)))
     fewer = plan.format_power(make_settings(seeds=seeds, baselines=["pdarts"], baseline_seeds=1))
+    judged = plan.format_power(make_settings(seeds=seeds, attacked_images=30, adaptive_images=20))
+    assert len(seeds) < 3 or re.search(r"adaptive attacks, on 20 images, one of \d\d\.\d", judged)
     assert len(seeds) < 3 or ("1 of each baseline" in fewer and fewer.endswith("; beside baselines no verdicts"))
 
 

@@ -138,3 +138,14 @@ def test_a_copy_of_a_preset_does_not_write_over_the_projects_results(tmp_path):
     assert load_preset(str(copied), output_folder=str(tmp_path)).preset == "demo"
     copied.write_text(content.replace("preset: demo", "preset: mine"))
     assert load_preset(str(copied)).figures == ROOT / "figures/mine"
+
+
+def test_a_model_is_asked_only_of_a_notebook_that_has_one():
+    with pytest.raises(ValueError, match="model is 'nonsense', but this notebook is of all models; leave it out"):
+        settings_of(OWN.replace('model = ""\n', ""), "# Parameters\nmodel = 'nonsense'\n")
+    assert settings_of(OWN, "# Parameters\nmodel = 'one'\n").model == "one"
+
+
+def test_what_is_to_be_a_list_is_told_with_papermill_s_way_to_give_one():
+    with pytest.raises(ValueError, match=r"seeds = '\[0, 1\]': .*list.* -y 'seeds: \[\.\.\.\]'"):
+        load_preset("smoke", seeds="[0, 1]")

@@ -263,6 +263,28 @@ def test_a_preset_of_the_project_with_other_settings_leaves_its_figures_as_they_
     assert (tmp_path / "own/figures/smoke/table9.csv").read_text() == "another's"
 
 
+def test_rounded_weights_leave_the_project_s_figures_as_they_are(capsys, monkeypatch, tmp_path):
+    """A look at what comes along would put its records beside tables that rest on others."""
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setattr("study.settings.ROOT", tmp_path)
+    looked, settings = tmp_path / "looked.json", load_preset("demo")
+    shipped = read_json(store.PRETRAINED / "demo" / str(NAME) / "record.json")
+    for weights, saved in ((shipped["weights"], False), (shipped["rounding"]["from"], True)):
+        write_json(looked, {"kind": "scores", "model": str(NAME), "weights": [weights], "provenance": {}})
+        store.write_artefact(settings, "table9", {"csv": "a,b\n"}, "Caption.", [looked])
+        assert (settings.figures / "records" / f"{NAME}.scores.json").exists() == saved
+        assert ("table9 is not saved: it would overwrite that of demo" in capsys.readouterr().out) != saved
+
+
+@pytest.mark.parametrize("change", [{"model": "../../outside"}, {"kind": "attacks"}])
+def test_a_record_about_something_else_is_damaged(settings, change):
+    """Its words would name a file."""
+    path = own_folder(settings, NAME) / "record.json"
+    write_json(path, read_json(path) | change)
+    with pytest.raises(DamagedFile, match="is not about the training of"):
+        store.read_if_answered(path, settings, NAME, "training")
+
+
 # Weights that come with the project
 
 
