@@ -501,7 +501,8 @@ def test_time_to_go_comes_from_measured_epochs_and_is_shared_by_jobs_that_run(se
     (other,) = (name for name in models if name.expert == "advrush" and name.regime == "standard")
     for model in set(models) - {first, second, other}:
         put_job(settings, f"02_training-{model}", "done")
-        write_json(record_path(settings, model, "training"), {"recipe": recipe_of(settings, model).as_json()})
+        known = {"kind": "training", "model": str(model), "recipe": recipe_of(settings, model).as_json()}
+        write_json(record_path(settings, model, "training"), known)
         write_atomically(own_folder(settings, model) / WEIGHTS, "")
     gone, damaged = measured_models(settings, "attacks")[:2]
     put_job(settings, f"03_attacks-{gone}", "done")  # its results were removed
