@@ -113,12 +113,13 @@ def real_images():
 def test_what_is_told_of_real_images_is_what_their_frames_have():
     told = (ROOT / "docs/findings.md").read_text().partition("The preset `cifar10`, ")[2].partition("\n## ")[0]
     paths = [*(ROOT / "pretrained/cifar10").glob("*/attacks.parquet")]
-    assert len(paths) == 13 and "trainings thirteen are done" in told
+    assert len(paths) == 16 and "trainings sixteen are done" in told
     for path in paths:
         frame = pd.read_parquet(path).query("split == 'test'")
         assert f"{(frame['attack'] == 'clean').sum():,} test" in told
         assert "standard" not in path.parent.name or not frame.query("attack == 'pgd'")["switched"].any()
-    titles = {"moe-resnet18-standard": "MoE", "moe-ps-resnet18-standard": "MoE+PS",
+    titles = {"moe-resnet18-standard": "MoE", "moe-mi-resnet18-standard": "MoE+MI",
+              "moe-ps-resnet18-standard": "MoE+PS",
               "immunity-resnet18-standard": "Immunity", "standalone-resnet18-standard": "stand-alone ResNet18",
               "moe-resnet18-adversarial": "MoE, adversarial (one training)"}  # fmt: skip
     rows = {row["right"]: row for row in table_rows(told)}
