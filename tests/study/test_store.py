@@ -288,6 +288,13 @@ def test_a_record_about_something_else_is_damaged(settings, change):
 # Weights that come with the project
 
 
+def test_every_measurement_that_comes_along_names_its_frame():
+    frames = sorted(store.PRETRAINED.glob("*/*/*.parquet"))
+    assert len(frames) > 200
+    for path in frames:
+        assert read_json(path.with_suffix(".json"))["frame"] == store.checksum(path), path
+
+
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
 def test_published_weights_are_whole_and_of_the_preset_and_the_history_as_they_are_now(path):
     record, weights = read_json(path), path.with_name("model.safetensors")
