@@ -41,7 +41,8 @@ EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 
 def make(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run make as from a shell, free of the make that may have started these tests."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")} | variables
+    outer = "MAKEFLAGS", "MAKELEVEL", "PYTHON", "TORCH"  # of a make that runs these tests
+    environment = {k: v for k, v in os.environ.items() if k not in outer} | variables
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
