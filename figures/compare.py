@@ -18,6 +18,7 @@ import pandas as pd
 
 from study.catalogue import DATA
 from study.claims import DEVIATIONS
+from study.settings import flat
 from study.tables import FIELDS
 
 OPPOSITE = {"holds", "does not hold"}
@@ -28,15 +29,14 @@ def read_table(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path)
     if "data" not in table:
         asked = json.loads(path.with_suffix(".json").read_bytes())["settings"]
-        table.insert(0, "data", DATA[asked.get("recipe", asked)["dataset"]])  # flat, as settings once were
+        table.insert(0, "data", DATA[flat(asked)["dataset"]])
     return table
 
 
 def differing_settings(*folders: Path) -> list[str]:
     """The settings, with both values, in which two folders' claims differ."""
     both = [json.loads((folder / "claims.json").read_bytes())["settings"] for folder in folders]
-    flat = [asked | asked.pop("recipe", {}) for asked in both]
-    fields = {field: [one.get(field) for one in flat] for field in dict.fromkeys([*flat[0], *flat[1]])}
+    fields = {field: [flat(one).get(field) for one in both] for field in flat(both[0]) | flat(both[1])}
     return [f"{field} ({one}, {other})" for field, (one, other) in fields.items() if one != other]
 
 

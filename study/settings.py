@@ -212,6 +212,11 @@ def read_settings(content: Mapping[str, Any]) -> Settings:
     return validate(Settings, {**own, "recipe": recipe})
 
 
+def flat(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a file beside a figure has them, with the recipe's fields beside the others, as a preset has them."""
+    return {field: value for field, value in asked.items() if field != "recipe"} | asked.get("recipe", {})
+
+
 def validate(kind: type[Checked], content: Mapping[str, Any]) -> Checked:
     """Settings or a recipe of these fields; raises ValueError with all that is wrong with them."""
     try:

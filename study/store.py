@@ -41,7 +41,7 @@ from immunity_lib.moe import ConstantGate, ImmunityMoE
 from immunity_lib.recipe import Recipe
 from immunity_lib.train import CHECKPOINT, build_model, is_compiled, is_mixed, train
 from study.catalogue import DATA, ModelName, members, method_title, own_recipe, recipe_of, single
-from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, load_preset, preset_names, validate
+from study.settings import NOT_OF_THE_RESULT, ROOT, Settings, flat, load_preset, preset_names, validate
 
 PRETRAINED = ROOT / "pretrained"
 RESTORED = "it comes with the project: git checkout pretrained restores it"  # what of it is damaged
@@ -358,7 +358,8 @@ def read_frame(settings: Settings, names: Sequence[ModelName], kind: str) -> pd.
         except Exception as error:  # for a damaged file, pandas and pyarrow raise errors of all kinds
             raise set_record_aside(path.with_suffix(".json"), f"{path} cannot be read ({error})") from error
         called = {"model": method_title(name.method, name.expert), "data": DATA[name.dataset], "training": name.regime}
-        called["images_of"] = [known.get("data", {}).get(split, "") for split in frame["split"]]
+        images = known.get("data", {})
+        called["images_of"] = [images.get(split, "") for split in frame["split"]]
         called |= name.model_dump(include={"method", "expert", "seed"})
         frames.append(frame.assign(name=str(name), **called))
     found = pd.concat(frames, ignore_index=True)
@@ -390,25 +391,12 @@ def write_artefact(
     What is of one model that was asked for alone is shown and not written, since tables and figures are of all; nor is
     what would overwrite the project's own by what rests on other settings than its preset's, or on rounded weights."""
     asked = settings.model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
-    if settings.model:
-        print(f"{name} is not saved: it would be of {settings.model} alone")
+    rests_on = {record: read_json(record) for record in records}
+    if reason := _why_not_saved(settings, asked, [*rests_on.values()]):
+        print(f"{name} is not saved: it would {reason}")
         return
-    if settings.preset in preset_names() and settings.figures == ROOT / "figures" / settings.preset:
-        meant = load_preset(settings.preset).model_dump(mode="json", exclude=NOT_OF_THE_RESULT)
-        now, then = (one | one["recipe"] | {"recipe": None} for one in (asked, meant))
-        if changed := [field for field in now if now[field] != then[field]]:
-            told = f"it would overwrite that of {settings.preset}, with another {', '.join(changed)}"
-            print(f"{name} is not saved: {told}; name an output_folder, or make a preset of your own")
-            return
-        along = map(read_json, (PRETRAINED / settings.preset).glob("*/record.json"))
-        rounded = {one["weights"] for one in along if "rounding" in one}
-        if any(not rounded.isdisjoint(np.atleast_1d(read_json(record)["weights"])) for record in records):
-            told = f"it would overwrite that of {settings.preset}, by what its rounded weights show"
-            print(f"{name} is not saved: {told}; name an output_folder")
-            return
     folder, sources, files = settings.figures, [], {}
-    for record in dict.fromkeys(records):
-        known = read_json(record)
+    for record, known in rests_on.items():
         copy = f"records/{known['model']}.{known['kind']}.json"
         write_atomically(folder / copy, record.read_bytes())
         made = {key: value for key, value in known["provenance"].items() if key != "finished"}
@@ -420,3 +408,21 @@ def write_artefact(
     write_json(folder / f"{name}.json", sidecar | {"settings": asked, "files": files, "records": sources})
     written = [folder / file for file in (*files, f"{name}.json")]
     print("saved", ", ".join(path.relative_to(folder.parents[1]).as_posix() for path in written))
+
+
+def _why_not_saved(settings: Settings, asked: dict[str, Any], rests_on: Sequence[dict[str, Any]]) -> str:
+    """Empty where nothing speaks against it."""
+    if settings.model:
+        return f"be of {settings.model} alone"
+    if settings.preset not in preset_names() or settings.figures != ROOT / "figures" / settings.preset:
+        return ""
+    meant = flat(load_preset(settings.preset).model_dump(mode="json", exclude=NOT_OF_THE_RESULT))
+    overwrite = f"overwrite that of {settings.preset}, "
+    if changed := [field for field, value in flat(asked).items() if value != meant[field]]:
+        told = f"with another {', '.join(changed)}; name an output_folder, or make a preset of your own"
+        return overwrite + told
+    along = map(read_json, (PRETRAINED / settings.preset).glob("*/record.json"))
+    rounded = {one["weights"] for one in along if "rounding" in one}
+    if any(not rounded.isdisjoint(np.atleast_1d(known["weights"])) for known in rests_on):
+        return f"{overwrite}by what its rounded weights show; name an output_folder"
+    return ""

@@ -31,12 +31,12 @@ def cost_of(recipe: Recipe, classes: int) -> dict[str, int]:
         auxiliary_weight=float(recipe.auxiliary_weight > 0), pairing=recipe.pairing,
         explained=recipe.explained if with_maps else "logit",
     )  # fmt: skip
-    cost = {**_cost_of_one(one, classes)}
+    cost = _cost_of_one(one, classes)
     weights = 4 * cost["parameters"]
     training = 3 * weights + recipe.batch_size * cost["kept by a step"] // 2
     measuring = weights + BATCH * cost["kept by a gradient"] // 2
-    cost |= {"memory": max(training, measuring), "least": training}
-    return {what: recipe.experts * number for what, number in cost.items()}
+    in_bytes = {"memory": max(training, measuring), "least": training}
+    return {what: recipe.experts * number for what, number in (cost | in_bytes).items()}
 
 
 @cache
